@@ -1,0 +1,423 @@
+/**
+ * The virtio-balloon driver, as Linux 6.12 behaves (`drivers/virtio/virtio_balloon.c`): bring-up, inflate and deflate in
+ * batches of 256, statistics, the OOM notifier, free page hinting. Free page reporting is in `reporting.ts`.
+ *
+ * Works at steps of vCPU 0 as an explicit state machine whose state is in the arena; the OOM notifier may run on any
+ * vCPU. The balloon mutex guards the page list, the queues and the buffer pages, and is held across device waits.
+ */
+import { gfn, NS_PER_MS, spinLock, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
+import type { SplitDriverQueue } from '@ebb/virtio/driver';
+import {
+  BALLOON_CFG_ACTUAL,
+  BALLOON_CFG_FREE_PAGE_HINT_CMD_ID,
+  BALLOON_CFG_NUM_PAGES,
+  BALLOON_CFG_POISON_VAL,
+  BALLOON_STAT_BYTES,
+  BALLOON_STAT_NR,
+  Features,
+  FREE_PAGE_HINT_DONE,
+  FREE_PAGE_HINT_STOP,
+  INTERRUPT_CONFIG_CHANGE,
+  VIRTIO_BALLOON_ARRAY_PFNS_MAX,
+  VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
+  VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+  VIRTIO_BALLOON_F_MUST_TELL_HOST,
+  VIRTIO_BALLOON_F_PAGE_POISON,
+  VIRTIO_BALLOON_F_REPORTING,
+  VIRTIO_BALLOON_F_STATS_VQ,
+  VIRTIO_F_ACCESS_PLATFORM,
+  VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_VERSION_1,
+  VIRTIO_ID_BALLOON,
+} from '@ebb/virtio/uapi';
+import type { Arena } from '../arena.ts';
+import { H_BALLOON_MUTEX, H_NR_FILE_PAGES, T_BALLOON } from '../layout.ts';
+import { EV, EVENT_NAMES, eventRow, eventSum } from '../mm/events.ts';
+import { P_FLAGS, P_NEXT, P_ZONE, PG_OFFLINE, SHADOW_ALLOCATED, SHADOW_BALLOON, shadowMove } from '../mm/page.ts';
+import { GFP_NOWAIT, GFP_NO_KSWAPD, GFP_NORETRY, type PageAllocator } from '../mm/page-alloc.ts';
+import { MIGRATE_MOVABLE, Z_FREE, Z_LOW, Z_MANAGED } from '../mm/zone.ts';
+import { LINE_BALLOON, Q_DEFLATE, Q_HINT, Q_INFLATE, Q_REPORTING, Q_STATS, VirtioGuest } from './virtio-guest.ts';
+
+const V_READY = 0;
+const V_FEATURES_LOW = 1;
+const V_FEATURES_HIGH = 2;
+/** Pages in the balloon, and the first of their list (newest first). */
+const V_NR_PAGES = 3;
+const V_LIST = 4;
+/** 1 while there is work: a config change, or a size not reached. */
+const V_WORK = 5;
+/** Command id of the round that is running, and whether it was announced; pages held for it. */
+const V_HINT_SEEN = 6;
+const V_HINT_LIST = 7;
+const V_HINT_COUNT = 8;
+const V_PFN_PAGE = 9;
+const V_STATS_PAGE = 10;
+const V_HINT_PAGE = 11;
+/** Not before this virtual time: 200 ms after running out of pages. */
+const V_RETRY_F64 = (T_BALLOON + 12) / 2;
+/** Device index of each arena queue number, −1 if not negotiated. */
+const V_INDEX = 16;
+const V_RINGS = 32;
+
+const QUEUE_SIZE = 128;
+const RETRY_NS: number = 200 * NS_PER_MS;
+/** `VIRTIO_BALLOON_HINT_BLOCK_ORDER`: 4 MiB. */
+const HINT_ORDER = 10;
+/** HIGHUSER_MOVABLE | NOMEMALLOC | NORETRY | NOWARN: may reclaim, never calls the OOM path. */
+const BALLOON_GFP: number = 3 | GFP_NORETRY;
+/** Guest pages the driver needs: three per queue, and one each for PFNs, statistics and the command id. */
+export const BALLOON_PAGES = 18;
+
+export class BalloonDriver {
+  readonly #w: Int32Array;
+  readonly #f64: Float64Array;
+  readonly #arena: Arena;
+  readonly #memmap: number;
+  readonly #vcpu: Vcpu;
+  readonly #alloc: PageAllocator;
+  readonly #zones: readonly number[];
+  readonly #guest: VirtioGuest;
+  readonly #events: number;
+  readonly #relax: () => void;
+  readonly #queues: (SplitDriverQueue | null)[] = [];
+  readonly #poison: boolean;
+  #features: Features | null = null;
+
+  constructor(arena: Arena, vcpu: Vcpu, alloc: PageAllocator, zones: readonly number[], poison: boolean, inWait: () => void) {
+    this.#w = arena.w;
+    this.#f64 = arena.f64;
+    this.#arena = arena;
+    this.#memmap = arena.memmap;
+    this.#vcpu = vcpu;
+    this.#alloc = alloc;
+    this.#zones = zones;
+    this.#poison = poison;
+    this.#guest = new VirtioGuest(arena, vcpu, LINE_BALLOON, inWait);
+    this.#events = eventRow(vcpu.id);
+    this.#relax = () => {
+      inWait();
+      vcpu.beginSection();
+      vcpu.port.relax();
+    };
+  }
+
+  // ── Bring-up ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Brings the device up on vCPU 0. `pages`: `BALLOON_PAGES` zeroed guest pages. False: no such device. */
+  probe(pages: readonly number[]): boolean {
+    const w = this.#w;
+    const { driver } = this.#guest;
+    if (!driver.begin(VIRTIO_ID_BALLOON).ok) return false;
+    // Linux's balloon declines INDIRECT_DESC, and writes its features twice: first all, then what it really wants.
+    const all = driver
+      .readFeatures()
+      .and(
+        Features.of(
+          VIRTIO_BALLOON_F_MUST_TELL_HOST,
+          VIRTIO_BALLOON_F_STATS_VQ,
+          VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
+          VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+          VIRTIO_BALLOON_F_PAGE_POISON,
+          VIRTIO_BALLOON_F_REPORTING,
+          VIRTIO_F_EVENT_IDX,
+          VIRTIO_F_VERSION_1,
+          VIRTIO_F_ACCESS_PLATFORM,
+        ),
+      );
+    driver.writeFeatures(all);
+    const features = all.without(VIRTIO_F_ACCESS_PLATFORM, ...(this.#poison ? [] : [VIRTIO_BALLOON_F_PAGE_POISON]));
+    driver.writeFeatures(features);
+    if (!driver.acceptFeatures(features).ok) return false;
+    w[T_BALLOON + V_FEATURES_LOW] = features.low;
+    w[T_BALLOON + V_FEATURES_HIGH] = features.high;
+    w[T_BALLOON + V_LIST] = -1;
+    w[T_BALLOON + V_HINT_LIST] = -1;
+    for (let i = 0; i < 15; i++) w[T_BALLOON + V_RINGS + i] = pages[i];
+    w[T_BALLOON + V_PFN_PAGE] = pages[15];
+    w[T_BALLOON + V_STATS_PAGE] = pages[16];
+    w[T_BALLOON + V_HINT_PAGE] = pages[17];
+    // Queue indices are compacted: an optional queue that was not negotiated has none.
+    let index = 0;
+    for (const [number, bit] of [
+      [Q_INFLATE, -1],
+      [Q_DEFLATE, -1],
+      [Q_STATS, VIRTIO_BALLOON_F_STATS_VQ],
+      [Q_HINT, VIRTIO_BALLOON_F_FREE_PAGE_HINT],
+      [Q_REPORTING, VIRTIO_BALLOON_F_REPORTING],
+    ] as const) {
+      const wanted = bit < 0 || features.has(bit);
+      w[T_BALLOON + V_INDEX + number] = wanted ? index : -1;
+      if (!wanted) continue;
+      const max = driver.queueMax(index);
+      const queue = this.queue(number);
+      if (!max.ok || queue === null) return false;
+      queue.reset(this.#vcpu);
+      if (!driver.setupQueue(index, QUEUE_SIZE, queue.rings).ok) return false;
+      index++;
+    }
+    if (features.has(VIRTIO_BALLOON_F_PAGE_POISON)) driver.writeConfig32(BALLOON_CFG_POISON_VAL, 0xaaaaaaaa);
+    // Linux primes and kicks the stats queue before DRIVER_OK; the device finds it there.
+    if (features.has(VIRTIO_BALLOON_F_STATS_VQ)) this.#sendStats();
+    driver.driverOk();
+    w[T_BALLOON + V_WORK] = 1;
+    Atomics.store(w, T_BALLOON + V_READY, 1);
+    return true;
+  }
+
+  get ready(): boolean {
+    return Atomics.load(this.#w, T_BALLOON + V_READY) !== 0;
+  }
+
+  get features(): Features {
+    this.#features ??= new Features(this.#w[T_BALLOON + V_FEATURES_LOW], this.#w[T_BALLOON + V_FEATURES_HIGH]);
+    return this.#features;
+  }
+
+  /** This vCPU's view of an arena queue; null when it was not negotiated. */
+  queue(number: number): SplitDriverQueue | null {
+    if (this.#w[T_BALLOON + V_INDEX + number] < 0) return null;
+    const cached = this.#queues[number];
+    if (cached !== undefined && cached !== null) return cached;
+    const features = new Features(this.#w[T_BALLOON + V_FEATURES_LOW], this.#w[T_BALLOON + V_FEATURES_HIGH]);
+    const queue = this.#guest.queue(number, QUEUE_SIZE, T_BALLOON + V_RINGS + 3 * number, features);
+    this.#queues[number] = queue;
+    return queue;
+  }
+
+  get guest(): VirtioGuest {
+    return this.#guest;
+  }
+  deviceQueue(number: number): number {
+    return this.#w[T_BALLOON + V_INDEX + number];
+  }
+  get nrPages(): number {
+    return Atomics.load(this.#w, T_BALLOON + V_NR_PAGES);
+  }
+
+  // ── Interrupts and work ──────────────────────────────────────────────────────────────────────────────────────────
+
+  /** The device's interrupt: notes a config change, answers a request for statistics. On vCPU 0, between steps. */
+  interrupt(): void {
+    if (!this.ready) return;
+    if (!trySpinLock(this.#w, H_BALLOON_MUTEX, this.#vcpu.id)) {
+      this.#w[T_BALLOON + V_WORK] = 1;
+      return;
+    }
+    const status = this.#guest.driver.takeInterrupt();
+    if ((status & INTERRUPT_CONFIG_CHANGE) !== 0) this.#w[T_BALLOON + V_WORK] = 1;
+    const stats = this.queue(Q_STATS);
+    if (stats !== null) {
+      while (stats.popUsed(this.#vcpu) >= 0) this.#sendStats();
+      stats.enableInterrupts(this.#vcpu);
+    }
+    spinUnlock(this.#w, H_BALLOON_MUTEX);
+  }
+
+  /** Virtual time at which the balloon has work; Infinity when it has none. */
+  nextDue(now: number): number {
+    if (!this.ready || this.#w[T_BALLOON + V_WORK] === 0) return Number.POSITIVE_INFINITY;
+    return Math.max(now, this.#f64[V_RETRY_F64]);
+  }
+
+  /** Works towards the size asked for, a batch at a time, until it is reached or `until` has passed. */
+  work(until: number): void {
+    const w = this.#w;
+    if (!this.ready) return;
+    while (w[T_BALLOON + V_WORK] !== 0 && this.#vcpu.clock < until && this.#f64[V_RETRY_F64] <= this.#vcpu.clock) {
+      if (!trySpinLock(w, H_BALLOON_MUTEX, this.#vcpu.id)) return;
+      w[T_BALLOON + V_WORK] = 0;
+      this.#hintRound();
+      const target = this.#guest.driver.readConfig32(BALLOON_CFG_NUM_PAGES);
+      const diff = target - w[T_BALLOON + V_NR_PAGES];
+      if (diff > 0) {
+        const got = this.#fill(Math.min(diff, VIRTIO_BALLOON_ARRAY_PFNS_MAX));
+        if (got < Math.min(diff, VIRTIO_BALLOON_ARRAY_PFNS_MAX)) {
+          w[this.#events + EV.out_of_puff]++;
+          this.#f64[V_RETRY_F64] = this.#vcpu.clock + RETRY_NS;
+        }
+        w[T_BALLOON + V_WORK] = got < diff ? 1 : 0;
+      } else if (diff < 0) {
+        const put = this.#leak(Math.min(-diff, VIRTIO_BALLOON_ARRAY_PFNS_MAX));
+        w[T_BALLOON + V_WORK] = put < -diff ? 1 : 0;
+      }
+      if (diff !== 0) this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, w[T_BALLOON + V_NR_PAGES]);
+      spinUnlock(w, H_BALLOON_MUTEX);
+    }
+  }
+
+  // ── Inflate and deflate ──────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Takes up to `n` pages into the balloon; returns how many it got. Sent newest first, so PFNs descend in a buffer. */
+  #fill(n: number): number {
+    const w = this.#w;
+    const taken: number[] = [];
+    for (let i = 0; i < n; i++) {
+      const pfn = this.#alloc.alloc(0, MIGRATE_MOVABLE, BALLOON_GFP);
+      if (pfn < 0) break;
+      taken.push(pfn);
+    }
+    if (taken.length === 0) return 0;
+    taken.reverse();
+    for (const pfn of taken) {
+      const page = this.#memmap + (pfn << 4);
+      w[page + P_FLAGS] = PG_OFFLINE;
+      w[page + P_NEXT] = w[T_BALLOON + V_LIST];
+      w[T_BALLOON + V_LIST] = pfn;
+      shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_ALLOCATED, SHADOW_BALLOON);
+      this.#adjustManaged(pfn, -1);
+    }
+    w[T_BALLOON + V_NR_PAGES] += taken.length;
+    w[this.#events + EV.balloon_inflate] += taken.length;
+    this.#tellHost(Q_INFLATE, taken);
+    return taken.length;
+  }
+
+  /** Gives up to `n` pages back: tells the host first and frees them only after it has answered. */
+  #leak(n: number): number {
+    const w = this.#w;
+    const pages: number[] = [];
+    while (pages.length < n && w[T_BALLOON + V_LIST] >= 0) {
+      const pfn = w[T_BALLOON + V_LIST];
+      w[T_BALLOON + V_LIST] = w[this.#memmap + (pfn << 4) + P_NEXT];
+      pages.push(pfn);
+    }
+    if (pages.length === 0) return 0;
+    w[T_BALLOON + V_NR_PAGES] -= pages.length;
+    w[this.#events + EV.balloon_deflate] += pages.length;
+    this.#tellHost(Q_DEFLATE, pages);
+    for (const pfn of pages) {
+      w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
+      shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_BALLOON, SHADOW_ALLOCATED);
+      this.#adjustManaged(pfn, 1);
+      this.#alloc.free(pfn, 0);
+    }
+    return pages.length;
+  }
+
+  /** Without DEFLATE_ON_OOM, balloon pages no longer count as the guest's (`adjust_managed_page_count`). */
+  #adjustManaged(pfn: number, delta: number): void {
+    if (this.features.has(VIRTIO_BALLOON_F_DEFLATE_ON_OOM)) return;
+    Atomics.add(this.#w, this.#zones[this.#w[this.#memmap + (pfn << 4) + P_ZONE]] + Z_MANAGED, delta);
+  }
+
+  /** Sends PFNs in one buffer and waits for the host's answer. */
+  #tellHost(number: number, pfns: readonly number[]): void {
+    const queue = this.queue(number);
+    if (queue === null) return;
+    const gpa = this.#w[T_BALLOON + V_PFN_PAGE] * 4096;
+    this.#vcpu.window(gpa, pfns.length * 4, true);
+    this.#vcpu.i32.set(pfns, this.#vcpu.at >> 2);
+    queue.add(this.#vcpu, [{ gpa, length: pfns.length * 4 }], [], 0);
+    this.#guest.submitAndWait(queue, this.deviceQueue(number));
+  }
+
+  /** The OOM notifier: releases one batch; returns pages freed. Any vCPU. */
+  oomNotify(): number {
+    if (!this.ready || !this.features.has(VIRTIO_BALLOON_F_DEFLATE_ON_OOM) || this.nrPages === 0) return 0;
+    if (Atomics.load(this.#w, H_BALLOON_MUTEX) === this.#vcpu.id + 1) return 0;
+    spinLock(this.#w, H_BALLOON_MUTEX, this.#vcpu.id, this.#relax);
+    const freed = this.#leak(VIRTIO_BALLOON_ARRAY_PFNS_MAX);
+    this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, this.#w[T_BALLOON + V_NR_PAGES]);
+    spinUnlock(this.#w, H_BALLOON_MUTEX);
+    this.#w[this.#events + EV.oom_notifier]++;
+    return freed;
+  }
+
+  // ── Statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Writes the 16 tags of Linux 6.12 into the stats page and hands it to the device. */
+  #sendStats(): void {
+    const queue = this.queue(Q_STATS);
+    if (queue === null) return;
+    const gpa = this.#w[T_BALLOON + V_STATS_PAGE] * 4096;
+    const bytes = new DataView(new ArrayBuffer(BALLOON_STAT_NR * BALLOON_STAT_BYTES));
+    this.#statValues().forEach((value, tag) => {
+      bytes.setUint16(tag * BALLOON_STAT_BYTES, tag, true);
+      bytes.setUint32(tag * BALLOON_STAT_BYTES + 2, value >>> 0, true);
+      bytes.setUint32(tag * BALLOON_STAT_BYTES + 6, Math.floor(value / 0x1_0000_0000), true);
+    });
+    this.#vcpu.window(gpa, bytes.byteLength, true);
+    this.#vcpu.u8.set(new Uint8Array(bytes.buffer), this.#vcpu.at);
+    queue.add(this.#vcpu, [{ gpa, length: bytes.byteLength }], [], 0);
+    this.#guest.submit(queue, this.deviceQueue(Q_STATS));
+  }
+
+  /** Values by tag. Swap and huge-page tags are 0: this kernel has neither. */
+  #statValues(): number[] {
+    const w = this.#w;
+    const free = this.#zones.reduce((sum, z) => sum + w[z + Z_FREE], 0);
+    const low = this.#zones.reduce((sum, z) => sum + w[z + Z_LOW], 0);
+    const total = this.#zones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
+    const file = w[H_NR_FILE_PAGES];
+    const available = Math.max(0, free - low + file - Math.min(file >> 1, low));
+    const event = (name: (typeof EVENT_NAMES)[number]): number => eventSum(this.#arena, name);
+    return [
+      0,
+      0,
+      event('pgpgin'),
+      event('pgalloc'),
+      free * 4096,
+      total * 4096,
+      available * 4096,
+      file * 4096,
+      0,
+      0,
+      event('oom_kill'),
+      event('allocstall'),
+      event('pgscan_kswapd'),
+      event('pgscan_direct'),
+      event('pgsteal_kswapd'),
+      event('pgsteal_direct'),
+    ];
+  }
+
+  // ── Free page hinting ────────────────────────────────────────────────────────────────────────────────────────────
+
+  /**
+   * Follows the host's command id: a new one starts a round, DONE releases the pages held, STOP likewise. Hinted pages
+   * are allocated 4 MiB blocks, kept until the round is over, so that their hint stays true.
+   */
+  #hintRound(): void {
+    const w = this.#w;
+    const queue = this.queue(Q_HINT);
+    if (queue === null) return;
+    const id = this.#guest.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID) | 0;
+    if (id === w[T_BALLOON + V_HINT_SEEN]) return;
+    w[T_BALLOON + V_HINT_SEEN] = id;
+    if (id === FREE_PAGE_HINT_STOP || id === FREE_PAGE_HINT_DONE) {
+      this.#releaseHinted();
+      return;
+    }
+    this.#sendCommand(queue, id);
+    const index = this.deviceQueue(Q_HINT);
+    for (;;) {
+      const pfn = this.#alloc.alloc(HINT_ORDER, MIGRATE_MOVABLE, 3 | GFP_NORETRY | GFP_NOWAIT | GFP_NO_KSWAPD);
+      if (pfn < 0) break;
+      w[this.#memmap + (pfn << 4) + P_NEXT] = w[T_BALLOON + V_HINT_LIST];
+      w[T_BALLOON + V_HINT_LIST] = pfn;
+      w[T_BALLOON + V_HINT_COUNT]++;
+      for (let i = 0; i < 1 << HINT_ORDER; i++) this.#alloc.unstamp(pfn + i);
+      queue.add(this.#vcpu, [], [{ gpa: pfn * 4096, length: 4096 << HINT_ORDER }], 0);
+      this.#guest.submitAndWait(queue, index);
+      w[this.#events + EV.hinted_pages] += 1 << HINT_ORDER;
+    }
+    this.#sendCommand(queue, FREE_PAGE_HINT_STOP);
+  }
+
+  #sendCommand(queue: SplitDriverQueue, id: number): void {
+    const page = this.#w[T_BALLOON + V_HINT_PAGE];
+    this.#vcpu.store32(gfn(page), 0, id);
+    queue.add(this.#vcpu, [{ gpa: page * 4096, length: 4 }], [], 0);
+    this.#guest.submitAndWait(queue, this.deviceQueue(Q_HINT));
+  }
+
+  #releaseHinted(): void {
+    const w = this.#w;
+    while (w[T_BALLOON + V_HINT_LIST] >= 0) {
+      const pfn = w[T_BALLOON + V_HINT_LIST];
+      w[T_BALLOON + V_HINT_LIST] = w[this.#memmap + (pfn << 4) + P_NEXT];
+      this.#alloc.free(pfn, HINT_ORDER);
+    }
+    w[T_BALLOON + V_HINT_COUNT] = 0;
+  }
+}

@@ -1,0 +1,105 @@
+/**
+ * What the guest's virtio drivers share: registers by MMIO exits, queues with their state in the arena and their rings
+ * in guest pages, and the wait for a device.
+ */
+import { assert, type Vcpu } from '@ebb/machine';
+import { MmioDriver, SplitDriverQueue, type MmioBus } from '@ebb/virtio/driver';
+import type { Features } from '@ebb/virtio/uapi';
+import { VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC } from '@ebb/virtio/uapi';
+import type { Arena } from '../arena.ts';
+import { QUEUE_WORDS } from '../layout.ts';
+
+/** Guest-physical base of device registers: far above RAM; device `n` is at `+ n · 4 KiB` and has interrupt line `n`. */
+export const MMIO_BASE = 0xfd_0000_0000;
+export const MMIO_STRIDE = 0x1000;
+export const LINE_BALLOON = 0;
+export const LINE_BLK = 1;
+
+/** Queue numbers in the arena. */
+export const Q_INFLATE = 0;
+export const Q_DEFLATE = 1;
+export const Q_STATS = 2;
+export const Q_HINT = 3;
+export const Q_REPORTING = 4;
+export const Q_BLK = 5;
+
+/** Pages that the drivers need for rings and buffers, allocated once at boot. */
+export const RING_PAGES = 3;
+
+export class VirtioGuest {
+  readonly line: number;
+  readonly driver: MmioDriver;
+  readonly vcpu: Vcpu;
+  /** A wait took the line's bit: the driver's interrupt handler must run for whatever else it announced. */
+  interruptTaken = false;
+  readonly #arena: Arena;
+  /** Runs inside every wait: sections are begun by the wait itself; this serves requests of sibling CPUs. */
+  readonly #inWait: () => void;
+
+  constructor(arena: Arena, vcpu: Vcpu, line: number, inWait: () => void) {
+    this.line = line;
+    this.vcpu = vcpu;
+    this.#arena = arena;
+    this.#inWait = inWait;
+    const base = MMIO_BASE + line * MMIO_STRIDE;
+    const bus: MmioBus = {
+      read: (offset, width) => vcpu.mmioRead(base + offset, width) >>> 0,
+      write: (offset, width, value) => vcpu.mmioWrite(base + offset, width, value),
+    };
+    this.driver = new MmioDriver(bus);
+  }
+
+  /** A view of queue `number`, whose rings are the three pages from the arena's record at `ringWord`. */
+  queue(number: number, size: number, ringWord: number, features: Features): SplitDriverQueue {
+    const w = this.#arena.w;
+    return new SplitDriverQueue({
+      size,
+      rings: { desc: w[ringWord] * 4096, driver: w[ringWord + 1] * 4096, device: w[ringWord + 2] * 4096 },
+      state: w,
+      stateBase: this.#arena.layout.queues + number * QUEUE_WORDS,
+      eventIdx: features.has(VIRTIO_F_EVENT_IDX),
+      indirect: features.has(VIRTIO_F_INDIRECT_DESC),
+    });
+  }
+
+  /**
+   * Publishes what was added, kicks if the device wants it, and waits until `queue` returns a buffer: its token. Holds
+   * no spin lock. The vCPU halts outside guest mode between looks; the time until the completion is due is a stall.
+   */
+  submitAndWait(queue: SplitDriverQueue, deviceQueue: number): number {
+    this.submit(queue, deviceQueue);
+    const token = this.waitUsed(queue);
+    this.settle();
+    return token;
+  }
+
+  /** Publishes what was added and kicks if the device wants it. */
+  submit(queue: SplitDriverQueue, deviceQueue: number): void {
+    this.vcpu.schedule.point('index-publish', deviceQueue);
+    if (queue.publish(this.vcpu)) {
+      this.vcpu.schedule.point('doorbell', deviceQueue);
+      this.driver.kick(deviceQueue);
+    }
+  }
+
+  /** Waits for the next returned buffer of `queue`: its token. */
+  waitUsed(queue: SplitDriverQueue): number {
+    const vcpu = this.vcpu;
+    for (;;) {
+      const pending = vcpu.clearInterrupt(this.line);
+      this.interruptTaken = true;
+      if (queue.enableInterrupts(vcpu)) {
+        const token = queue.popUsed(vcpu);
+        assert(!queue.broken, 'our device keeps the ring rules');
+        if (token >= 0) return token;
+      }
+      this.#inWait();
+      vcpu.halt(pending);
+    }
+  }
+
+  /** Charges the time until the device's newest completion is due. */
+  settle(): void {
+    this.vcpu.stall(this.vcpu.completionDue(this.line) - this.vcpu.clock);
+  }
+}

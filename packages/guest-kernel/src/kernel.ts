@@ -1,0 +1,185 @@
+/**
+ * One vCPU's view of its guest's kernel: the allocator, page cache, reclaim and drivers over the shared arena, and the
+ * kernel threads that run between a program's steps.
+ *
+ * Threads are explicit state machines with their state in the arena. The balloon and reporting run on vCPU 0; kswapd of
+ * a node on the first vCPU of that node; the flusher anywhere. Interrupts are taken between steps and in device waits.
+ */
+import { assert, hash2, NS_PER_S, type Vcpu } from '@ebb/machine';
+import { Arena } from './arena.ts';
+import { bootMemory, zoneBases, type GuestConfig } from './boot.ts';
+import { BALLOON_PAGES, BalloonDriver } from './drivers/balloon.ts';
+import { BlkDriver } from './drivers/blk.ts';
+import { PageReporting } from './drivers/reporting.ts';
+import { LINE_BALLOON } from './drivers/virtio-guest.ts';
+import { H_BOOTED, H_NR_FILE_PAGES } from './layout.ts';
+import { Buddy } from './mm/buddy.ts';
+import { Lru } from './mm/lru.ts';
+import { P_FLAGS, P_INODE, PG_CACHED } from './mm/page.ts';
+import { PageAllocator } from './mm/page-alloc.ts';
+import { PageCache, type BlockMap } from './mm/page-cache.ts';
+import { PerCpuPages } from './mm/per-cpu-pages.ts';
+import { Reclaim } from './mm/reclaim.ts';
+import { EV, eventRow } from './mm/events.ts';
+import { MIGRATE_UNMOVABLE, Z_NODE } from './mm/zone.ts';
+
+/** Highest zone for kernel memory: Normal. */
+const KERNEL_GFP = 2;
+/** `vmstat_update` interval, at which idle per-CPU lists shrink. */
+const VMSTAT_INTERVAL = NS_PER_S;
+
+export class GuestKernel {
+  readonly arena: Arena;
+  readonly vcpu: Vcpu;
+  readonly config: GuestConfig;
+  #parts: Parts | null = null;
+  #nextVmstat = VMSTAT_INTERVAL;
+
+  constructor(config: GuestConfig, arenaBuffer: SharedArrayBuffer, vcpu: Vcpu) {
+    this.arena = new Arena(arenaBuffer, config.maxPfn);
+    this.vcpu = vcpu;
+    this.config = config;
+  }
+
+  /** True once vCPU 0 has booted the guest. */
+  get booted(): boolean {
+    return Atomics.load(this.arena.w, H_BOOTED) !== 0;
+  }
+
+  /** Boots the guest. vCPU 0 only, in guest mode, with nothing else running in this guest. */
+  boot(): void {
+    assert(this.vcpu.id === 0, 'vCPU 0 boots');
+    bootMemory(this.arena, this.vcpu, this.config);
+    const parts = this.#build();
+    this.#parts = parts;
+    parts.pcp.enter();
+    const takePages = (n: number): number[] =>
+      Array.from({ length: n }, () => {
+        const pfn = parts.alloc.alloc(0, MIGRATE_UNMOVABLE, KERNEL_GFP);
+        assert(pfn >= 0, 'a booting guest has pages for its drivers');
+        this.vcpu.zeroPages(pfn as never, 1);
+        parts.alloc.unstamp(pfn);
+        return pfn;
+      });
+    if (this.config.blk) parts.blk.probe(takePages(4));
+    if (this.config.balloon && parts.balloon.probe(takePages(BALLOON_PAGES))) parts.reporting.notifyFree();
+    parts.pcp.leave();
+    // Publishes the booted arena. Pairs with the load in `booted`.
+    Atomics.store(this.arena.w, H_BOOTED, 1);
+  }
+
+  /** The kernel's parts as this vCPU sees them; only after boot. */
+  get parts(): Parts {
+    this.#parts ??= this.#build();
+    return this.#parts;
+  }
+
+  #build(): Parts {
+    const { arena, vcpu, config } = this;
+    const zones = zoneBases(arena.w);
+    const buddy = new Buddy(arena, vcpu);
+    const pcp = new PerCpuPages(arena, buddy, vcpu, zones);
+    const alloc = new PageAllocator(arena, vcpu, buddy, pcp, zones, config);
+    const inWait = (): void => pcp.serveDrainRequest();
+    const blk = new BlkDriver(arena, vcpu, inWait);
+    const lru = new Lru(arena, vcpu);
+    const cache = new PageCache(arena, vcpu, lru, alloc, zones, blk, blockMap(config));
+    const reclaim = new Reclaim(arena, vcpu, lru, cache, alloc, zones);
+    const balloon = new BalloonDriver(arena, vcpu, alloc, zones, config.pagePoison, inWait);
+    const reporting = new PageReporting(arena, vcpu, buddy, zones, balloon);
+    buddy.onLargeFree = () => reporting.notifyFree();
+    alloc.onLastPut = (pfn) => {
+      const node = cache.nodeOf(pfn);
+      lru.lock(node);
+      lru.remove(node, pfn);
+      lru.unlock(node);
+    };
+    alloc.pressure = {
+      wakeKswapd: (zone) => reclaim.wakeKswapd(zone),
+      reclaim: (node) => reclaim.direct(node),
+      outOfMemory: () => balloon.oomNotify(),
+    };
+    const nodes = [...new Set(zones.map((z) => arena.w[z + Z_NODE]))].filter((node) => config.cpuNode.indexOf(node) === vcpu.id);
+    return { zones, buddy, pcp, alloc, blk, lru, cache, reclaim, balloon, reporting, kswapdNodes: nodes };
+  }
+
+  /** Begins a slice: guest mode, and the lease on this CPU's page lists. */
+  enter(): void {
+    this.vcpu.enterGuest();
+    this.parts.pcp.enter();
+  }
+
+  /** Ends a slice. */
+  leave(): void {
+    this.parts.pcp.leave();
+    this.vcpu.leaveGuest();
+  }
+
+  /** Takes interrupts and runs the kernel threads that are due. Between program steps. */
+  runDue(until: number): void {
+    const { balloon, reporting, reclaim, pcp, kswapdNodes } = this.parts;
+    const { vcpu } = this;
+    pcp.serveDrainRequest();
+    const lines = vcpu.takeInterrupts();
+    if (vcpu.id === 0) {
+      if ((lines & (1 << LINE_BALLOON)) !== 0 || balloon.guest.interruptTaken) {
+        balloon.guest.interruptTaken = false;
+        balloon.interrupt();
+      }
+      if (balloon.nextDue(vcpu.clock) <= vcpu.clock) balloon.work(until);
+      if (reporting.nextDue() <= vcpu.clock) reporting.pass();
+    }
+    for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) reclaim.kswapd(node);
+    reclaim.flusher();
+    if (vcpu.clock >= this.#nextVmstat) {
+      this.#nextVmstat = vcpu.clock + VMSTAT_INTERVAL;
+      pcp.decay();
+    }
+  }
+
+  /** Virtual time at which a kernel thread of this vCPU is due; Infinity when none is. */
+  nextDue(): number {
+    const { balloon, reporting, reclaim, kswapdNodes } = this.parts;
+    const now = this.vcpu.clock;
+    let due = Number.POSITIVE_INFINITY;
+    if (this.vcpu.id === 0) due = Math.min(balloon.nextDue(now), reporting.nextDue());
+    for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) due = Math.min(due, now);
+    return due;
+  }
+
+  /** Takes a page that a capture found in the page cache out of it. True if there was one. */
+  dropStartFilePage(pfn: number): boolean {
+    const { w, memmap } = this.arena;
+    const page = memmap + (pfn << 4);
+    if ((w[page + P_FLAGS] & PG_CACHED) === 0 || w[page + P_INODE] >= 0) return false;
+    Atomics.and(w, page + P_FLAGS, ~PG_CACHED);
+    Atomics.sub(w, H_NR_FILE_PAGES, 1);
+    return true;
+  }
+
+  /** Adds to one of this CPU's event counters. */
+  count(event: keyof typeof EV, by: number): void {
+    this.arena.w[eventRow(this.vcpu.id) + EV[event]] += by;
+  }
+}
+
+interface Parts {
+  readonly zones: readonly number[];
+  readonly buddy: Buddy;
+  readonly pcp: PerCpuPages;
+  readonly alloc: PageAllocator;
+  readonly blk: BlkDriver;
+  readonly lru: Lru;
+  readonly cache: PageCache;
+  readonly reclaim: Reclaim;
+  readonly balloon: BalloonDriver;
+  readonly reporting: PageReporting;
+  /** Nodes whose kswapd runs on this vCPU. */
+  readonly kswapdNodes: readonly number[];
+}
+
+function blockMap(config: GuestConfig): BlockMap {
+  const { blocks } = config;
+  if (blocks.kind === 'hash') return (inode, index) => hash2(inode, index) % blocks.nrBlocks;
+  return (inode, index) => inode * blocks.pagesPerFile + index;
+}

@@ -1,0 +1,93 @@
+/**
+ * The arena: one shared buffer per guest that holds every mutable field of its kernel. Models Linux's virtually
+ * contiguous memmap; the guest pages that would back it are charged elsewhere (boot reservations, hot-add).
+ *
+ * ```
+ * word 0        header: globals, zones, per-CPU lists, LRU, kernel threads, event counters   (64 KiB)
+ * queues        driver state of the virtqueues
+ * pageblocks    one word per 512 pages: migratetype
+ * memmap        16 words (64 B, one cache line) per page
+ * hash          page-cache buckets
+ * ```
+ */
+import { assert, HUGE_PAGES } from '@ebb/machine';
+import { driverQueueWords } from '@ebb/virtio/driver';
+
+export const HEADER_WORDS = 16384;
+
+// ── Globals ──────────────────────────────────────────────────────────────────────────────────────────────────────
+/** 1 once vCPU 0 has built the zones. Written by vCPU 0, read by the others before they touch anything. */
+export const H_BOOTED = 0;
+export const H_NR_ZONES = 1;
+export const H_MAX_PFN = 2;
+export const H_TOTAL_PAGES = 3;
+/** Page-cache lock: guards hash chains, mapping and index of cached pages. */
+export const H_CACHE_LOCK = 16;
+export const H_NR_FILE_PAGES = 17;
+export const H_NR_DIRTY = 18;
+export const H_NR_WRITEBACK = 19;
+/** Sleeping mutexes: may be held across a device wait. Order: balloon before blk; both before every spin lock. */
+export const H_BALLOON_MUTEX = 32;
+export const H_BLK_MUTEX = 48;
+/** Pages the kernel gave away at boot: reserved, never free. */
+export const H_RESERVED_PAGES = 64;
+
+// ── Zones ────────────────────────────────────────────────────────────────────────────────────────────────────────
+export const MAX_ZONES = 8;
+export const MAX_NODES = 2;
+export const ZONE_BASE = 256;
+export const ZONE_WORDS = 256;
+
+// ── Per-CPU page lists ───────────────────────────────────────────────────────────────────────────────────────────
+export const MAX_CPUS = 8;
+export const PCP_BASE: number = ZONE_BASE + MAX_ZONES * ZONE_WORDS;
+export const PCP_WORDS = 64;
+
+// ── LRU per node ─────────────────────────────────────────────────────────────────────────────────────────────────
+export const LRU_BASE: number = PCP_BASE + MAX_ZONES * MAX_CPUS * PCP_WORDS;
+export const LRU_WORDS = 64;
+
+// ── Kernel threads: balloon, reporting, kswapd per node ──────────────────────────────────────────────────────────
+export const THREADS_BASE: number = LRU_BASE + MAX_NODES * LRU_WORDS;
+export const THREAD_WORDS = 128;
+export const T_BALLOON: number = THREADS_BASE;
+export const T_REPORTING: number = THREADS_BASE + THREAD_WORDS;
+export const T_KSWAPD: number = THREADS_BASE + 2 * THREAD_WORDS;
+export const T_WRITEBACK: number = T_KSWAPD + MAX_NODES * 16;
+export const T_BLK: number = THREADS_BASE + 4 * THREAD_WORDS;
+
+// ── Event counters per CPU, each written by its CPU only ─────────────────────────────────────────────────────────
+export const EVENTS_BASE: number = THREADS_BASE + 5 * THREAD_WORDS;
+export const EVENTS_WORDS = 64;
+
+// ── Queues ───────────────────────────────────────────────────────────────────────────────────────────────────────
+/** Inflate, deflate, stats, hint, reporting, blk. */
+export const NR_QUEUES = 6;
+export const QUEUE_WORDS: number = driverQueueWords(256);
+
+export const PAGE_STRUCT_WORDS = 16;
+export const PAGE_STRUCT_SHIFT = 4;
+
+export interface ArenaLayout {
+  readonly maxPfn: number;
+  readonly queues: number;
+  readonly pageblocks: number;
+  readonly memmap: number;
+  readonly hash: number;
+  /** Power of two. */
+  readonly hashBuckets: number;
+  readonly words: number;
+}
+
+/** Lays out an arena for pages `0 … maxPfn − 1`, hot-pluggable ones included. */
+export function arenaLayout(maxPfn: number): ArenaLayout {
+  assert(EVENTS_BASE + MAX_CPUS * EVENTS_WORDS <= HEADER_WORDS, 'the header holds everything');
+  const queues = HEADER_WORDS;
+  const pageblocks = queues + NR_QUEUES * QUEUE_WORDS;
+  // The memmap starts on a cache line.
+  const memmap = Math.ceil((pageblocks + Math.ceil(maxPfn / HUGE_PAGES) + 1) / 16) * 16;
+  const hash = memmap + maxPfn * PAGE_STRUCT_WORDS;
+  let hashBuckets = 1024;
+  while (hashBuckets < maxPfn / 4) hashBuckets *= 2;
+  return { maxPfn, queues, pageblocks, memmap, hash, hashBuckets, words: hash + hashBuckets };
+}

@@ -1,0 +1,351 @@
+/**
+ * The buddy allocator of one guest: free lists by order and migratetype in every zone, pageblock fallback, merging.
+ * Counterpart: `mm/page_alloc.c` — `__rmqueue_smallest`, `__rmqueue_fallback`, `expand`, `__free_one_page`,
+ * `steal_suitable_fallback`, `__isolate_free_page`.
+ *
+ * Every function here needs the zone's lock held. State is in the arena; fields of this class are constants.
+ */
+import { assert, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
+import type { Arena } from '../arena.ts';
+import { EV, eventRow } from './events.ts';
+import { P_FLAGS, P_NEXT, P_ORDER, P_PREV, P_ZONE, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, SHADOW_ISOLATED, shadowMove } from './page.ts';
+import {
+  listAt,
+  MAX_ORDER,
+  MIGRATE_HIGHATOMIC,
+  MIGRATE_MOVABLE,
+  MIGRATE_RECLAIMABLE,
+  MIGRATE_TYPES,
+  MIGRATE_UNMOVABLE,
+  PAGEBLOCK_ORDER,
+  PAGEBLOCK_PAGES,
+  Z_END,
+  Z_FREE,
+  Z_LENGTHS,
+  Z_LISTS,
+  Z_LOCK,
+  Z_MIN,
+  Z_NR_FREE,
+  Z_START,
+} from './zone.ts';
+
+/** Where an allocation of a type may look when its own lists are empty, in order. */
+const FALLBACKS: readonly (readonly number[])[] = [
+  [MIGRATE_RECLAIMABLE, MIGRATE_MOVABLE],
+  [MIGRATE_RECLAIMABLE, MIGRATE_UNMOVABLE],
+  [MIGRATE_UNMOVABLE, MIGRATE_MOVABLE],
+];
+
+export class Buddy {
+  readonly w: Int32Array;
+  readonly memmap: number;
+  readonly pageblocks: number;
+  readonly vcpu: Vcpu;
+  readonly #events: number;
+  readonly #relax: () => void;
+  /** Called with the order when a free block of pageblock order or more appears (`page_reporting_notify_free`). */
+  onLargeFree: (order: number) => void = () => undefined;
+
+  constructor(arena: Arena, vcpu: Vcpu) {
+    this.w = arena.w;
+    this.memmap = arena.memmap;
+    this.pageblocks = arena.layout.pageblocks;
+    this.vcpu = vcpu;
+    this.#events = eventRow(vcpu.id);
+    this.#relax = () => {
+      vcpu.beginSection();
+      vcpu.port.relax();
+    };
+  }
+
+  /** Takes the zone's lock: guards its free lists, counts, and the flags of its free pages. Innermost lock. */
+  lock(zone: number): void {
+    if (this.vcpu.schedule.controlled) this.vcpu.schedule.point('lock', zone);
+    spinLock(this.w, zone + Z_LOCK, this.vcpu.id, this.#relax);
+  }
+
+  unlock(zone: number): void {
+    spinUnlock(this.w, zone + Z_LOCK);
+    if (this.vcpu.schedule.controlled) this.vcpu.schedule.point('unlock', zone);
+  }
+
+  pageblockType(pfn: number): number {
+    return this.w[this.pageblocks + (pfn >>> PAGEBLOCK_ORDER)];
+  }
+
+  setPageblockType(pfn: number, migratetype: number): void {
+    this.w[this.pageblocks + (pfn >>> PAGEBLOCK_ORDER)] = migratetype;
+  }
+
+  // ── Lists ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  #addHead(zone: number, pfn: number, order: number, migratetype: number): void {
+    const w = this.w;
+    const list = zone + Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+    const page = this.memmap + (pfn << 4);
+    const head = w[list];
+    w[page + P_NEXT] = head;
+    w[page + P_PREV] = -1;
+    if (head >= 0) w[this.memmap + (head << 4) + P_PREV] = pfn;
+    else w[list + 1] = pfn;
+    w[list] = pfn;
+    w[page + P_FLAGS] = PG_BUDDY;
+    w[page + P_ORDER] = order;
+    w[zone + Z_NR_FREE + order]++;
+    w[zone + Z_LENGTHS + order * MIGRATE_TYPES + migratetype]++;
+  }
+
+  #addTail(zone: number, pfn: number, order: number, migratetype: number): void {
+    const w = this.w;
+    const list = zone + Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+    const page = this.memmap + (pfn << 4);
+    const tail = w[list + 1];
+    w[page + P_NEXT] = -1;
+    w[page + P_PREV] = tail;
+    if (tail >= 0) w[this.memmap + (tail << 4) + P_NEXT] = pfn;
+    else w[list] = pfn;
+    w[list + 1] = pfn;
+    w[page + P_FLAGS] = PG_BUDDY;
+    w[page + P_ORDER] = order;
+    w[zone + Z_NR_FREE + order]++;
+    w[zone + Z_LENGTHS + order * MIGRATE_TYPES + migratetype]++;
+  }
+
+  #remove(zone: number, pfn: number, order: number, migratetype: number): void {
+    const w = this.w;
+    const list = zone + Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+    const page = this.memmap + (pfn << 4);
+    const next = w[page + P_NEXT];
+    const prev = w[page + P_PREV];
+    if (prev >= 0) w[this.memmap + (prev << 4) + P_NEXT] = next;
+    else w[list] = next;
+    if (next >= 0) w[this.memmap + (next << 4) + P_PREV] = prev;
+    else w[list + 1] = prev;
+    w[page + P_FLAGS] = 0;
+    w[zone + Z_NR_FREE + order]--;
+    w[zone + Z_LENGTHS + order * MIGRATE_TYPES + migratetype]--;
+  }
+
+  /** Makes `pfn` the first of its list by rotating, so that a scan resumes there (`list_rotate_to_front`). */
+  rotateToFront(zone: number, pfn: number, order: number, migratetype: number): void {
+    const w = this.w;
+    const list = zone + listAt(order, migratetype);
+    const head = w[list];
+    if (head === pfn) return;
+    const tail = w[list + 1];
+    const prev = w[this.memmap + (pfn << 4) + P_PREV];
+    w[this.memmap + (tail << 4) + P_NEXT] = head;
+    w[this.memmap + (head << 4) + P_PREV] = tail;
+    w[list] = pfn;
+    w[list + 1] = prev;
+    w[this.memmap + (pfn << 4) + P_PREV] = -1;
+    w[this.memmap + (prev << 4) + P_NEXT] = -1;
+  }
+
+  // ── Allocation ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Takes a block of `order` for `migratetype`, falling back to other types' blocks; −1 if the zone has none. */
+  rmqueue(zone: number, order: number, migratetype: number): number {
+    const pfn = this.#smallest(zone, order, migratetype);
+    return pfn >= 0 ? pfn : this.#fallback(zone, order, migratetype);
+  }
+
+  #smallest(zone: number, order: number, migratetype: number): number {
+    const w = this.w;
+    for (let o = order, list = zone + listAt(order, migratetype); o <= MAX_ORDER; o++, list += 2 * MIGRATE_TYPES) {
+      const pfn = w[list];
+      if (pfn < 0) continue;
+      this.#remove(zone, pfn, o, migratetype);
+      this.#expand(zone, pfn, order, o, migratetype);
+      w[zone + Z_FREE] -= 1 << order;
+      return pfn;
+    }
+    return -1;
+  }
+
+  /** Gives back the upper halves of a block of `high` until `low` is left. */
+  #expand(zone: number, pfn: number, low: number, high: number, migratetype: number): void {
+    for (let o = high; o > low; ) {
+      o--;
+      this.#addHead(zone, pfn + (1 << o), o, migratetype);
+    }
+  }
+
+  /**
+   * No block of the right type: takes one of another type. A large one turns its pageblock (and, when at least half of
+   * it is free or alike, keeps it for this type), so that types mix as little as possible. A movable request that may
+   * not turn a block takes the smallest that fits.
+   */
+  #fallback(zone: number, order: number, migratetype: number): number {
+    if (migratetype >= FALLBACKS.length) return -1;
+    const w = this.w;
+    for (let o = MAX_ORDER; o >= order; o--) {
+      for (const from of FALLBACKS[migratetype]) {
+        const pfn = w[zone + listAt(o, from)];
+        if (pfn < 0) continue;
+        const canSteal = o >= PAGEBLOCK_ORDER / 2 || migratetype !== MIGRATE_MOVABLE;
+        if (canSteal) return this.#steal(zone, pfn, o, order, from, migratetype);
+        return this.#stealSmallest(zone, order, migratetype);
+      }
+    }
+    return -1;
+  }
+
+  #stealSmallest(zone: number, order: number, migratetype: number): number {
+    for (let o = order; o <= MAX_ORDER; o++) {
+      for (const from of FALLBACKS[migratetype]) {
+        const pfn = this.w[zone + listAt(o, from)];
+        if (pfn >= 0) return this.#take(zone, pfn, o, order, from);
+      }
+    }
+    return -1;
+  }
+
+  /** Takes a block and leaves its remainder with its own type. */
+  #take(zone: number, pfn: number, have: number, want: number, migratetype: number): number {
+    this.w[this.#events + EV.fallback_steal]++;
+    this.#remove(zone, pfn, have, migratetype);
+    this.#expand(zone, pfn, want, have, migratetype);
+    this.w[zone + Z_FREE] -= 1 << want;
+    return pfn;
+  }
+
+  #steal(zone: number, pfn: number, have: number, want: number, from: number, migratetype: number): number {
+    const w = this.w;
+    if (have >= PAGEBLOCK_ORDER) {
+      // Whole pageblocks change hands.
+      this.#remove(zone, pfn, have, from);
+      for (let p = pfn; p < pfn + (1 << have); p += PAGEBLOCK_PAGES) this.setPageblockType(p, migratetype);
+      this.#expand(zone, pfn, want, have, migratetype);
+      w[zone + Z_FREE] -= 1 << want;
+      w[this.#events + EV.fallback_claim]++;
+      return pfn;
+    }
+    const block = pfn - (pfn % PAGEBLOCK_PAGES);
+    if (block < w[zone + Z_START] || block + PAGEBLOCK_PAGES > w[zone + Z_END]) return this.#take(zone, pfn, have, want, from);
+    let free = 0;
+    let alike = 0;
+    for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
+      const flags = w[this.memmap + (p << 4) + P_FLAGS];
+      if ((flags & PG_BUDDY) !== 0) {
+        const pages = 1 << w[this.memmap + (p << 4) + P_ORDER];
+        free += pages;
+        p += pages;
+      } else {
+        // An allocated page counts as alike when the block's type says so (`prep_move_freepages_block`).
+        if (migratetype === MIGRATE_MOVABLE ? false : from !== MIGRATE_MOVABLE) alike++;
+        p++;
+      }
+    }
+    if (free + alike < PAGEBLOCK_PAGES / 2) return this.#take(zone, pfn, have, want, from);
+    this.#moveFreepages(zone, block, from, migratetype);
+    this.setPageblockType(block, migratetype);
+    w[this.#events + EV.fallback_claim]++;
+    return this.#smallest(zone, want, migratetype);
+  }
+
+  /** Moves the free blocks inside one pageblock from one type's lists to another's. */
+  #moveFreepages(zone: number, block: number, from: number, to: number): void {
+    const w = this.w;
+    for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
+      const page = this.memmap + (p << 4);
+      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) {
+        p++;
+        continue;
+      }
+      const order = w[page + P_ORDER];
+      const reported = w[page + P_FLAGS] & PG_REPORTED;
+      this.#remove(zone, p, order, from);
+      this.#addHead(zone, p, order, to);
+      w[page + P_FLAGS] |= reported;
+      p += 1 << order;
+    }
+  }
+
+  // ── Freeing ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /**
+   * Frees a block: merges it with its buddies as far as it goes and puts it on the list of its pageblock's type. At the
+   * tail when its buddy of the next order is free too, so that it may merge before it is used again. `notify` false
+   * keeps free page reporting quiet (putting back what was just reported).
+   */
+  freeOne(zone: number, pfn: number, order: number, notify: boolean): void {
+    const w = this.w;
+    const memmap = this.memmap;
+    const start = w[zone + Z_START];
+    const end = w[zone + Z_END];
+    const migratetype = w[this.pageblocks + (pfn >>> PAGEBLOCK_ORDER)];
+    let at = pfn;
+    let o = order;
+    w[zone + Z_FREE] += 1 << order;
+    while (o < MAX_ORDER) {
+      const buddy = at ^ (1 << o);
+      if (buddy < start || buddy >= end) break;
+      const page = memmap + (buddy << 4);
+      if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) break;
+      const buddyType = w[this.pageblocks + (buddy >>> PAGEBLOCK_ORDER)];
+      if (buddyType !== migratetype && (migratetype >= MIGRATE_HIGHATOMIC || buddyType >= MIGRATE_HIGHATOMIC)) break;
+      this.#remove(zone, buddy, o, buddyType);
+      at &= ~(1 << o);
+      o++;
+    }
+    if (o < MAX_ORDER && this.#mergeLikely(at, o, start, end)) this.#addTail(zone, at, o, this.#listType(at, o, migratetype));
+    else this.#addHead(zone, at, o, this.#listType(at, o, migratetype));
+    if (notify && o >= PAGEBLOCK_ORDER) this.onLargeFree(o);
+  }
+
+  /** Merging across pageblocks of two types: the merged block takes the type of its first pageblock, and so do all. */
+  #listType(pfn: number, order: number, migratetype: number): number {
+    if (order <= PAGEBLOCK_ORDER) return migratetype;
+    for (let p = pfn; p < pfn + (1 << order); p += PAGEBLOCK_PAGES) {
+      this.w[this.pageblocks + (p >>> PAGEBLOCK_ORDER)] = migratetype;
+    }
+    return migratetype;
+  }
+
+  #mergeLikely(pfn: number, order: number, start: number, end: number): boolean {
+    if (order >= MAX_ORDER - 1) return false;
+    const combined = pfn & ~(1 << order);
+    const higher = combined ^ (1 << (order + 1));
+    if (higher < start || higher >= end) return false;
+    const page = this.memmap + (higher << 4);
+    return (this.w[page + P_FLAGS] & PG_BUDDY) !== 0 && this.w[page + P_ORDER] === order + 1;
+  }
+
+  // ── Isolation for reporting ──────────────────────────────────────────────────────────────────────────────────────
+
+  /**
+   * Takes a free block off its list so that nobody can allocate it (L25). Refused below the min watermark (L35). The
+   * caller holds the lock and puts the block back with `putBack` after the host has acknowledged.
+   */
+  isolate(zone: number, pfn: number, order: number): boolean {
+    const w = this.w;
+    if (w[zone + Z_FREE] - (1 << order) < w[zone + Z_MIN]) return false;
+    assert((w[this.memmap + (pfn << 4) + P_FLAGS] & PG_BUDDY) !== 0, 'only a free block is isolated');
+    this.#remove(zone, pfn, order, this.pageblockType(pfn));
+    w[zone + Z_FREE] -= 1 << order;
+    shadowMove(w, this.memmap, this.vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_ISOLATED);
+    return true;
+  }
+
+  /** Puts an isolated block back and, if it did not merge, marks it reported: a merged one must be reported again. */
+  putBack(zone: number, pfn: number, order: number, reported: boolean): void {
+    const w = this.w;
+    const page = this.memmap + (pfn << 4);
+    shadowMove(w, this.memmap, this.vcpu, pfn, 1 << order, SHADOW_ISOLATED, SHADOW_BUDDY);
+    this.freeOne(zone, pfn, order, false);
+    if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order) w[page + P_FLAGS] |= PG_REPORTED;
+  }
+
+  // ── Boot ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Empties the lists of a zone. Boot only. */
+  initZone(zone: number): void {
+    this.w.fill(-1, zone + Z_LISTS, zone + Z_LENGTHS);
+    this.w.fill(0, zone + Z_LENGTHS, zone + Z_LENGTHS + (MAX_ORDER + 1) * MIGRATE_TYPES);
+  }
+
+  zoneOf(pfn: number): number {
+    return this.w[this.memmap + (pfn << 4) + P_ZONE];
+  }
+}

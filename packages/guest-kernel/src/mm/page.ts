@@ -1,0 +1,70 @@
+/**
+ * `struct page`: one 64-byte line per page frame in the arena's memmap, and the guest-page shadow that checks it.
+ *
+ * | word | field | guarded by |
+ * | --- | --- | --- |
+ * | 0 | flags | zone lock (buddy), owner (allocated), LRU lock (LRU bits) |
+ * | 1 | order of the free block or allocation that starts here | as flags |
+ * | 2, 3 | list links, as pfn; −1 ends | the list's lock |
+ * | 4 | reference count | atomic while cached |
+ * | 5 | migratetype kept while on a per-CPU list | the CPU |
+ * | 6, 7, 8 | inode, index, next in hash chain | page-cache lock |
+ * | 9 | allocation id: the stamp | owner |
+ * | 10 | shadow state | whoever moves the page |
+ * | 11 | zone index | boot, hotplug |
+ */
+import type { Vcpu } from '@ebb/machine';
+
+export const P_FLAGS = 0;
+export const P_ORDER = 1;
+export const P_NEXT = 2;
+export const P_PREV = 3;
+export const P_REF = 4;
+export const P_PCP_MT = 5;
+export const P_INODE = 6;
+export const P_INDEX = 7;
+export const P_HASH_NEXT = 8;
+export const P_STAMP = 9;
+export const P_SHADOW = 10;
+export const P_ZONE = 11;
+
+export const PG_BUDDY = 1;
+export const PG_LRU = 2;
+export const PG_ACTIVE = 4;
+export const PG_REFERENCED = 8;
+export const PG_DIRTY = 16;
+export const PG_WRITEBACK = 32;
+export const PG_UPTODATE = 64;
+export const PG_RESERVED = 128;
+/** In the balloon (Linux `PageOffline`). */
+export const PG_OFFLINE = 256;
+/** Free and known to the host (`PageReported`). */
+export const PG_REPORTED = 512;
+/** The page's first word in guest memory holds its stamp. */
+export const PG_STAMPED = 1024;
+/** In the page cache, or was: its last reference is dropped atomically. */
+export const PG_CACHED = 2048;
+
+/** Where a page is, as the shadow follows it. */
+export const SHADOW_ABSENT = 0;
+export const SHADOW_BUDDY = 1;
+export const SHADOW_PCP = 2;
+export const SHADOW_ALLOCATED = 3;
+/** Taken off the free lists for a report, until it is put back after the acknowledgement. */
+export const SHADOW_ISOLATED = 4;
+export const SHADOW_BALLOON = 5;
+
+export const SHADOW_NAMES = ['absent', 'buddy', 'per-CPU list', 'allocated', 'isolated for reporting', 'balloon'] as const;
+
+/**
+ * Moves `count` pages from `from` to `to` in the shadow, and reports each that was elsewhere. The shadow is not read by
+ * the allocator: it is a second book.
+ */
+export function shadowMove(w: Int32Array, memmap: number, vcpu: Vcpu, pfn: number, count: number, from: number, to: number): void {
+  let at = memmap + (pfn << 4) + P_SHADOW;
+  for (let i = 0; i < count; i++, at += 16) {
+    const found = w[at];
+    if (found !== from) vcpu.report(found === SHADOW_ISOLATED ? 'reported-reuse' : 'guest-page-state', pfn + i, from, found);
+    w[at] = to;
+  }
+}

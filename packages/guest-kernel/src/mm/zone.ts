@@ -1,0 +1,135 @@
+/**
+ * Zones: words of a zone in the arena, and watermarks computed as Linux computes them.
+ *
+ * `min_free_kbytes` = 4·√(lowmem kB) (`calculate_min_free_kbytes`), raised to THP's recommendation where THP is on
+ * (`set_recommended_min_free_kbytes`: 512 pages · zones · 11, at most 5 % of memory). Per zone (`setup_per_zone_wmarks`):
+ * min in proportion to managed pages; low = min + max(min/4, managed · 10/10000); high = low + the same step.
+ */
+
+export const ZONE_DMA = 0;
+export const ZONE_DMA32 = 1;
+export const ZONE_NORMAL = 2;
+export const ZONE_MOVABLE = 3;
+export const ZONE_NAMES = ['DMA', 'DMA32', 'Normal', 'Movable'] as const;
+
+export const MIGRATE_UNMOVABLE = 0;
+export const MIGRATE_MOVABLE = 1;
+export const MIGRATE_RECLAIMABLE = 2;
+export const MIGRATE_HIGHATOMIC = 3;
+export const MIGRATE_ISOLATE = 4;
+export const MIGRATE_TYPES = 5;
+export const MIGRATE_NAMES = ['Unmovable', 'Movable', 'Reclaimable', 'HighAtomic', 'Isolate'] as const;
+
+export const MAX_ORDER = 10;
+export const PAGEBLOCK_ORDER = 9;
+export const PAGEBLOCK_PAGES = 512;
+
+/** Words of a zone. The lock guards free lists, counts and the flags of free pages. */
+export const Z_LOCK = 0;
+export const Z_START = 1;
+export const Z_END = 2;
+export const Z_NODE = 3;
+export const Z_TYPE = 4;
+/** Changed by the balloon and hotplug. */
+export const Z_MANAGED = 5;
+export const Z_PRESENT = 6;
+export const Z_FREE = 7;
+export const Z_MIN = 8;
+export const Z_LOW = 9;
+export const Z_HIGH = 10;
+export const Z_FLAGS = 11;
+/** Pages kept from allocations that could use a higher zone: by that zone's type. */
+export const Z_RESERVE = 12;
+export const Z_PCP_BATCH = 16;
+export const Z_PCP_HIGH_MIN = 17;
+export const Z_PCP_HIGH_MAX = 18;
+export const Z_RECLAIM_FAILURES = 19;
+/** Free blocks by order. */
+export const Z_NR_FREE = 20;
+/** Head and tail of each free list, then its length. */
+export const Z_LISTS = 32;
+export const Z_LENGTHS: number = Z_LISTS + 2 * (MAX_ORDER + 1) * MIGRATE_TYPES;
+
+/** Zone flags. */
+export const ZF_BELOW_HIGH = 1;
+export const ZF_RECLAIM_ACTIVE = 2;
+
+/** Offset of the list of (order, migratetype) in a zone: head, then tail. */
+export function listAt(order: number, migratetype: number): number {
+  return Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+}
+
+export interface ZoneSpan {
+  readonly node: number;
+  readonly type: number;
+  readonly start: number;
+  readonly end: number;
+}
+
+const DMA_END = 4096;
+const DMA32_END = 0x10_0000;
+
+/** Zones of the nodes' pfn ranges: DMA below 16 MiB, DMA32 below 4 GiB, then Normal; empty ones are left out. */
+export function zoneSpans(nodes: readonly { readonly start: number; readonly end: number }[]): ZoneSpan[] {
+  const spans: ZoneSpan[] = [];
+  nodes.forEach(({ start, end }, node) => {
+    for (const [type, from, to] of [
+      [ZONE_DMA, 0, DMA_END],
+      [ZONE_DMA32, DMA_END, DMA32_END],
+      [ZONE_NORMAL, DMA32_END, Number.MAX_SAFE_INTEGER],
+    ] as const) {
+      const a = Math.max(start, from);
+      const b = Math.min(end, to);
+      if (a < b) spans.push({ node, type, start: a, end: b });
+    }
+  });
+  return spans;
+}
+
+/** `min_free_kbytes` in pages for `managed` pages over `nrZones` populated zones. */
+export function minFreePages(managed: number, nrZones: number): number {
+  const kilobytes = managed * 4;
+  const min = Math.max(128, Math.min(262144, Math.floor(Math.sqrt(kilobytes * 16)))) >> 2;
+  // THP is off below 512 MiB of managed memory (`hugepage_init`).
+  if (managed < 131072) return min;
+  const recommended = Math.min(PAGEBLOCK_PAGES * nrZones * 11, Math.floor(managed / 20));
+  return Math.max(min, recommended);
+}
+
+/** Batch of a zone's per-CPU lists (`zone_batchsize`): about a thousandth of the zone, 2ⁿ − 1. */
+export function pcpBatch(managed: number): number {
+  let batch = Math.min(managed >> 10, 256) >> 2;
+  if (batch < 1) batch = 1;
+  const sum = batch + (batch >> 1);
+  let power = 1;
+  while (power * 2 <= sum) power *= 2;
+  return Math.max(1, power - 1);
+}
+
+/** Writes watermarks, reserves and per-CPU limits of all zones. `bases` are the zones' first words. */
+export function setupWatermarks(w: Int32Array, bases: readonly number[], nrCpus: number): void {
+  const managed = bases.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
+  const minFree = minFreePages(managed, bases.length);
+  for (const z of bases) {
+    const pages = w[z + Z_MANAGED];
+    const min = Math.floor((minFree * pages) / Math.max(1, managed));
+    const step = Math.max(min >> 2, Math.floor((pages * 10) / 10000));
+    w[z + Z_MIN] = min;
+    w[z + Z_LOW] = min + step;
+    w[z + Z_HIGH] = min + 2 * step;
+    const batch = pcpBatch(pages);
+    w[z + Z_PCP_BATCH] = batch;
+    w[z + Z_PCP_HIGH_MIN] = batch === 1 ? 0 : Math.max(Math.floor(w[z + Z_LOW] / nrCpus), batch * 4);
+    w[z + Z_PCP_HIGH_MAX] = batch === 1 ? 0 : Math.max(Math.floor((pages >> 3) / nrCpus), batch * 4);
+    // `lowmem_reserve_ratio`: 256 for DMA and DMA32, 32 for Normal.
+    for (let type = 0; type < 4; type++) {
+      let above = 0;
+      for (const other of bases) {
+        if (w[other + Z_NODE] === w[z + Z_NODE] && w[other + Z_TYPE] > w[z + Z_TYPE] && w[other + Z_TYPE] <= type) {
+          above += w[other + Z_MANAGED];
+        }
+      }
+      w[z + Z_RESERVE + type] = Math.floor(above / (w[z + Z_TYPE] === ZONE_NORMAL ? 32 : 256));
+    }
+  }
+}

@@ -1,0 +1,481 @@
+/**
+ * The host of a run: frame pool, VMs with their devices, host tasks, and the coordinator that moves virtual time on in
+ * windows. Platform-neutral: block storage is injected, waiting is its caller's (`inline-run.ts`, `host-worker.ts`).
+ *
+ * A window ends at the next thing the host has to do (a boot, a sample, a policy step) and at most 10 ms after the next
+ * thing a guest has to do, since vCPUs of one VM interact. Between windows every worker has reported `done`.
+ */
+import {
+  Arena,
+  filePages,
+  freePages,
+  LINE_BALLOON,
+  LINE_BLK,
+  MMIO_BASE,
+  MMIO_STRIDE,
+  pcpPages,
+} from '@ebb/guest-kernel';
+import {
+  BalloonDevice,
+  BlockDevice,
+  FramePool,
+  HostTasks,
+  keepReserve,
+  Vm,
+  type BalloonPolicy,
+  type BlockStorage,
+  type DevicePort,
+} from '@ebb/host-kvm';
+import {
+  assert,
+  COST_TABLE,
+  FrameLedger,
+  freeSchedule,
+  HostMemory,
+  NS_PER_MS,
+  NS_PER_S,
+  PAGE_SIZE,
+  RC_VMS_ON,
+  sharedF64,
+  sharedI32,
+  VC_STALL_BUCKETS,
+  VC_STALL_HIST,
+  VC_STALL_MAX_F64,
+  VC_STALL_TOTAL_F64,
+  VCPU_BLOCK_BYTES,
+  VCPU_BLOCK_WORDS,
+  describeOwner,
+  describeViolation,
+  ViolationLog,
+  type Schedule,
+} from '@ebb/machine';
+import { MemFile } from '@ebb/memfs';
+import { MmioTransport } from '@ebb/virtio/device';
+import { MMIO_REGION_BYTES } from '@ebb/virtio/uapi';
+import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
+import { RC_VM, RC_VM_EVENTS, VM_FAILED, VM_KILLED, type RunBuffers, type RunSpec, type VmSpec } from './spec.ts';
+
+/** Longest window while a guest has something to do. */
+const WINDOW_NS: number = 10 * NS_PER_MS;
+const POLICY_NS: number = NS_PER_S;
+
+/** One point of the timeline: bytes. */
+export interface Sample {
+  readonly atNs: number;
+  readonly hostUsed: number;
+  readonly guests: readonly { readonly free: number; readonly cached: number; readonly used: number; readonly host: number }[];
+}
+
+export interface VmResult {
+  readonly state: 'off' | 'running' | 'finished' | 'failed' | 'killed';
+  readonly events: number;
+  readonly guestFreeBytes: number;
+  readonly returnedBytes: number;
+  readonly eptViolations: number;
+  readonly faultRetries: number;
+  readonly tlbFlushes: number;
+  readonly kicks: number;
+  readonly descriptors: number;
+  readonly balloonPages: number;
+  readonly ballooned: Readonly<Record<string, number>>;
+  readonly block: Readonly<Record<string, number>>;
+  /** H33: pages the guest promised in its balloon and yet has memory behind. */
+  readonly reusedBalloonPages: number;
+  readonly hintedPages: number;
+}
+
+export interface RunResult {
+  readonly ok: boolean;
+  /** Why the run failed; empty when it did not. */
+  readonly why: string;
+  readonly endNs: number;
+  readonly hostPeakBytes: number;
+  readonly hostEndBytes: number;
+  readonly zeroedFrames: number;
+  readonly ledgerViolations: number;
+  readonly violations: readonly string[];
+  readonly stall: { readonly total: number; readonly p50: number; readonly p99: number; readonly max: number };
+  readonly vms: readonly VmResult[];
+  readonly samples: readonly Sample[];
+  readonly deviceTrace: readonly string[];
+}
+
+interface RunningVm {
+  readonly spec: VmSpec;
+  readonly vm: Vm;
+  readonly file: MemFile;
+  readonly arena: Arena;
+  readonly balloon: BalloonDevice | null;
+  readonly block: BlockDevice | null;
+  readonly transports: MmioTransport[];
+  policyDue: number;
+  statsAsked: boolean;
+  targets: (readonly [number, number])[];
+  hints: { at: number; start: boolean }[];
+  hintedPages: number;
+}
+
+export class HostSide {
+  readonly tasks: HostTasks;
+  readonly pool: FramePool;
+  readonly violations: ViolationLog;
+  readonly vms: RunningVm[] = [];
+  /** End of the window that workers may run, absolute virtual nanoseconds. */
+  windowEnd = 0;
+  why = '';
+  readonly samples: Sample[] = [];
+  readonly #spec: RunSpec;
+  readonly #buffers: RunBuffers;
+  readonly #schedule: Schedule;
+  readonly #runControl: Int32Array;
+  readonly #storage: (vm: number, bytes: number) => BlockStorage;
+  readonly #policy: BalloonPolicy;
+  readonly #tableLive: Int32Array;
+  readonly #frameFlags: Uint8Array;
+  readonly #deviceTrace: string[] = [];
+  #nextSample = 0;
+  #finishedAt = -1;
+
+  constructor(
+    spec: RunSpec,
+    buffers: RunBuffers,
+    storage: (vm: number, bytes: number) => BlockStorage,
+    schedule: Schedule = freeSchedule,
+    policy: BalloonPolicy = keepReserve,
+  ) {
+    this.#spec = spec;
+    this.#buffers = buffers;
+    this.#schedule = schedule;
+    this.#storage = storage;
+    this.#policy = policy;
+    this.#runControl = sharedI32('run-control', buffers.runControl);
+    this.tasks = new HostTasks(schedule);
+    this.violations = new ViolationLog(buffers.violations);
+    const memory = new HostMemory(buffers.dram);
+    this.pool = new FramePool({
+      memory,
+      ledger: new FrameLedger(buffers.ledger, memory.frames),
+      violations: this.violations,
+      frames: spec.hostFrames,
+      poison: spec.poison,
+    });
+    this.#tableLive = new Int32Array(memory.frames);
+    this.#frameFlags = new Uint8Array(memory.frames);
+  }
+
+  /** One round: looks for exits, runs ready tasks. True if anything happened. */
+  poll(): boolean {
+    let worked = false;
+    for (let i = 0; i < this.vms.length; i++) if (this.vms[i].vm.scanExits()) worked = true;
+    return this.tasks.step() || worked;
+  }
+
+  // ── Coordinator ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /**
+   * Every worker has reached `windowEnd`; the earliest thing any vCPU still has to do is at `nextDue`. Does what the
+   * host has due and opens the next window. False: the run is over (`why` says whether it failed).
+   */
+  advance(nextDue: number): boolean {
+    const now = this.windowEnd;
+    for (const { vm } of this.vms) if (vm.killed) return this.#end(`VM ${vm.id}: no host frame was free`);
+    for (let k = 0; k < this.vms.length; k++) {
+      if ((this.#status(k) & VM_FAILED) !== 0) return this.#end(`VM ${k}: an allocation failed in the guest`);
+    }
+    if (now >= this.#nextSample) {
+      this.samples.push(this.sample(now));
+      this.#nextSample = now + this.#spec.sampleNs;
+    }
+    this.#serveTimers(now);
+    while (this.vms.length < this.#spec.vms.length && this.#spec.vms[this.vms.length].bootAtNs <= now) {
+      if (!this.#boot(this.vms.length)) return this.#end(`VM ${this.vms.length}: the host has no memory to start it`);
+    }
+    const allDone = this.vms.length === this.#spec.vms.length && this.vms.every((_, k) => this.#finished(k));
+    if (allDone && this.#finishedAt < 0) this.#finishedAt = now;
+    if (allDone && now >= this.#finishedAt + this.#spec.graceNs) return this.#end('');
+    let end = this.#nextHostEvent();
+    if (nextDue < end) end = Math.min(end, Math.max(nextDue, now) + WINDOW_NS);
+    this.windowEnd = Math.max(end, now + 1);
+    Atomics.store(this.#runControl, RC_VMS_ON, this.vms.length);
+    return true;
+  }
+
+  #end(why: string): false {
+    this.why = why;
+    this.samples.push(this.sample(this.windowEnd));
+    return false;
+  }
+
+  #status(k: number): number {
+    return Atomics.load(this.#runControl, RC_VM + k);
+  }
+  #finished(k: number): boolean {
+    const all = (1 << this.#spec.vcpusPerVm) - 1;
+    return (this.#status(k) & all) === all;
+  }
+
+  #nextHostEvent(): number {
+    let at = this.#nextSample;
+    const next = this.#spec.vms[this.vms.length];
+    if (next !== undefined) at = Math.min(at, next.bootAtNs);
+    if (this.#finishedAt >= 0) at = Math.min(at, this.#finishedAt + this.#spec.graceNs);
+    for (const vm of this.vms) {
+      at = Math.min(at, vm.policyDue, vm.targets[0]?.[0] ?? Number.POSITIVE_INFINITY, vm.hints[0]?.at ?? Number.POSITIVE_INFINITY);
+    }
+    return at;
+  }
+
+  /** Balloon policy, scheduled targets, hinting rounds. */
+  #serveTimers(now: number): void {
+    for (const vm of this.vms) {
+      const { balloon } = vm;
+      if (balloon === null) continue;
+      while (vm.targets.length > 0 && vm.targets[0][0] <= now) balloon.setTarget((vm.targets.shift() as readonly [number, number])[1]);
+      while (vm.hints.length > 0 && vm.hints[0].at <= now) {
+        if ((vm.hints.shift() as { start: boolean }).start) balloon.startHinting();
+        else vm.hintedPages = balloon.stopHinting().count();
+      }
+      if (vm.policyDue <= now) {
+        vm.policyDue = now + POLICY_NS;
+        if (balloon.counters.statsUpdates > 0) {
+          const ramBytes = vm.file.nrBlocks * PAGE_SIZE;
+          balloon.setTarget(this.#policy({ stats: balloon.stats, ramBytes, actualBytes: balloon.actual * PAGE_SIZE }));
+        }
+        balloon.requestStats();
+      }
+    }
+  }
+
+  // ── VMs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  #boot(k: number): boolean {
+    const spec = this.#spec.vms[k];
+    const id = k;
+    // The VMM, the root table, and one frame to begin with must be there.
+    if (!this.pool.chargeVmm(id, Math.ceil(COST_TABLE.vmmBytesPerVm / PAGE_SIZE)) || this.pool.buddy.free < 2) return false;
+    const vm = new Vm({
+      id,
+      nrVcpus: this.#spec.vcpusPerVm,
+      control: this.#buffers.control,
+      firstBlock: k * this.#spec.vcpusPerVm,
+      pool: this.pool,
+      tasks: this.tasks,
+      violations: this.violations,
+      schedule: this.#schedule,
+      tableLive: this.#tableLive,
+      frameFlags: this.#frameFlags,
+    });
+    const huge = this.#spec.backing === 'thp' ? 'always' : this.#spec.backing === 'hugetlb' ? 'hugetlb' : 'never';
+    const nrBlocks = this.#spec.backing === 'hugetlb' ? Math.ceil(spec.guest.maxPfn / 512) * 512 : spec.guest.maxPfn;
+    const file = new MemFile({ name: `vm${k}/ram0`, nrBlocks, vm: id, frames: this.pool, huge });
+    // Two slots, so that the hole at 640 KiB is no memory.
+    let slot = 0;
+    for (const [from, to] of [
+      [0, Math.min(VGA_HOLE_START, nrBlocks)],
+      [VGA_HOLE_END, nrBlocks],
+    ] as const) {
+      if (from >= to) continue;
+      const region = { slot: slot++, flags: 0, guestPhysAddr: from * PAGE_SIZE, memorySize: (to - from) * PAGE_SIZE, file, fileOffset: from };
+      const done = runToEnd(vm.setUserMemoryRegion(region));
+      assert(done.ok, 'a fresh VM takes its slots');
+    }
+    const arena = new Arena(this.#buffers.arenas[k], spec.guest.maxPfn);
+    const transports: MmioTransport[] = [];
+    const port: DevicePort = { spawn: (name, body) => void this.tasks.spawn(`vm${k}/${name}`, body), now: () => vm.kickTime, costs: vm.costs };
+    const attach = (line: number, device: BalloonDevice | BlockDevice): void => {
+      const transport = new MmioTransport({
+        device,
+        memory: vm.memory,
+        interrupt: () => vm.interrupt(line),
+        completed: (at) => vm.completed(line, at),
+        onLeaseBroken: (gpa) => this.#leaseBroken(k, gpa),
+      });
+      vm.addMmio({
+        base: MMIO_BASE + line * MMIO_STRIDE,
+        bytes: MMIO_REGION_BYTES,
+        read: (offset, width) => transport.read(offset, width),
+        write: (offset, width, value) => transport.write(offset, width, value),
+      });
+      transports.push(transport);
+    };
+    let balloon: BalloonDevice | null = null;
+    if (spec.balloonFeatures !== undefined) {
+      balloon = new BalloonDevice({
+        port,
+        features: spec.balloonFeatures,
+        memory: { ramPages: nrBlocks, unitPages: file.granularity, discard: (runs, n) => vm.discard(runs, n) },
+        ...(this.#spec.traceOut ? { trace: (line: string) => this.#deviceTrace.push(`${k}@${(this.windowEnd / NS_PER_S).toFixed(6)}:${line}`) } : {}),
+      });
+      attach(LINE_BALLOON, balloon);
+    }
+    let block: BlockDevice | null = null;
+    if (spec.diskBytes > 0) {
+      block = new BlockDevice(this.#storage(k, spec.diskBytes), port);
+      attach(LINE_BLK, block);
+    }
+    this.vms.push({
+      spec,
+      vm,
+      file,
+      arena,
+      balloon,
+      block,
+      transports,
+      policyDue: spec.balloonPolicy === true ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
+      statsAsked: false,
+      targets: [...(spec.balloonTargets ?? [])],
+      hints: (spec.hintRounds ?? []).flatMap(([start, stop]) => [
+        { at: start, start: true },
+        { at: stop, start: false },
+      ]),
+      hintedPages: 0,
+    });
+    return true;
+  }
+
+  #leaseBroken(vm: number, gpa: number): void {
+    this.violations.record({
+      kind: 'device-lease',
+      actor: 'device',
+      vm,
+      vcpu: -1,
+      gfn: Math.floor(gpa / PAGE_SIZE),
+      hfn: -1,
+      expected: 0,
+      found: 0,
+      owner: 0,
+      stepTaken: 0,
+      stepReleased: 0,
+    });
+  }
+
+  // ── Accounts and results ─────────────────────────────────────────────────────────────────────────────────────────
+
+  sample(now: number): Sample {
+    return {
+      atNs: now,
+      hostUsed: this.pool.used * PAGE_SIZE,
+      guests: this.vms.map(({ arena, file }) => {
+        const free = (freePages(arena) + pcpPages(arena, this.#spec.vcpusPerVm)) * PAGE_SIZE;
+        const cached = filePages(arena) * PAGE_SIZE;
+        return { free, cached, used: file.nrBlocks * PAGE_SIZE - free - cached, host: file.assigned * PAGE_SIZE };
+      }),
+    };
+  }
+
+  /** Both sums of I9, recounted. An empty string when they hold, else what does not. Only between windows. */
+  audit(): string {
+    const counts = this.pool.ledger.recount();
+    const total = Object.values(counts).reduce((sum, n) => sum + n, 0);
+    const outside = this.pool.ledger.frames - this.pool.frames;
+    if (total !== this.pool.ledger.frames) return `frames: ${total} accounted of ${this.pool.ledger.frames}`;
+    if (counts.free - outside !== this.pool.buddy.free) return `free frames: ledger ${counts.free - outside}, allocator ${this.pool.buddy.free}`;
+    const assigned = this.vms.reduce((sum, { file }) => sum + file.assigned, 0);
+    const ram = counts.guestAssigned + counts.memfsUnmapped;
+    if (assigned !== ram) return `guest frames: files hold ${assigned}, ledger says ${ram}`;
+    const tables = this.vms.reduce((sum, { vm }) => sum + vm.mmu.counters.tables, 0);
+    if (tables !== counts.pageTable) return `table frames: MMUs hold ${tables}, ledger says ${counts.pageTable}`;
+    for (const { file } of this.vms) {
+      let holes = 0;
+      for (const frame of file.blocks) if (frame < 0) holes++;
+      if (holes + file.assigned !== file.nrBlocks) return `${file.name}: ${holes} holes and ${file.assigned} blocks are not ${file.nrBlocks}`;
+    }
+    return '';
+  }
+
+  result(): RunResult {
+    const audit = this.audit();
+    if (audit !== '') {
+      this.violations.record({ kind: 'accounting', actor: 'kvm', vm: -1, vcpu: -1, gfn: -1, hfn: -1, expected: 0, found: 1, owner: 0, stepTaken: 0, stepReleased: 0 });
+    }
+    return {
+      ok: this.why === '',
+      why: this.why,
+      endNs: this.windowEnd,
+      hostPeakBytes: this.pool.peak * PAGE_SIZE,
+      hostEndBytes: this.pool.used * PAGE_SIZE,
+      zeroedFrames: this.pool.zeroed,
+      ledgerViolations: this.violations.total,
+      violations: [...this.violations.list().map((v) => describeViolation(v, describeOwner)), ...(audit === '' ? [] : [`accounting: ${audit}`])],
+      stall: this.#stalls(),
+      vms: this.#spec.vms.map((_, k) => this.#vmResult(k)),
+      samples: this.samples,
+      deviceTrace: this.#deviceTrace,
+    };
+  }
+
+  #vmResult(k: number): VmResult {
+    const running = this.vms[k];
+    const events = Atomics.load(this.#runControl, RC_VM_EVENTS + k);
+    if (running === undefined) {
+      return {
+        state: 'off',
+        events,
+        guestFreeBytes: 0,
+        returnedBytes: 0,
+        eptViolations: 0,
+        faultRetries: 0,
+        tlbFlushes: 0,
+        kicks: 0,
+        descriptors: 0,
+        balloonPages: 0,
+        ballooned: {},
+        block: {},
+        reusedBalloonPages: 0,
+        hintedPages: 0,
+      };
+    }
+    const { vm, balloon, block, arena, transports, file } = running;
+    const status = this.#status(k);
+    let reused = 0;
+    if (balloon !== null) for (let pfn = 0; pfn < file.nrBlocks; pfn++) if (balloon.ballooned.has(pfn) && file.blocks[pfn] >= 0) reused++;
+    return {
+      state: vm.killed || (status & VM_KILLED) !== 0 ? 'killed' : (status & VM_FAILED) !== 0 ? 'failed' : this.#finished(k) ? 'finished' : 'running',
+      events,
+      guestFreeBytes: freePages(arena) * PAGE_SIZE,
+      returnedBytes: vm.counters.returnedBytes,
+      eptViolations: vm.counters.eptViolations,
+      faultRetries: vm.counters.faultRetries,
+      tlbFlushes: vm.counters.tlbFlushes,
+      kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
+      descriptors: (balloon?.counters.descriptors ?? 0) + (block === null ? 0 : 3 * (block.counters.reads + block.counters.writes)),
+      balloonPages: balloon?.actual ?? 0,
+      ballooned: balloon === null ? {} : { ...balloon.counters },
+      block: block === null ? {} : { ...block.counters },
+      reusedBalloonPages: reused,
+      hintedPages: running.hintedPages,
+    };
+  }
+
+  /** Stalls of all vCPUs that ran; percentiles from the log₂ histogram (quarter-octave steps). */
+  #stalls(): RunResult['stall'] {
+    const control = sharedI32('vcpu-control', this.#buffers.control);
+    const f64 = sharedF64('vcpu-control', this.#buffers.control);
+    const histogram = new Float64Array(VC_STALL_BUCKETS);
+    let total = 0;
+    let max = 0;
+    for (let block = 0; block < this.vms.length * this.#spec.vcpusPerVm; block++) {
+      total += f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_TOTAL_F64];
+      max = Math.max(max, f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_MAX_F64]);
+      for (let b = 0; b < VC_STALL_BUCKETS; b++) histogram[b] += control[block * VCPU_BLOCK_WORDS + VC_STALL_HIST + b];
+    }
+    const count = histogram.reduce((sum, n) => sum + n, 0);
+    const percentile = (share: number): number => {
+      let seen = 0;
+      for (let b = 0; b < VC_STALL_BUCKETS; b++) {
+        seen += histogram[b];
+        if (count > 0 && seen >= share * count) return Math.round(Math.min(max, 2 ** (8 + (b + 1) / 4)));
+      }
+      return 0;
+    };
+    return { total: Math.round(total), p50: percentile(0.5), p99: percentile(0.99), max: Math.round(max) };
+  }
+}
+
+/** Drives a generator that has nobody to wait for. */
+function runToEnd<T>(body: Generator<unknown, T, void>): T {
+  for (;;) {
+    const step = body.next();
+    if (step.done === true) return step.value;
+  }
+}

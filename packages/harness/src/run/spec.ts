@@ -1,0 +1,73 @@
+/** What a run is: plain data that every worker gets. */
+import type { GuestConfig } from '@ebb/guest-kernel';
+import type { ReplayPlan } from '../trace/replay-plan.ts';
+
+export type Backing = 'thp' | '4k' | 'hugetlb';
+export type Technique = 'none' | 'balloon' | 'reporting';
+
+/** The program a VM's vCPUs run. */
+export type ProgramSpec =
+  | { readonly kind: 'replay'; readonly plan: ReplayPlan }
+  /** Streams and rewrites files larger than memory and checks every byte; see `pressure-program.ts`. */
+  | { readonly kind: 'pressure'; readonly files: number; readonly pagesPerFile: number; readonly rounds: number; readonly seed: number; readonly hogPages: number }
+  /** Allocates, touches and frees; then idles. */
+  | { readonly kind: 'touch-free'; readonly pages: number; readonly order: number; readonly rounds: number; readonly holdNs: number; readonly pauseNs: number }
+  /** Writes to pages the balloon or reporting holds (H33). */
+  | { readonly kind: 'hostile-reuse'; readonly afterNs: number };
+
+export interface VmSpec {
+  readonly bootAtNs: number;
+  readonly guest: GuestConfig;
+  readonly program: ProgramSpec;
+  /** Balloon features to offer; none: no balloon device. */
+  readonly balloonFeatures?: readonly number[];
+  /** Whether the balloon policy sets the target. */
+  readonly balloonPolicy?: boolean;
+  /** Logical sizes to set at given times: `[atNs, bytes]`. */
+  readonly balloonTargets?: readonly (readonly [number, number])[];
+  /** Rounds of free page hinting: start and stop times. */
+  readonly hintRounds?: readonly (readonly [number, number])[];
+  /** Disk size in bytes; 0: no disk. */
+  readonly diskBytes: number;
+}
+
+export interface RunSpec {
+  readonly hostFrames: number;
+  readonly backing: Backing;
+  readonly vms: readonly VmSpec[];
+  readonly vcpusPerVm: number;
+  /** CPU workers (threads) the vCPUs are spread over. */
+  readonly workers: number;
+  readonly sampleNs: number;
+  /** Virtual time the run goes on after the last program has ended. */
+  readonly graceNs: number;
+  /** Collect events as native trace text. */
+  readonly traceOut: boolean;
+  readonly poison: 'edges' | 'full';
+}
+
+/** Worker that runs vCPU `vcpu` of VM `vm`: vCPUs of one VM sit on different workers, VMs are rotated. */
+export function workerOf(spec: RunSpec, vm: number, vcpu: number): number {
+  return (vm + vcpu) % spec.workers;
+}
+
+/** Shared memory of a run; made once by main, sent to every worker. */
+export interface RunBuffers {
+  readonly dram: SharedArrayBuffer;
+  readonly ledger: SharedArrayBuffer;
+  readonly violations: SharedArrayBuffer;
+  readonly control: SharedArrayBuffer;
+  readonly runControl: SharedArrayBuffer;
+  /** Per VM. */
+  readonly arenas: readonly SharedArrayBuffer[];
+  readonly handles: readonly SharedArrayBuffer[];
+}
+
+/** Per-VM status words in run control, from word 640: bits. */
+export const RC_VM = 640;
+export const RC_MAX_VMS = 64;
+/** Bit v: vCPU v's program has ended. */
+export const VM_FAILED: number = 1 << 16;
+export const VM_KILLED: number = 1 << 17;
+/** Events applied per VM, from word 704: each vCPU adds its share when it ends a slice. */
+export const RC_VM_EVENTS = 704;

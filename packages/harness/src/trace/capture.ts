@@ -1,0 +1,158 @@
+/**
+ * A capture folder — `trace.txt[.gz]`, `start.*`, `end.*`, `dmesg.txt` — to a `Trace`. Without the states the guest
+ * starts freshly booted. Node only: reads host files.
+ */
+import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs';
+import { basename, dirname, join } from 'node:path';
+import { gunzipSync } from 'node:zlib';
+import { MiB } from '@ebb/machine';
+import { START_ABSENT, START_FILE, START_FREE, START_MOVABLE, START_PCP, START_RESERVED, START_UNMOVABLE } from '@ebb/guest-kernel';
+import { importTraceText, type ImportedEvents } from './import.ts';
+import { VGA_HOLE_END, VGA_HOLE_START } from './vga-hole.ts';
+import { UserError, type Trace, type TraceEnd, type TraceStart } from './trace.ts';
+
+/** Bits of /proc/kpageflags (include/uapi/linux/kernel-page-flags.h); low and high word of each 64-bit entry. */
+const KPF_LRU = 1 << 5;
+const KPF_SLAB = 1 << 7;
+const KPF_BUDDY = 1 << 10;
+const KPF_ANON = 1 << 12;
+const KPF_SWAPBACKED = 1 << 14;
+const KPF_NOPAGE = 1 << 20;
+const KPF_PGTABLE = 1 << 26;
+/** KPF_RESERVED is bit 32. */
+const KPF_RESERVED_HIGH = 1;
+
+/** Bit 21 (KSM) is set on every anonymous page of the captures and means nothing. */
+const KPF_USED = ~(1 << 21);
+
+function readMaybeGz(path: string): Buffer {
+  try {
+    const bytes = readFileSync(path);
+    return path.endsWith('.gz') ? gunzipSync(bytes) : bytes;
+  } catch (error) {
+    throw new UserError(`${path}: cannot be read: ${(error as Error).message.split('\n')[0]}`);
+  }
+}
+
+function findFile(folder: string, name: string): string | undefined {
+  for (const candidate of [name, `${name}.gz`]) if (existsSync(join(folder, candidate))) return join(folder, candidate);
+  return undefined;
+}
+
+/** Reads a capture from a folder or from the trace file inside one (or alone). */
+export function readCapture(path: string): Trace {
+  if (!existsSync(path)) throw new UserError(`${path}: no such file or folder; give a tracefs text or a capture folder`);
+  const isFolder = statSync(path).isDirectory();
+  const folder = isFolder ? path : dirname(path);
+  const file = isFolder ? (findFile(path, 'trace.txt') ?? findFile(path, 'trace')) : path;
+  if (file === undefined) throw new UserError(`${path}: has no trace.txt or trace.txt.gz (found: ${readdirSync(path).slice(0, 5).join(', ')})`);
+  const imported = importTraceText(readMaybeGz(file).toString('latin1'), file);
+  const base = basename(isFolder ? path : file).replace(/(\.txt)?(\.gz)?$/, '');
+  const name = isFolder ? base : base === 'trace' ? basename(folder) : base;
+  const flags = imported.windowed ? findFile(folder, 'start.kpageflags') : undefined;
+  const start = flags === undefined ? undefined : readStart(folder, flags, imported);
+  const maxPfn = Math.max(imported.maxPfn, start?.pages.length ?? 0);
+  const end = imported.windowed && start !== undefined ? readEnd(folder) : undefined;
+  const e820 = readE820(folder, maxPfn);
+  return {
+    name,
+    hash: imported.hash,
+    nrCpus: imported.nrCpus,
+    maxPfn,
+    guestMemoryBytes: Math.ceil((maxPfn * 4096) / (64 * MiB)) * 64 * MiB,
+    e820,
+    events: imported.events,
+    ...(start === undefined ? {} : { start }),
+    ...(end === undefined ? {} : { end }),
+    skipped: imported.skipped,
+    marks: imported.marks,
+  };
+}
+
+/** The state at `SNAP_start_END`: free, used by kind, on a per-CPU list; pageblock types adjusted to pagetypeinfo. */
+function readStart(folder: string, path: string, imported: ImportedEvents): TraceStart {
+  const raw = readMaybeGz(path);
+  if (raw.length % 8 !== 0) throw new UserError(`${path}: ${raw.length} bytes are not whole 64-bit entries; is it truncated?`);
+  const maxPfnFile = findFile(folder, 'max_pfn');
+  const told = maxPfnFile === undefined ? 0 : Number(readMaybeGz(maxPfnFile).toString('latin1').trim());
+  const words = new Uint32Array(raw.buffer.slice(raw.byteOffset, raw.byteOffset + raw.length));
+  const nr = told > 0 ? Math.min(told, words.length / 2) : words.length / 2;
+  const pages = new Uint8Array(nr);
+  for (let pfn = 0; pfn < nr; pfn++) {
+    const low = words[2 * pfn] & KPF_USED;
+    const high = words[2 * pfn + 1];
+    // 640 KiB – 1 MiB is no RAM, whatever the flags say (VGA hole, option ROMs).
+    if ((low & KPF_NOPAGE) !== 0 || (pfn >= VGA_HOLE_START && pfn < VGA_HOLE_END)) pages[pfn] = START_ABSENT;
+    else if ((low & KPF_BUDDY) !== 0) pages[pfn] = START_FREE;
+    else if ((high & KPF_RESERVED_HIGH) !== 0) pages[pfn] = START_RESERVED;
+    else if ((low & (KPF_SLAB | KPF_PGTABLE)) !== 0) pages[pfn] = START_UNMOVABLE;
+    else if ((low & (KPF_LRU | KPF_ANON)) !== 0) {
+      const isFile = (low & KPF_ANON) === 0;
+      pages[pfn] = START_MOVABLE | (isFile ? START_FILE : 0);
+    } else if (low === 0 && high === 0 && imported.onPcpAtStart.has(pfn)) pages[pfn] = START_PCP + (imported.onPcpAtStart.get(pfn) ?? 0);
+    // Page cache of tmpfs may be swap-backed but off the LRU for a moment: it has SWAPBACKED and is not anonymous.
+    else pages[pfn] = (low & KPF_SWAPBACKED) !== 0 ? START_MOVABLE | START_FILE : START_UNMOVABLE;
+  }
+  return { pages, pageblocks: pageblockTypes(folder, pages) };
+}
+
+/** Majority of the used pages of each block, then adjusted to the counts in pagetypeinfo, weakest majority first. */
+function pageblockTypes(folder: string, pages: Uint8Array): Uint8Array {
+  const nr = Math.ceil(pages.length / 512);
+  const types = new Uint8Array(nr);
+  const movableShare = new Float64Array(nr);
+  for (let block = 0; block < nr; block++) {
+    let movable = 0;
+    let unmovable = 0;
+    for (let pfn = block * 512; pfn < Math.min(pages.length, block * 512 + 512); pfn++) {
+      const state = pages[pfn];
+      if ((state & 7) === START_MOVABLE && state < START_PCP) movable++;
+      else if (state === START_UNMOVABLE || state === START_RESERVED) unmovable++;
+    }
+    movableShare[block] = movable + unmovable === 0 ? 1 : movable / (movable + unmovable);
+    types[block] = movableShare[block] >= 0.5 ? 1 : 0;
+  }
+  const info = findFile(folder, 'start.pagetypeinfo');
+  if (info === undefined) return types;
+  for (const match of readMaybeGz(info).toString('latin1').matchAll(/^Node\s+\d+, zone\s+(\w+)((?:\s+\d+){3,})\s*$/gm)) {
+    const counts = match[2].trim().split(/\s+/).map(Number);
+    const [from, to] = match[1] === 'DMA' ? [0, 8] : [8, nr];
+    const blocks = Array.from({ length: Math.min(to, nr) - from }, (_, i) => from + i).toSorted((a, b) => movableShare[a] - movableShare[b]);
+    // The least movable blocks are the unmovable ones; reclaimable follow.
+    blocks.forEach((block, i) => {
+      types[block] = i < counts[0] ? 0 : i < counts[0] + counts[2] ? 2 : 1;
+    });
+  }
+  return types;
+}
+
+function readEnd(folder: string): TraceEnd | undefined {
+  const buddy = findFile(folder, 'end.buddyinfo');
+  const zone = findFile(folder, 'end.zoneinfo');
+  if (buddy === undefined || zone === undefined) return undefined;
+  const freeByOrder = new Array<number>(11).fill(0);
+  for (const match of readMaybeGz(buddy).toString('latin1').matchAll(/^Node\s+\d+, zone\s+\w+((?:\s+\d+)+)\s*$/gm)) {
+    match[1]
+      .trim()
+      .split(/\s+/)
+      .forEach((n, order) => (freeByOrder[order] += Number(n)));
+  }
+  const text = readMaybeGz(zone).toString('latin1');
+  const pcpPages = [...text.matchAll(/^\s+count:\s+(\d+)$/gm)].reduce((sum, m) => sum + Number(m[1]), 0);
+  const pageCachePages = [...text.matchAll(/^\s+nr_file_pages\s+(\d+)$/gm)].reduce((sum, m) => sum + Number(m[1]), 0);
+  return { freeByOrder, freePages: freeByOrder.reduce((sum, n, order) => sum + n * 2 ** order, 0), pcpPages, pageCachePages };
+}
+
+/** The usable ranges of the capture's e820 map; one range from 0 without a dmesg. */
+function readE820(folder: string, maxPfn: number): { start: number; end: number }[] {
+  const dmesg = findFile(folder, 'dmesg.txt');
+  const ranges: { start: number; end: number }[] = [];
+  if (dmesg !== undefined) {
+    for (const match of readMaybeGz(dmesg).toString('latin1').matchAll(/BIOS-e820: \[mem (0x[0-9a-f]+)-(0x[0-9a-f]+)\] usable/g)) {
+      const start = Math.ceil(Number(match[1]) / 4096);
+      const end = Math.min(maxPfn, Math.floor((Number(match[2]) + 1) / 4096));
+      if (start < end) ranges.push({ start, end });
+    }
+  }
+  return ranges.length > 0 ? ranges : [{ start: 0, end: maxPfn }];
+}

@@ -1,0 +1,277 @@
+/**
+ * Reads tracefs text — `trace`, `trace_pipe`, `trace-cmd report` — into a `Trace`. The flags column is optional, task
+ * names may hold spaces and dashes, pfns are hexadecimal or decimal, `page=` with or without `0x`.
+ *
+ * Only four events drive a replay; `mm_page_free_batched` always follows a free of the same page, and the allocator's
+ * own events (`zone_locked`, `pcpu_drain`, `extfrag`) are ours to make. Any other event is counted and skipped; a line
+ * that is none, or misses a field, is the user's mistake: line number and text.
+ */
+import {
+  OP_ALLOC,
+  OP_CACHE_ADD,
+  OP_CACHE_DELETE,
+  OP_FREE,
+  TG_ATOMIC,
+  TG_NORETRY,
+  TG_NO_KSWAPD,
+  TG_NOWAIT,
+  TG_THISNODE,
+  TG_WRITE,
+  TG_ZERO,
+  TG_ZONE_SHIFT,
+  UserError,
+  type TraceEvents,
+} from './trace.ts';
+
+/** `TASK-PID [CPU] FLAGS TIME: EVENT: FIELDS`; the task may hold anything, the flags may be absent. */
+const LINE = /^.*?-\d+\s+(?:\([^)]*\)\s+)?\[(\d+)\]\s+(?:\S{4,8}\s+)?(\d+\.\d+): (\w+): ?(.*)$/;
+const IGNORED = new Set([
+  'mm_page_free_batched',
+  'mm_page_alloc_zone_locked',
+  'mm_page_pcpu_drain',
+  'mm_page_alloc_extfrag',
+]);
+
+/** Growing columns. */
+class Columns {
+  readonly timeUs: number[] = [];
+  readonly op: number[] = [];
+  readonly cpu: number[] = [];
+  readonly pfn: number[] = [];
+  readonly order: number[] = [];
+  readonly migratetype: number[] = [];
+  readonly gfp: number[] = [];
+  readonly file: number[] = [];
+  readonly index: number[] = [];
+
+  push(timeUs: number, op: number, cpu: number, pfn: number, order: number): void {
+    this.timeUs.push(timeUs);
+    this.op.push(op);
+    this.cpu.push(cpu);
+    this.pfn.push(pfn);
+    this.order.push(order);
+    this.migratetype.push(0);
+    this.gfp.push(0);
+    this.file.push(-1);
+    this.index.push(0);
+  }
+
+  freeze(): TraceEvents {
+    return {
+      count: this.op.length,
+      timeUs: Float64Array.from(this.timeUs),
+      op: Uint8Array.from(this.op),
+      cpu: Uint8Array.from(this.cpu),
+      pfn: Int32Array.from(this.pfn),
+      order: Uint8Array.from(this.order),
+      migratetype: Uint8Array.from(this.migratetype),
+      gfp: Uint16Array.from(this.gfp),
+      file: Int32Array.from(this.file),
+      index: Float64Array.from(this.index),
+    };
+  }
+}
+
+export interface ImportedEvents {
+  readonly events: TraceEvents;
+  readonly nrCpus: number;
+  readonly maxPfn: number;
+  readonly hash: string;
+  readonly skipped: Record<string, number>;
+  readonly marks: { timeUs: number; name: string }[];
+  /** Pages whose first event is an allocation without a `zone_locked`, or a drain: the CPU on whose list each sat. */
+  readonly onPcpAtStart: Map<number, number>;
+  /** The window between `SNAP_start_END` and `SNAP_end_END` was found and applied. */
+  readonly windowed: boolean;
+}
+
+/** Parses the text of a trace. `source` names it in messages. Throws `UserError` with line number and text. */
+export function importTraceText(text: string, source: string): ImportedEvents {
+  let columns = new Columns();
+  let skipped: Record<string, number> = {};
+  const marks: { timeUs: number; name: string }[] = [];
+  const files = new Map<string, number>();
+  let firstSeen = new Map<number, number>();
+  const onPcp = new Map<number, number>();
+  let origin = -1;
+  let nrCpus = 1;
+  let maxPfn = 0;
+  let lineNumber = 0;
+  let windowed = false;
+  let ended = false;
+  const hasStart = text.includes('SNAP_start_END');
+  const hasEnd = text.includes('SNAP_end_END');
+  const fail = (line: string, why: string): never => {
+    throw new UserError(`${source}: line ${lineNumber}: ${why}: '${line.length > 120 ? `${line.slice(0, 120)}…` : line}'`);
+  };
+  for (let at = 0; at < text.length && !ended; ) {
+    let eol = text.indexOf('\n', at);
+    const truncated = eol < 0;
+    if (truncated) eol = text.length;
+    const line = text.slice(at, eol).trimEnd();
+    at = eol + 1;
+    lineNumber++;
+    if (line === '' || line.startsWith('#') || line.startsWith('cpus=')) continue;
+    const match = LINE.exec(line);
+    if (match === null) return fail(line, 'not a trace line');
+    const cpu = Number(match[1]);
+    const timeUs = Number(match[2]) * 1e6;
+    const event = match[3];
+    const fields = match[4];
+    if (origin < 0) origin = timeUs;
+    if (cpu > 63) return fail(line, `CPU ${cpu} is out of range`);
+    nrCpus = Math.max(nrCpus, cpu + 1);
+    const field = (name: string): string | undefined => {
+      const from = fields.indexOf(`${name}=`);
+      if (from < 0) return undefined;
+      const start = from + name.length + 1;
+      const end = fields.indexOf(' ', start);
+      return end < 0 ? fields.slice(start) : fields.slice(start, end);
+    };
+    const number = (name: string): number => {
+      const value = Number(field(name));
+      if (field(name) === undefined || field(name) === '' || !Number.isInteger(value) || value < 0) fail(line, `no valid ${name}=`);
+      return value;
+    };
+    if (event === 'tracing_mark_write' || event === 'print') {
+      const name = fields.trim();
+      marks.push({ timeUs: timeUs - origin, name });
+      if (name === 'SNAP_start_END') {
+        // Everything before is in the start state already.
+        columns = new Columns();
+        skipped = {};
+        firstSeen = new Map();
+        onPcp.clear();
+        windowed = true;
+      } else if (name === 'SNAP_end_END') ended = true;
+      continue;
+    }
+    if (event === 'mm_page_alloc_zone_locked') {
+      const pfn = Number(field('pfn'));
+      const order = Number(field('order') ?? 0);
+      for (let p = pfn; p < pfn + 2 ** order; p++) if (!firstSeen.has(p)) firstSeen.set(p, -1);
+    }
+    if (event === 'mm_page_pcpu_drain') {
+      // Drained before anything else happened to it: it sat on a per-CPU list, too (docs/decisions/0003).
+      const pfn = Number(field('pfn'));
+      for (let p = pfn; p < pfn + 2 ** Number(field('order') ?? 0); p++) {
+        if (firstSeen.has(p)) continue;
+        firstSeen.set(p, cpu);
+        onPcp.set(p, cpu);
+      }
+    }
+    if (IGNORED.has(event)) continue;
+    switch (event) {
+      case 'mm_page_alloc': {
+        if (field('page') === '(null)') {
+          skipped['failed allocation (page=(null))'] = (skipped['failed allocation (page=(null))'] ?? 0) + 1;
+          break;
+        }
+        const pfn = number('pfn');
+        const order = number('order');
+        if (order > 10) fail(line, `order ${order} is above 10`);
+        columns.push(timeUs - origin, OP_ALLOC, cpu, pfn, order);
+        const row = columns.op.length - 1;
+        columns.migratetype[row] = Math.min(2, number('migratetype'));
+        columns.gfp[row] = packGfp(fields.slice(fields.indexOf('gfp_flags=') + 10));
+        for (let p = pfn; p < pfn + 2 ** order; p++) {
+          if (!firstSeen.has(p)) {
+            firstSeen.set(p, cpu);
+            onPcp.set(p, cpu);
+          }
+        }
+        maxPfn = Math.max(maxPfn, pfn + 2 ** order);
+        break;
+      }
+      case 'mm_page_free': {
+        const pfn = number('pfn');
+        const order = number('order');
+        if (order > 10) fail(line, `order ${order} is above 10`);
+        columns.push(timeUs - origin, OP_FREE, cpu, pfn, order);
+        if (!firstSeen.has(pfn)) firstSeen.set(pfn, -1);
+        maxPfn = Math.max(maxPfn, pfn + 2 ** order);
+        break;
+      }
+      case 'mm_filemap_add_to_page_cache':
+      case 'mm_filemap_delete_from_page_cache': {
+        const key = /dev (\S+) ino (\S+) /.exec(fields);
+        if (key === null) return fail(line, 'no dev and ino');
+        const id = files.get(`${key[1]}/${key[2]}`) ?? files.size;
+        files.set(`${key[1]}/${key[2]}`, id);
+        const op = event === 'mm_filemap_add_to_page_cache' ? OP_CACHE_ADD : OP_CACHE_DELETE;
+        columns.push(timeUs - origin, op, cpu, number('pfn'), Number(field('order') ?? 0));
+        columns.file[columns.op.length - 1] = id;
+        columns.index[columns.op.length - 1] = Math.floor(number('ofs') / 4096);
+        break;
+      }
+      default:
+        skipped[event] = (skipped[event] ?? 0) + 1;
+    }
+  }
+  if (hasStart && hasEnd && !ended) throw new UserError(`${source}: ends before SNAP_end_END; is it truncated?`);
+  const events = columns.freeze();
+  if (events.count === 0) throw new UserError(`${source}: no page events in it; capture kmem:mm_page_alloc and kmem:mm_page_free`);
+  return { events, nrCpus, maxPfn, hash: hashEvents(events), skipped, marks, onPcpAtStart: onPcp, windowed };
+}
+
+/** The bits a replay needs from a `gfp_flags=` text. */
+function packGfp(text: string): number {
+  let bits = 0;
+  let zone = 2;
+  for (const flag of text.trim().split('|')) {
+    switch (flag) {
+      case '__GFP_ZERO':
+        bits |= TG_ZERO;
+        break;
+      case '__GFP_WRITE':
+        bits |= TG_WRITE;
+        break;
+      case '__GFP_NORETRY':
+        bits |= TG_NORETRY;
+        break;
+      case '__GFP_THISNODE':
+        bits |= TG_THISNODE;
+        break;
+      case 'GFP_ATOMIC':
+        bits |= TG_ATOMIC;
+        break;
+      case 'GFP_NOWAIT':
+        bits |= TG_NOWAIT;
+        break;
+      case 'GFP_TRANSHUGE_LIGHT':
+        bits |= TG_NOWAIT | TG_NO_KSWAPD;
+        zone = 3;
+        break;
+      case 'GFP_TRANSHUGE':
+      case 'GFP_HIGHUSER_MOVABLE':
+      case '__GFP_MOVABLE':
+        zone = 3;
+        break;
+      case 'GFP_DMA':
+      case '__GFP_DMA':
+        zone = 0;
+        break;
+      case 'GFP_DMA32':
+      case '__GFP_DMA32':
+        zone = 1;
+        break;
+      default:
+        break;
+    }
+  }
+  return bits | (zone << TG_ZONE_SHIFT);
+}
+
+function hashEvents(events: TraceEvents): string {
+  let h = 0x811c9dc5;
+  const mix = (v: number): void => {
+    h = Math.imul(h ^ (v & 0xffff), 0x01000193);
+    h = Math.imul(h ^ (v >>> 16), 0x01000193);
+  };
+  for (let i = 0; i < events.count; i++) {
+    mix(events.pfn[i]);
+    mix(events.op[i] | (events.order[i] << 4) | (events.cpu[i] << 8) | (events.gfp[i] << 16));
+    mix(events.timeUs[i] | 0);
+  }
+  return (h >>> 0).toString(16).padStart(8, '0');
+}

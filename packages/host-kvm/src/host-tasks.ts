@@ -1,0 +1,133 @@
+/**
+ * Host tasks: the host's work as generator coroutines on one thread. A task yields at every host lock, backing call,
+ * flush wait, I/O and copy chunk; the loop may then run another, so no task is atomic with respect to another, and
+ * waiting for one vCPU's acknowledgement never stops the service of the others. Leaves are plain functions.
+ *
+ * What a task yields: nothing (run me again later), `PARK` (until `wake`), or a function (until it returns true).
+ */
+import { assert, type Schedule } from '@ebb/machine';
+
+export const PARK: unique symbol = Symbol('park');
+/** A schedule point, a park, or a condition that the loop polls. */
+export type TaskYield = undefined | typeof PARK | (() => boolean);
+export type TaskBody = Generator<TaskYield, void, void>;
+
+export class HostTask {
+  readonly name: string;
+  readonly body: TaskBody;
+  state: 'ready' | 'parked' | 'blocked' | 'running' | 'done' = 'ready';
+  /** A wake that came while the task ran. */
+  wakePending = false;
+  condition: (() => boolean) | null = null;
+
+  constructor(name: string, body: TaskBody) {
+    this.name = name;
+    this.body = body;
+  }
+}
+
+export class HostTasks {
+  readonly #schedule: Schedule;
+  #ready: HostTask[] = [];
+  #next: HostTask[] = [];
+  #blocked: HostTask[] = [];
+
+  constructor(schedule: Schedule) {
+    this.#schedule = schedule;
+  }
+
+  spawn(name: string, body: TaskBody): HostTask {
+    const task = new HostTask(name, body);
+    this.#next.push(task);
+    return task;
+  }
+
+  /** Makes a parked task run. A wake during its own step is kept. */
+  wake(task: HostTask): void {
+    if (task.state === 'parked') {
+      task.state = 'ready';
+      this.#next.push(task);
+    } else if (task.state === 'running' || task.state === 'ready') task.wakePending = true;
+  }
+
+  /** True if nothing can run: all parked, or blocked on a condition that does not hold. */
+  get idle(): boolean {
+    return this.#next.length === 0 && this.#ready.length === 0 && !this.#blocked.some((task) => task.condition?.() === true);
+  }
+
+  get blockedNames(): string[] {
+    return this.#blocked.map((task) => task.name);
+  }
+
+  /** Runs every ready task for one step. Returns true if any ran. */
+  step(): boolean {
+    this.#unblock();
+    if (this.#next.length === 0) return false;
+    const round = this.#next;
+    this.#next = this.#ready;
+    this.#ready = round;
+    for (const task of round) this.#resume(task);
+    round.length = 0;
+    return true;
+  }
+
+  #unblock(): void {
+    if (this.#blocked.length === 0) return;
+    const still: HostTask[] = [];
+    for (const task of this.#blocked) {
+      if (task.condition?.() === true) {
+        task.condition = null;
+        task.state = 'ready';
+        this.#next.push(task);
+      } else still.push(task);
+    }
+    this.#blocked = still;
+  }
+
+  #resume(task: HostTask): void {
+    if (this.#schedule.controlled) this.#schedule.point('task-yield', 0);
+    task.state = 'running';
+    const { done, value } = task.body.next();
+    if (done === true) {
+      task.state = 'done';
+    } else if (value === undefined) {
+      task.state = 'ready';
+      this.#next.push(task);
+    } else if (value === PARK) {
+      if (task.wakePending) {
+        task.wakePending = false;
+        task.state = 'ready';
+        this.#next.push(task);
+      } else task.state = 'parked';
+    } else if (typeof value === 'function') {
+      task.condition = value;
+      task.state = 'blocked';
+      this.#blocked.push(task);
+    }
+  }
+}
+
+/** A lock between host tasks; held across yields. Guards what its owner says it guards. */
+export class TaskLock {
+  readonly name: string;
+  #held = false;
+
+  constructor(name: string) {
+    this.name = name;
+  }
+
+  get held(): boolean {
+    return this.#held;
+  }
+
+  *acquire(): Generator<TaskYield, void, void> {
+    yield undefined;
+    while (this.#held) yield () => !this.#held;
+    this.#held = true;
+  }
+
+  release(): void {
+    assert(this.#held, `${this.name} is held`);
+    this.#held = false;
+  }
+}

@@ -1,0 +1,80 @@
+/**
+ * A VM's RAM as its devices see it: guest-physical address → slot → file block → frame, never through anybody's page
+ * tables. Each window passes the ledger's gate. A first touch by a device assigns the block, as a guest's would.
+ *
+ * Windows are valid until the calling task yields: only host tasks take memory away, and none runs in between.
+ */
+import {
+  CHUNK_FRAME_SHIFT,
+  chunkOffset,
+  FRAME_OWNED,
+  ownerOf,
+  PAGE_SIZE,
+  USE_RAM,
+  type GuestMemory,
+  type HostMemory,
+  type ViolationLog,
+} from '@ebb/machine';
+import type { FramePool } from '../mm/frame-pool.ts';
+import { KVM_MEM_READONLY, type Memslots } from './memslots.ts';
+import { FRAME_DIRTY } from './tdp-mmu.ts';
+
+export class VmMemory implements GuestMemory {
+  u8: Uint8Array;
+  u16: Uint16Array;
+  i32: Int32Array;
+  at = 0;
+  section = 0;
+  readonly #vm: number;
+  readonly #memory: HostMemory;
+  readonly #pool: FramePool;
+  readonly #slots: Memslots;
+  readonly #log: ViolationLog;
+  readonly #frameFlags: Uint8Array;
+
+  constructor(vm: number, pool: FramePool, slots: Memslots, log: ViolationLog, frameFlags: Uint8Array) {
+    this.#vm = vm;
+    this.#memory = pool.memory;
+    this.#pool = pool;
+    this.#slots = slots;
+    this.#log = log;
+    this.#frameFlags = frameFlags;
+    this.u8 = this.#memory.u8[0];
+    this.u16 = this.#memory.u16[0];
+    this.i32 = this.#memory.i32Chunks[0];
+  }
+
+  window(gpa: number, length: number, write: boolean): boolean {
+    const gfn = Math.floor(gpa / PAGE_SIZE);
+    const offset = gpa - gfn * PAGE_SIZE;
+    if (length < 0 || offset + length > PAGE_SIZE) return false;
+    const slot = this.#slots.find(gfn);
+    if (slot === null || slot.invalid || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return false;
+    const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), false);
+    if (frame < 0) return false;
+    const ledger = this.#pool.ledger;
+    if (ledger.state[frame] !== FRAME_OWNED || ledger.owner[frame] !== ownerOf(this.#vm, USE_RAM)) {
+      this.#log.record({
+        kind: ledger.owner[frame] === 0 ? 'use-after-free' : 'foreign-frame',
+        actor: 'device',
+        vm: this.#vm,
+        vcpu: -1,
+        gfn,
+        hfn: frame,
+        expected: ownerOf(this.#vm, USE_RAM),
+        found: ledger.owner[frame],
+        owner: ledger.owner[frame],
+        stepTaken: ledger.stepTaken[frame],
+        stepReleased: ledger.stepReleased[frame],
+      });
+    }
+    // The EPT's D bit knows nothing of device writes.
+    if (write) this.#frameFlags[frame] |= FRAME_DIRTY;
+    const chunk = frame >>> CHUNK_FRAME_SHIFT;
+    this.u8 = this.#memory.u8[chunk];
+    this.u16 = this.#memory.u16[chunk];
+    this.i32 = this.#memory.i32Chunks[chunk];
+    this.at = chunkOffset(frame) + offset;
+    return true;
+  }
+}

@@ -1,0 +1,449 @@
+/**
+ * One virtual machine as KVM knows it: slots, MMU, vCPU control blocks, exits, invalidation.
+ *
+ * **Invalidation** (DESIGN § 2): under the MMU lock, count it in progress, record the range, exchange the entries; set
+ * the flush request of *every* vCPU and wait for those in guest mode; only then drop the lock. The file detaches the
+ * blocks, `end` moves the sequence, and the frames go back. A fault samples the sequence before it resolves and retries
+ * if the range is in progress or the sequence moved. Counterpart: `kvm_mmu_invalidate_begin/end`, `mmu_invalidate_retry`.
+ */
+import {
+  assert,
+  COST_TABLE,
+  err,
+  EXIT_DONE,
+  EXIT_EPT_VIOLATION,
+  EXIT_MMIO_READ,
+  EXIT_MMIO_WRITE,
+  EXIT_REQUEST,
+  EXIT_REQUEST_SLEEPING,
+  GIGA_PAGES,
+  HUGE_PAGES,
+  MODE_OUTSIDE,
+  ok,
+  PAGE_SIZE,
+  RESULT_EMULATED,
+  RESULT_KILLED,
+  RESULT_RETRY,
+  sharedF64,
+  sharedI32,
+  VCPU_BLOCK_BYTES,
+  VCPU_BLOCK_WORDS,
+  VC_CLOCK_F64,
+  VC_EPT_ROOT,
+  VC_EXIT_ADDR_F64,
+  VC_EXIT_COST_F64,
+  VC_EXIT_DATA,
+  VC_EXIT_RDATA,
+  VC_EXIT_REASON,
+  VC_EXIT_RESULT,
+  VC_EXIT_SIZE,
+  VC_EXIT_STATE,
+  VC_FLUSH_ACK,
+  VC_FLUSH_REQ,
+  VC_IRQ,
+  VC_IRQ_DUE_F64,
+  VC_MODE,
+  type CostTable,
+  type Result,
+  type Schedule,
+  type ViolationLog,
+} from '@ebb/machine';
+import type { InvalidationListener, MemFile } from '@ebb/memfs';
+import { HostTasks, PARK, TaskLock, type HostTask, type TaskBody, type TaskYield } from '../host-tasks.ts';
+import type { FramePool } from '../mm/frame-pool.ts';
+import { KVM_MEM_READONLY, Memslots, type Memslot, type SlotError, type UserMemoryRegion } from './memslots.ts';
+import { TdpMmu } from './tdp-mmu.ts';
+import { VmMemory } from './vm-memory.ts';
+
+/** A device's registers in guest-physical space. */
+export interface MmioRegion {
+  readonly base: number;
+  readonly bytes: number;
+  read(offset: number, width: number): number;
+  write(offset: number, width: number, value: number): void;
+}
+
+export interface VmOptions {
+  readonly id: number;
+  readonly nrVcpus: number;
+  /** Control blocks of the run and the number of this VM's first. */
+  readonly control: SharedArrayBuffer;
+  readonly firstBlock: number;
+  readonly pool: FramePool;
+  readonly tasks: HostTasks;
+  readonly violations: ViolationLog;
+  readonly schedule: Schedule;
+  readonly tableLive: Int32Array;
+  readonly frameFlags: Uint8Array;
+  readonly costs?: CostTable;
+}
+
+export interface VmCounters {
+  eptViolations: number;
+  faultRetries: number;
+  tlbFlushes: number;
+  flushWaits: number;
+  mmioExits: number;
+  unclaimedMmio: number;
+  returnedBytes: number;
+  discardRequests: number;
+}
+
+export class Vm implements InvalidationListener {
+  readonly id: number;
+  readonly slots: Memslots = new Memslots();
+  readonly mmu: TdpMmu;
+  readonly memory: VmMemory;
+  readonly costs: CostTable;
+  readonly counters: VmCounters = {
+    eptViolations: 0,
+    faultRetries: 0,
+    tlbFlushes: 0,
+    flushWaits: 0,
+    mmioExits: 0,
+    unclaimedMmio: 0,
+    returnedBytes: 0,
+    discardRequests: 0,
+  };
+  /** Set when the host had no frame for it; its vCPUs stop at their next exit. */
+  killed = false;
+  /** Virtual time of the newest register write: when a device was kicked. */
+  kickTime = 0;
+  readonly nrVcpus: number;
+  readonly #pool: FramePool;
+  readonly #tasks: HostTasks;
+  readonly #schedule: Schedule;
+  readonly #control: Int32Array;
+  readonly #controlF64: Float64Array;
+  readonly #firstBlock: number;
+  readonly #exitTasks: HostTask[] = [];
+  readonly #regions: MmioRegion[] = [];
+  /** Guards the EPT and the three fields below. Order: taken inside no other lock. */
+  readonly #mmuLock = new TaskLock('mmu');
+  #inProgress = 0;
+  #sequence = 0;
+  #rangeFrom = 0;
+  #rangeTo = 0;
+
+  constructor(options: VmOptions) {
+    this.id = options.id;
+    this.nrVcpus = options.nrVcpus;
+    this.costs = options.costs ?? COST_TABLE;
+    this.#pool = options.pool;
+    this.#tasks = options.tasks;
+    this.#schedule = options.schedule;
+    this.#control = sharedI32('vcpu-control', options.control);
+    this.#controlF64 = sharedF64('vcpu-control', options.control);
+    this.#firstBlock = options.firstBlock;
+    this.mmu = new TdpMmu(options.id, options.pool, options.schedule, options.tableLive, options.frameFlags);
+    this.memory = new VmMemory(options.id, options.pool, this.slots, options.violations, options.frameFlags);
+    for (let v = 0; v < options.nrVcpus; v++) {
+      this.#control[this.#base(v) + VC_EPT_ROOT] = this.mmu.root;
+      this.#exitTasks.push(options.tasks.spawn(`vm${options.id}/vcpu${v}`, this.#serveExits(v)));
+    }
+  }
+
+  #base(vcpu: number): number {
+    return (this.#firstBlock + vcpu) * VCPU_BLOCK_WORDS;
+  }
+  #baseF64(vcpu: number): number {
+    return ((this.#firstBlock + vcpu) * VCPU_BLOCK_BYTES) / 8;
+  }
+
+  addMmio(region: MmioRegion): void {
+    this.#regions.push(region);
+  }
+
+  /** Virtual clock of a vCPU as of its last exit or halt. */
+  clock(vcpu: number): number {
+    return this.#controlF64[this.#baseF64(vcpu) + VC_CLOCK_F64];
+  }
+
+  // ── Exits ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Scans the mailboxes and wakes the task of each vCPU that asks. Pairs with the vCPU's store of `EXIT_REQUEST`. */
+  scanExits(): boolean {
+    let found = false;
+    for (let v = 0; v < this.nrVcpus; v++) {
+      const state = Atomics.load(this.#control, this.#base(v) + VC_EXIT_STATE);
+      if ((state === EXIT_REQUEST || state === EXIT_REQUEST_SLEEPING) && this.#exitTasks[v].state === 'parked') {
+        this.#tasks.wake(this.#exitTasks[v]);
+        found = true;
+      }
+    }
+    return found;
+  }
+
+  *#serveExits(vcpu: number): TaskBody {
+    const control = this.#control;
+    const base = this.#base(vcpu);
+    for (;;) {
+      yield PARK;
+      const state = Atomics.load(control, base + VC_EXIT_STATE);
+      if (state !== EXIT_REQUEST && state !== EXIT_REQUEST_SLEEPING) continue;
+      const reason = control[base + VC_EXIT_REASON];
+      const address = this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_ADDR_F64];
+      const size = control[base + VC_EXIT_SIZE];
+      const data = control[base + VC_EXIT_DATA];
+      if (this.killed) this.#complete(vcpu, RESULT_KILLED, 0, 0);
+      else if (reason === EXIT_EPT_VIOLATION) yield* this.#violation(vcpu, address, size !== 0);
+      else if (reason === EXIT_MMIO_READ) {
+        this.counters.mmioExits++;
+        const region = this.#region(address);
+        const value = region === undefined ? this.#unclaimed() : region.read(address - region.base, size);
+        this.#complete(vcpu, RESULT_EMULATED, value, this.costs.exitNs);
+      } else if (reason === EXIT_MMIO_WRITE) {
+        this.counters.mmioExits++;
+        const region = this.#region(address);
+        this.kickTime = this.clock(vcpu);
+        if (region === undefined) this.#unclaimed();
+        else region.write(address - region.base, size, data);
+        this.#complete(vcpu, RESULT_EMULATED, 0, this.costs.exitNs);
+      } else assert(false, `exit reason ${reason}`);
+    }
+  }
+
+  #region(address: number): MmioRegion | undefined {
+    return this.#regions.find((r) => address >= r.base && address < r.base + r.bytes);
+  }
+
+  #unclaimed(): number {
+    this.counters.unclaimedMmio++;
+    return -1;
+  }
+
+  /** Answers an exit. Exchanging to DONE tells whether the vCPU sleeps; only then is it notified. */
+  #complete(vcpu: number, result: number, data: number, cost: number): void {
+    const base = this.#base(vcpu);
+    this.#control[base + VC_EXIT_RESULT] = result;
+    this.#control[base + VC_EXIT_RDATA] = data;
+    this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_COST_F64] = cost;
+    const old = Atomics.exchange(this.#control, base + VC_EXIT_STATE, EXIT_DONE);
+    if (old === EXIT_REQUEST_SLEEPING) Atomics.notify(this.#control, base + VC_EXIT_STATE);
+  }
+
+  /** Notes that device `line` completes what it returned at virtual time `due`. */
+  completed(line: number, due: number): void {
+    const f64 = this.#baseF64(0) + VC_IRQ_DUE_F64 + line;
+    if (due > this.#controlF64[f64]) this.#controlF64[f64] = due;
+  }
+
+  /** Raises interrupt line `line` on every vCPU: whichever waits for the device sees it. Wakes halted ones. */
+  interrupt(line: number): void {
+    for (let v = 0; v < this.nrVcpus; v++) {
+      const irq = this.#base(v) + VC_IRQ;
+      // Publishes the due time and whatever the device wrote. Pairs with the exchange in `Vcpu.takeInterrupts`.
+      Atomics.or(this.#control, irq, 1 << line);
+      Atomics.notify(this.#control, irq);
+    }
+  }
+
+  // ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Serves one EPT violation: maps the page, or finds that it is not RAM, or that the host has no frame. */
+  *#violation(vcpu: number, address: number, write: boolean): Generator<TaskYield, void, void> {
+    const gfn = Math.floor(address / PAGE_SIZE);
+    this.counters.eptViolations++;
+    for (;;) {
+      const sequence = this.#sequence;
+      const slot = this.slots.find(gfn);
+      if (slot === null || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) {
+        this.#unclaimed();
+        this.#complete(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
+        return;
+      }
+      if (slot.invalid) {
+        yield undefined;
+        continue;
+      }
+      const index = slot.fileOffset + (gfn - slot.baseGfn);
+      const huge = hugeFits(slot, gfn);
+      yield undefined;
+      const frame = slot.file.assign(index, huge);
+      const zeroed = this.#pool.lastZeroed;
+      this.#pool.lastZeroed = 0;
+      if (frame < 0) {
+        this.killed = true;
+        this.#complete(vcpu, RESULT_KILLED, 0, 0);
+        return;
+      }
+      yield* this.#mmuLock.acquire();
+      if (this.#mustRetry(gfn, sequence)) {
+        this.#mmuLock.release();
+        this.counters.faultRetries++;
+        if (this.#inProgress > 0) yield () => this.#inProgress === 0;
+        continue;
+      }
+      const writable = (slot.flags & KVM_MEM_READONLY) === 0;
+      const level = leafLevelFor(slot, index, gfn, huge);
+      const span = level === 3 ? GIGA_PAGES : level === 2 ? HUGE_PAGES : 1;
+      const offset = gfn % span;
+      const mapped = this.mmu.map(gfn - offset, frame - offset, level, writable);
+      this.#mmuLock.release();
+      if (!mapped) {
+        this.killed = true;
+        this.#complete(vcpu, RESULT_KILLED, 0, 0);
+        return;
+      }
+      this.#complete(vcpu, RESULT_RETRY, 0, this.costs.exitNs + this.costs.faultNs + zeroed * this.costs.hostZeroPageNs);
+      return;
+    }
+  }
+
+  /** A resolved frame may be stale: an invalidation covers it now, or one ended since the sample. Under the MMU lock. */
+  #mustRetry(gfn: number, sequence: number): boolean {
+    if (this.#inProgress > 0 && gfn >= this.#rangeFrom && gfn < this.#rangeTo) return true;
+    return this.#sequence !== sequence;
+  }
+
+  // ── Invalidation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Steps 1 and 2: zap under the lock, flush, wait; block runs are translated through every slot of the file. */
+  *begin(runs: Int32Array, nrRuns: number): Generator<TaskYield, void, void> {
+    yield* this.#mmuLock.acquire();
+    this.#inProgress++;
+    let zapped = 0;
+    for (let r = 0; r < nrRuns; r++) zapped += this.#zapBlocks(runs[2 * r], runs[2 * r + 1]);
+    // Never drop the lock with a flush owed: another holder could hand out what a TLB still reaches.
+    if (zapped > 0) yield* this.#flushAll();
+    this.mmu.freeDetachedTables();
+    this.#mmuLock.release();
+  }
+
+  /** Step 4: the blocks are gone; faults that sampled before must look again. */
+  end(_runs: Int32Array, _nrRuns: number): void {
+    this.#sequence++;
+    this.#inProgress--;
+    if (this.#inProgress === 0) {
+      this.#rangeFrom = 0;
+      this.#rangeTo = 0;
+    }
+  }
+
+  #zapBlocks(first: number, count: number): number {
+    let zapped = 0;
+    for (const slot of this.slots.all) {
+      const from = Math.max(first, slot.fileOffset);
+      const to = Math.min(first + count, slot.fileOffset + slot.nrPages);
+      if (from >= to) continue;
+      const gfn = slot.baseGfn + (from - slot.fileOffset);
+      this.#coverRange(gfn, gfn + (to - from));
+      zapped += this.mmu.zapRange(gfn, to - from);
+    }
+    return zapped;
+  }
+
+  /** Widens the range in progress; several invalidations at once share one range, as in KVM. */
+  #coverRange(from: number, to: number): void {
+    if (this.#rangeFrom === this.#rangeTo) {
+      this.#rangeFrom = from;
+      this.#rangeTo = to;
+      return;
+    }
+    this.#rangeFrom = Math.min(this.#rangeFrom, from);
+    this.#rangeTo = Math.max(this.#rangeTo, to);
+  }
+
+  /**
+   * Asks every vCPU to drop its translations and waits for those in guest mode. Set the request, *then* load the mode:
+   * pairs with store mode, then load request in `Vcpu.enterGuest`. One that is OUTSIDE keeps the request.
+   */
+  *#flushAll(): Generator<TaskYield, void, void> {
+    this.counters.tlbFlushes++;
+    const control = this.#control;
+    const want: number[] = [];
+    for (let v = 0; v < this.nrVcpus; v++) {
+      this.#schedule.point('flush-request', v);
+      want.push(Atomics.add(control, this.#base(v) + VC_FLUSH_REQ, 1) + 1);
+    }
+    const pending = (): boolean => {
+      for (let v = 0; v < this.nrVcpus; v++) {
+        const base = this.#base(v);
+        if (Atomics.load(control, base + VC_MODE) === MODE_OUTSIDE) continue;
+        if (((Atomics.load(control, base + VC_FLUSH_ACK) - want[v]) | 0) < 0) return true;
+      }
+      return false;
+    };
+    if (!pending()) return;
+    this.counters.flushWaits++;
+    yield () => !pending();
+  }
+
+  // ── Slots and discards ───────────────────────────────────────────────────────────────────────────────────────────
+
+  /** `KVM_SET_USER_MEMORY_REGION`. A delete or move marks the slot invalid, zaps and flushes, and only then removes it. */
+  *setUserMemoryRegion(region: UserMemoryRegion): Generator<TaskYield, Result<void, SlotError>, void> {
+    const judged = this.slots.judge(region);
+    if (!judged.ok) return err(judged.error);
+    const { kind, slot, old } = judged.value;
+    if (old !== null && kind !== 'flags') {
+      this.slots.install({ ...old, invalid: true });
+      yield* this.#mmuLock.acquire();
+      this.#inProgress++;
+      this.#coverRange(old.baseGfn, old.baseGfn + old.nrPages);
+      if (this.mmu.zapRange(old.baseGfn, old.nrPages) > 0) yield* this.#flushAll();
+      this.mmu.freeDetachedTables();
+      this.#mmuLock.release();
+      this.end(EMPTY, 0);
+    }
+    if (kind === 'delete') this.slots.remove(slot.id);
+    else {
+      if (kind === 'create') slot.file.addListener(this);
+      this.slots.install(slot);
+    }
+    return ok(undefined);
+  }
+
+  /**
+   * Gives guest pages back to the host (`MADV_DONTNEED` / punch hole): returns when every mapping is gone, flushed, and
+   * the frames are free. `runs` are ascending, disjoint `[gfn, count]` pairs. A run that is not RAM, or not whole units
+   * of the backing, is skipped, never rounded outward. Returns the pages freed.
+   */
+  *discard(runs: Int32Array, nrRuns: number): Generator<TaskYield, number, void> {
+    this.counters.discardRequests++;
+    const perFile = new Map<MemFile, number[]>();
+    for (let r = 0; r < nrRuns; r++) {
+      const gfn = runs[2 * r];
+      const count = runs[2 * r + 1];
+      const slot = this.slots.find(gfn);
+      if (slot === null || slot.invalid || gfn + count > slot.baseGfn + slot.nrPages) continue;
+      const first = slot.fileOffset + (gfn - slot.baseGfn);
+      const unit = slot.file.granularity;
+      const from = Math.ceil(first / unit) * unit;
+      const to = Math.floor((first + count) / unit) * unit;
+      if (from >= to) continue;
+      const list = perFile.get(slot.file) ?? [];
+      if (list.length > 0 && list[list.length - 2] + list[list.length - 1] === from) list[list.length - 1] += to - from;
+      else list.push(from, to - from);
+      perFile.set(slot.file, list);
+    }
+    let freed = 0;
+    for (const [file, list] of perFile) {
+      const result = yield* file.punchHoles(Int32Array.from(list), list.length / 2) as Generator<
+        TaskYield,
+        Result<number, 'EINVAL'>,
+        void
+      >;
+      if (result.ok) freed += result.value;
+    }
+    this.counters.returnedBytes += freed * PAGE_SIZE;
+    return freed;
+  }
+}
+
+const EMPTY = new Int32Array(0);
+
+/** Whether the aligned 2 MiB around `gfn` lies in the slot and is aligned alike in the file. */
+function hugeFits(slot: Memslot, gfn: number): boolean {
+  const base = gfn - (gfn % HUGE_PAGES);
+  return (
+    base >= slot.baseGfn &&
+    base + HUGE_PAGES <= slot.baseGfn + slot.nrPages &&
+    (slot.fileOffset - slot.baseGfn) % HUGE_PAGES === 0
+  );
+}
+
+/** Largest leaf that may map the page: 2 MiB where slot and frames allow it. */
+function leafLevelFor(slot: Memslot, index: number, gfn: number, huge: boolean): number {
+  return huge && slot.file.isHuge(index - (gfn % HUGE_PAGES)) ? 2 : 1;
+}

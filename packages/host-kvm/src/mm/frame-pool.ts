@@ -1,0 +1,159 @@
+/**
+ * Every frame the host hands out or takes back passes here: buddy allocator, ledger, zeroing and poison in one place,
+ * so that accounts cannot drift apart.
+ *
+ * A freed frame is poisoned (first and last word, or all of it) and the poison is checked when it is taken again: a
+ * write that landed in a free frame shows even if no gate saw it.
+ */
+import {
+  assert,
+  hfn,
+  ownerOf,
+  USE_PAGE_TABLE,
+  USE_VMM,
+  type FrameLedger,
+  type Hfn,
+  type HostMemory,
+  type ViolationLog,
+} from '@ebb/machine';
+import type { FrameSource } from '@ebb/memfs';
+import { HostBuddy } from './host-buddy.ts';
+
+/** What a free frame holds. */
+export const POISON = 0x0bad_f4ee;
+
+export interface FramePoolOptions {
+  readonly memory: HostMemory;
+  readonly ledger: FrameLedger;
+  readonly violations: ViolationLog;
+  /** Frames this host has; the rest of the buffer, if any, is left alone. */
+  readonly frames: number;
+  /** `edges` writes two words per freed frame; `full` the whole frame (tests). */
+  readonly poison?: 'edges' | 'full';
+}
+
+export class FramePool implements FrameSource {
+  readonly memory: HostMemory;
+  readonly ledger: FrameLedger;
+  readonly buddy: HostBuddy;
+  readonly frames: number;
+  /** Most frames in use at any time. */
+  peak = 0;
+  /** Frames zeroed for a new owner. */
+  zeroed = 0;
+  /** Frames zeroed by the last `allocZeroed`, for the cost of the fault. */
+  lastZeroed = 0;
+  failures = 0;
+  readonly #log: ViolationLog;
+  readonly #full: boolean;
+  readonly #poisoned: Uint8Array;
+
+  constructor(options: FramePoolOptions) {
+    this.memory = options.memory;
+    this.ledger = options.ledger;
+    this.frames = options.frames;
+    this.buddy = new HostBuddy(options.frames);
+    this.#log = options.violations;
+    this.#full = options.poison === 'full';
+    this.#poisoned = new Uint8Array(options.frames);
+  }
+
+  get used(): number {
+    return this.frames - this.buddy.free;
+  }
+
+  allocZeroed(order: 0 | 9, owner: number): number {
+    const count = 1 << order;
+    const frame = this.buddy.alloc(order);
+    this.lastZeroed = 0;
+    if (frame < 0) {
+      if (order === 0) this.failures++;
+      return -1;
+    }
+    this.#checkPoison(frame, count);
+    this.ledger.take(hfn(frame), count, owner);
+    this.memory.zeroFrames(hfn(frame), count);
+    this.zeroed += count;
+    this.lastZeroed = count;
+    if (this.used > this.peak) this.peak = this.used;
+    return frame;
+  }
+
+  /** A zeroed frame for a page table of VM `vm`; −1 if none is free. */
+  allocTable(vm: number): number {
+    return this.allocZeroed(0, ownerOf(vm, USE_PAGE_TABLE));
+  }
+
+  /** Charges `count` frames to the VMM of VM `vm`; false (and nothing taken) if the host has too few. */
+  chargeVmm(vm: number, count: number): boolean {
+    if (this.buddy.free < count) {
+      this.failures++;
+      return false;
+    }
+    for (let i = 0; i < count; i++) {
+      const frame = this.buddy.alloc(0);
+      this.#checkPoison(frame, 1);
+      this.ledger.take(hfn(frame), 1, ownerOf(vm, USE_VMM));
+    }
+    if (this.used > this.peak) this.peak = this.used;
+    return true;
+  }
+
+  free(first: Hfn, count: number): void {
+    const i32 = this.memory.i32;
+    for (let f = first as number; f < first + count; f++) {
+      if (this.#full) this.memory.poisonFrame(hfn(f), POISON);
+      else {
+        i32[f * 1024] = POISON;
+        i32[f * 1024 + 1023] = POISON;
+      }
+      this.#poisoned[f] = 1;
+    }
+    if (this.ledger.release(first, count)) {
+      this.buddy.freeRun(first, count);
+      return;
+    }
+    // Some are pinned: free the others one by one; `unpin` frees the rest.
+    for (let f = first as number; f < first + count; f++) {
+      if (this.ledger.pins[f] === 0) this.buddy.freeRun(f, 1);
+    }
+  }
+
+  pin(frame: Hfn): void {
+    this.ledger.pins[frame]++;
+  }
+
+  /** Drops a pin; a frame that was taken away meanwhile is freed with its last pin. */
+  unpin(frame: Hfn): void {
+    assert(this.ledger.pins[frame] > 0, 'an unpinned frame has a pin');
+    this.ledger.pins[frame]--;
+    if (this.ledger.pins[frame] === 0 && this.ledger.state[frame] === 2) {
+      this.ledger.release(frame, 1);
+      this.buddy.freeRun(frame, 1);
+    }
+  }
+
+  #checkPoison(first: number, count: number): void {
+    const i32 = this.memory.i32;
+    for (let f = first; f < first + count; f++) {
+      if (this.#poisoned[f] === 0) continue;
+      this.#poisoned[f] = 0;
+      let bad = i32[f * 1024] !== POISON || i32[f * 1024 + 1023] !== POISON;
+      if (this.#full) for (let w = 1; w < 1023 && !bad; w++) bad = i32[f * 1024 + w] !== POISON;
+      if (!bad) continue;
+      this.#log.record({
+        kind: 'use-after-free',
+        actor: 'kvm',
+        vm: -1,
+        vcpu: -1,
+        gfn: -1,
+        hfn: f,
+        expected: POISON,
+        found: i32[f * 1024],
+        owner: this.ledger.owner[f],
+        stepTaken: this.ledger.stepTaken[f],
+        stepReleased: this.ledger.stepReleased[f],
+      });
+    }
+  }
+}

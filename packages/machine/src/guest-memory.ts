@@ -1,0 +1,70 @@
+/**
+ * Guest memory as rings, drivers and device models see it: by guest-physical address, a window at a time. The same
+ * code runs over a vCPU's translated memory, over the host's view of a VM, and over a plain buffer that is no Ebb VM.
+ *
+ * A *window* covers bytes of one 4 KiB page. It is valid until the next call that may leave the section: another
+ * `window` that faults, an exit, a wait, a task's yield. `section` counts those; compare it after locating several.
+ */
+import { PAGE_SIZE } from './units.ts';
+
+export interface GuestMemory {
+  /**
+   * Locates `length` bytes at `gpa` (all inside one page). True: `at` is their byte offset in `u8`, `u16 (at >> 1)` and
+   * `i32 (at >> 2)`. False: not RAM, or `write` and read-only; nothing was touched.
+   */
+  window(gpa: number, length: number, write: boolean): boolean;
+  u8: Uint8Array;
+  u16: Uint16Array;
+  i32: Int32Array;
+  /** Byte offset of the located window; below 2³⁰. */
+  at: number;
+  /** Moves whenever windows located before become stale. */
+  section: number;
+}
+
+/** Copies guest bytes into `out`; false if any byte is not RAM (then `out` is partly written). */
+export function readGuest(memory: GuestMemory, gpa: number, out: Uint8Array): boolean {
+  let done = 0;
+  while (done < out.length) {
+    const n = Math.min(out.length - done, PAGE_SIZE - ((gpa + done) % PAGE_SIZE));
+    if (!memory.window(gpa + done, n, false)) return false;
+    out.set(memory.u8.subarray(memory.at, memory.at + n), done);
+    done += n;
+  }
+  return true;
+}
+
+/** Copies `bytes` into guest memory; false if any byte is not writable RAM (earlier pages are written). */
+export function writeGuest(memory: GuestMemory, gpa: number, bytes: Uint8Array): boolean {
+  let done = 0;
+  while (done < bytes.length) {
+    const n = Math.min(bytes.length - done, PAGE_SIZE - ((gpa + done) % PAGE_SIZE));
+    if (!memory.window(gpa + done, n, true)) return false;
+    memory.u8.set(done === 0 && n === bytes.length ? bytes : bytes.subarray(done, done + n), memory.at);
+    done += n;
+  }
+  return true;
+}
+
+/** Guest memory over one plain buffer at guest-physical 0: tests, benchmarks, foreign guests. */
+export class FlatGuestMemory implements GuestMemory {
+  u8: Uint8Array;
+  u16: Uint16Array;
+  i32: Int32Array;
+  at = 0;
+  section = 0;
+  readonly size: number;
+
+  constructor(buffer: ArrayBufferLike) {
+    this.size = buffer.byteLength;
+    this.u8 = new Uint8Array(buffer);
+    this.u16 = new Uint16Array(buffer);
+    this.i32 = new Int32Array(buffer);
+  }
+
+  window(gpa: number, length: number, _write: boolean): boolean {
+    if (gpa < 0 || gpa + length > this.size) return false;
+    this.at = gpa;
+    return true;
+  }
+}

@@ -1,0 +1,448 @@
+/**
+ * A virtual CPU's way to memory: TLB, hardware walk, sections, loads, stores and windows by guest-physical address,
+ * and exits. Everything a guest kernel does to its RAM goes through here, one page at a time, past the ledger's gate.
+ *
+ * **Guest section.** A translation may be used only between two checks of the flush request. A check comes at least
+ * every 64 single accesses and before each page of a bulk operation; exits, halts and lock waits end a section too. No
+ * frame number survives it. If the check finds a new request: drop the TLB, *then* publish the acknowledgement.
+ *
+ * **TLB.** Direct mapped by gfn; an entry is `[gfn, epoch | writable-and-dirty, frame, generation]`. Large leaves fill
+ * it page by page. A flush moves the epoch, so it costs one store, not a sweep.
+ */
+import { gfn as toGfn, type Gfn, type Hfn } from './address.ts';
+import { COST_TABLE, type CostTable } from './cost-table.ts';
+import { nudgeSleepingHost } from './doorbell.ts';
+import { EPT_A, EPT_D, EPT_R, EPT_W, eptWalk, WalkResult } from './ept.ts';
+import type { ExitPort } from './exit-port.ts';
+import type { GuestMemory } from './guest-memory.ts';
+import { CHUNK_FRAME_SHIFT, chunkOffset, type HostMemory } from './host-memory.ts';
+import {
+  EXIT_IDLE,
+  EXIT_REQUEST,
+  MODE_GUEST,
+  MODE_OUTSIDE,
+  VCPU_BLOCK_BYTES,
+  VCPU_BLOCK_WORDS,
+  VC_CLOCK_F64,
+  VC_EPT_ROOT,
+  VC_EXIT_ADDR_F64,
+  VC_EXIT_COST_F64,
+  VC_EXIT_DATA,
+  VC_EXIT_RDATA,
+  VC_EXIT_REASON,
+  VC_EXIT_RESULT,
+  VC_EXIT_SIZE,
+  VC_EXIT_STATE,
+  VC_FLUSH_ACK,
+  VC_FLUSH_REQ,
+  VC_IRQ,
+  VC_IRQ_DUE_F64,
+  VC_MODE,
+  VC_STALL_BUCKETS,
+  VC_STALL_HIST,
+  VC_STALL_MAX_F64,
+  VC_STALL_TOTAL_F64,
+} from './layout.ts';
+import { FRAME_FREE, type FrameLedger } from './ledger.ts';
+import { freeSchedule, type Schedule } from './schedule.ts';
+import { sharedF64, sharedI32 } from './shared-views.ts';
+import { PAGE_SIZE } from './units.ts';
+import type { ViolationLog } from './violations.ts';
+
+/** Exit reasons in the mailbox. */
+export const EXIT_EPT_VIOLATION = 1;
+export const EXIT_MMIO_READ = 2;
+export const EXIT_MMIO_WRITE = 3;
+
+/** The host's answer. */
+export const RESULT_RETRY = 0;
+/** The access was not to RAM: a read's data is in the mailbox, a write was taken or dropped. */
+export const RESULT_EMULATED = 1;
+/** The host has no frame for this VM: it is dead. */
+export const RESULT_KILLED = 2;
+
+/** Single accesses in one section. */
+const SECTION_ACCESSES = 64;
+const MAX_EPOCH = 0x3fff_fffe;
+const ZERO_PAGE = new Uint8Array(PAGE_SIZE);
+
+/** The host could not back this VM's memory: its vCPUs stop. */
+export class VmKilled extends Error {
+  readonly vm: number;
+  constructor(vm: number) {
+    super(`VM ${vm}: the host has no frame left`);
+    this.name = 'VmKilled';
+    this.vm = vm;
+  }
+}
+
+export interface VcpuOptions {
+  readonly vm: number;
+  readonly id: number;
+  readonly memory: HostMemory;
+  readonly ledger: FrameLedger;
+  readonly violations: ViolationLog;
+  /** All control blocks of the run; this vCPU's is number `block`. */
+  readonly control: SharedArrayBuffer;
+  readonly block: number;
+  readonly runControl: Int32Array;
+  readonly port: ExitPort;
+  readonly schedule?: Schedule;
+  readonly costs?: CostTable;
+  /** log₂ of TLB entries; 15 by default. */
+  readonly tlbBits?: number;
+}
+
+/** Counters of one vCPU, private to its worker. */
+export interface VcpuCounters {
+  violations: number;
+  tlbMisses: number;
+  flushes: number;
+  exits: number;
+  unmappedAccesses: number;
+}
+
+export class Vcpu implements GuestMemory {
+  readonly vm: number;
+  readonly id: number;
+  readonly counters: VcpuCounters = { violations: 0, tlbMisses: 0, flushes: 0, exits: 0, unmappedAccesses: 0 };
+  readonly port: ExitPort;
+  readonly schedule: Schedule;
+  readonly costs: CostTable;
+
+  /** The last window (see `GuestMemory`). */
+  u8: Uint8Array;
+  u16: Uint16Array;
+  i32: Int32Array;
+  at = 0;
+  section = 0;
+  /** Virtual nanoseconds; this vCPU's own clock. */
+  clock = 0;
+
+  readonly #memory: HostMemory;
+  readonly #dram: Int32Array;
+  readonly #ledger: FrameLedger;
+  readonly #generation: Int32Array;
+  readonly #log: ViolationLog;
+  readonly #control: Int32Array;
+  readonly #controlF64: Float64Array;
+  readonly #base: number;
+  readonly #baseF64: number;
+  readonly #runControl: Int32Array;
+  readonly #tlb: Int32Array;
+  readonly #mask: number;
+  readonly #walk = new WalkResult();
+  /** Even; an entry filled in this epoch has `epoch` (readable) or `epoch + 1` (writable, dirty known set). */
+  #epoch = 2;
+  #seen = 0;
+  #left = 0;
+  /** Set by an emulated read. */
+  exitData = 0;
+
+  constructor(options: VcpuOptions) {
+    this.vm = options.vm;
+    this.id = options.id;
+    this.port = options.port;
+    this.schedule = options.schedule ?? freeSchedule;
+    this.costs = options.costs ?? COST_TABLE;
+    this.#memory = options.memory;
+    this.#dram = options.memory.i32;
+    this.#ledger = options.ledger;
+    this.#generation = options.ledger.generation;
+    this.#log = options.violations;
+    this.#control = sharedI32('vcpu-control', options.control);
+    this.#controlF64 = sharedF64('vcpu-control', options.control);
+    this.#base = options.block * VCPU_BLOCK_WORDS;
+    this.#baseF64 = (options.block * VCPU_BLOCK_BYTES) / 8;
+    this.#runControl = options.runControl;
+    const bits = options.tlbBits ?? 15;
+    this.#tlb = new Int32Array(4 << bits).fill(-1);
+    this.#mask = (1 << bits) - 1;
+    this.u8 = this.#memory.u8[0];
+    this.u16 = this.#memory.u16[0];
+    this.i32 = this.#memory.i32Chunks[0];
+  }
+
+  // ── Guest mode and sections ──────────────────────────────────────────────────────────────────────────────────────
+
+  /** Enters guest mode: store the mode, *then* load the requests. Pairs with request-then-load-mode in the flusher. */
+  enterGuest(): void {
+    Atomics.store(this.#control, this.#base + VC_MODE, MODE_GUEST);
+    this.section++;
+    this.beginSection();
+  }
+
+  /** Leaves guest mode. The TLB stays; a request made meanwhile is kept and answered on the next entry. */
+  leaveGuest(): void {
+    this.#left = 0;
+    this.section++;
+    this.#controlF64[this.#baseF64 + VC_CLOCK_F64] = this.clock;
+    Atomics.store(this.#control, this.#base + VC_MODE, MODE_OUTSIDE);
+    nudgeSleepingHost(this.#runControl);
+  }
+
+  /** Begins a section. Called before accesses, and by every guest spin or wait loop. */
+  beginSection(): void {
+    if (this.schedule.controlled) this.schedule.point('section', this.id);
+    this.#left = SECTION_ACCESSES - 1;
+    const request = Atomics.load(this.#control, this.#base + VC_FLUSH_REQ);
+    if (request !== this.#seen) this.#flush(request);
+  }
+
+  /** Drops every translation, then acknowledges. The order is the promise: nothing old is used after the store. */
+  #flush(request: number): void {
+    this.#epoch += 2;
+    if (this.#epoch >= MAX_EPOCH) {
+      this.#tlb.fill(-1);
+      this.#epoch = 2;
+    }
+    this.#seen = request;
+    this.section++;
+    this.counters.flushes++;
+    this.schedule.point('flush-ack', this.id);
+    // Pairs with the load in the host's wait for acknowledgements.
+    Atomics.store(this.#control, this.#base + VC_FLUSH_ACK, request);
+    nudgeSleepingHost(this.#runControl);
+    this.stall(this.costs.flushPerVcpuNs);
+  }
+
+  /** Charges time in which this vCPU could not run: violations, flushes, requests it waits for. */
+  stall(ns: number): void {
+    if (ns <= 0) return;
+    this.clock += ns;
+    const f64 = this.#controlF64;
+    const at = this.#baseF64;
+    f64[at + VC_STALL_TOTAL_F64] += ns;
+    if (ns > f64[at + VC_STALL_MAX_F64]) f64[at + VC_STALL_MAX_F64] = ns;
+    const bucket = Math.min(VC_STALL_BUCKETS - 1, Math.max(0, Math.floor(4 * (Math.log2(ns) - 8))));
+    this.#control[this.#base + VC_STALL_HIST + bucket]++;
+  }
+
+  // ── Single accesses ──────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Loads word `word` (0 … 1023) of page `gfn`. */
+  load32(gfn: Gfn, word: number): number {
+    if (--this.#left < 0) this.beginSection();
+    const tlb = this.#tlb;
+    const slot = (gfn & this.#mask) << 2;
+    if (tlb[slot] === gfn && (tlb[slot + 1] | 1) === this.#epoch + 1) {
+      const frame = tlb[slot + 2];
+      if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
+      if (this.schedule.controlled) this.schedule.point('translated', frame);
+      return this.#dram[(frame << 10) + word];
+    }
+    return this.#load32Slow(gfn, word);
+  }
+
+  /** Stores word `word` of page `gfn`. A store to a hole is dropped and counted. */
+  store32(gfn: Gfn, word: number, value: number): void {
+    if (--this.#left < 0) this.beginSection();
+    const tlb = this.#tlb;
+    const slot = (gfn & this.#mask) << 2;
+    if (tlb[slot] === gfn && tlb[slot + 1] === this.#epoch + 1) {
+      const frame = tlb[slot + 2];
+      if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
+      if (this.schedule.controlled) this.schedule.point('translated', frame);
+      this.#dram[(frame << 10) + word] = value;
+      return;
+    }
+    const frame = this.#translate(gfn, true);
+    if (frame < 0) this.counters.unmappedAccesses++;
+    else this.#dram[(frame << 10) + word] = value;
+  }
+
+  #load32Slow(gfn: Gfn, word: number): number {
+    const frame = this.#translate(gfn, false);
+    if (frame >= 0) return this.#dram[(frame << 10) + word];
+    this.counters.unmappedAccesses++;
+    return this.exitData;
+  }
+
+  // ── Windows and page runs ────────────────────────────────────────────────────────────────────────────────────────
+
+  window(gpa: number, length: number, write: boolean): boolean {
+    const page = Math.floor(gpa / PAGE_SIZE);
+    const offset = gpa - page * PAGE_SIZE;
+    if (offset + length > PAGE_SIZE || page < 0 || page > 0x7fff_ffff) return false;
+    const frame = this.runFrame(toGfn(page), write);
+    if (frame < 0) return false;
+    const chunk = frame >>> CHUNK_FRAME_SHIFT;
+    this.u8 = this.#memory.u8[chunk];
+    this.u16 = this.#memory.u16[chunk];
+    this.i32 = this.#memory.i32Chunks[chunk];
+    this.at = chunkOffset(frame) + offset;
+    return true;
+  }
+
+  /** Zeroes `count` pages from `first`; one section and one gate per page. Returns pages that were not RAM. */
+  zeroPages(first: Gfn, count: number): number {
+    let missing = 0;
+    const u8 = this.#memory.u8;
+    for (let i = 0; i < count; i++) {
+      const frame = this.runFrame(toGfn(first + i), true);
+      if (frame < 0) missing++;
+      else u8[frame >>> CHUNK_FRAME_SHIFT].set(ZERO_PAGE, chunkOffset(frame));
+    }
+    this.clock += count * this.costs.guestZeroPageNs;
+    return missing;
+  }
+
+  /** Begins a section and translates one page for a bulk operation; −1 if it is not RAM. Valid in this section only. */
+  runFrame(gfn: Gfn, write: boolean): number {
+    this.beginSection();
+    const tlb = this.#tlb;
+    const slot = (gfn & this.#mask) << 2;
+    if (tlb[slot] === gfn && (write ? tlb[slot + 1] : tlb[slot + 1] | 1) === this.#epoch + 1) {
+      const frame = tlb[slot + 2];
+      if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
+      if (this.schedule.controlled) this.schedule.point('translated', frame);
+      return frame;
+    }
+    return this.#translate(gfn, write);
+  }
+
+  /** TLB miss: walks, sets A (and D), fills, or exits with a violation and tries again. −1: the host emulated it. */
+  #translate(gfn: Gfn, write: boolean): number {
+    const walk = this.#walk;
+    const dram = this.#dram;
+    const need = write ? EPT_R | EPT_W : EPT_R;
+    const set = write ? EPT_A | EPT_D : EPT_A;
+    this.counters.tlbMisses++;
+    for (;;) {
+      eptWalk(dram, this.#control[this.#base + VC_EPT_ROOT] as Hfn, gfn, walk);
+      if (!walk.present || (walk.low & need) !== need) {
+        this.counters.violations++;
+        const result = this.exit(EXIT_EPT_VIOLATION, gfn * PAGE_SIZE, write ? 1 : 0, 0);
+        if (result === RESULT_EMULATED) return -1;
+        continue;
+      }
+      // A and D by compare-exchange on the entry walked: a blind `or` could revive an entry zapped meanwhile.
+      if ((walk.low & set) !== set && Atomics.compareExchange(dram, walk.word, walk.low, walk.low | set) !== walk.low) {
+        continue;
+      }
+      const frame = walk.frame;
+      const slot = (gfn & this.#mask) << 2;
+      const tlb = this.#tlb;
+      const generation = this.#generation[frame];
+      tlb[slot] = gfn;
+      tlb[slot + 1] = this.#epoch + (write || (walk.low & (EPT_W | EPT_D)) === (EPT_W | EPT_D) ? 1 : 0);
+      tlb[slot + 2] = frame;
+      tlb[slot + 3] = generation;
+      if (this.#ledger.state[frame] === FRAME_FREE) this.#stale(gfn, frame, generation);
+      return frame;
+    }
+  }
+
+  #stale(gfn: number, frame: number, held: number): void {
+    const ledger = this.#ledger;
+    this.#log.record({
+      kind: ledger.generation[frame] === held ? 'use-after-free' : 'stale-tlb',
+      actor: 'vcpu',
+      vm: this.vm,
+      vcpu: this.id,
+      gfn,
+      hfn: frame,
+      expected: held,
+      found: ledger.generation[frame],
+      owner: ledger.owner[frame],
+      stepTaken: ledger.stepTaken[frame],
+      stepReleased: ledger.stepReleased[frame],
+    });
+  }
+
+  /** Reports a guest-side violation (page shadow, stamps) seen by this vCPU. */
+  report(kind: 'reported-reuse' | 'guest-page-state' | 'stamp', pfn: number, expected: number, found: number): void {
+    this.#log.record({
+      kind,
+      actor: 'vcpu',
+      vm: this.vm,
+      vcpu: this.id,
+      gfn: pfn,
+      hfn: -1,
+      expected,
+      found,
+      owner: 0,
+      stepTaken: 0,
+      stepReleased: 0,
+    });
+  }
+
+  /**
+   * A hostile or broken vCPU's access: writes through whatever the TLB holds for `gfn` without a section check. Only for
+   * tests of the ledger and for museum scenarios. Returns the frame hit, or −1 when the TLB holds nothing.
+   */
+  storeIgnoringFlush(gfn: Gfn, word: number, value: number): number {
+    const slot = (gfn & this.#mask) << 2;
+    if (this.#tlb[slot] !== gfn) return -1;
+    const frame = this.#tlb[slot + 2];
+    if (this.#generation[frame] !== this.#tlb[slot + 3]) this.#stale(gfn, frame, this.#tlb[slot + 3]);
+    this.#dram[(frame << 10) + word] = value;
+    return frame;
+  }
+
+  // ── Exits and interrupts ─────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Reads a device register. */
+  mmioRead(gpa: number, size: number): number {
+    this.exit(EXIT_MMIO_READ, gpa, size, 0);
+    return this.exitData;
+  }
+
+  /** Writes a device register; a write to QueueNotify is a kick. */
+  mmioWrite(gpa: number, size: number, value: number): void {
+    this.exit(EXIT_MMIO_WRITE, gpa, size, value);
+  }
+
+  /**
+   * Exits to the host and waits for its answer, outside guest mode. Charges the cost the host gives as a stall.
+   * Throws `VmKilled` when the host cannot back this VM any more.
+   */
+  exit(reason: number, address: number, size: number, data: number): number {
+    const control = this.#control;
+    const base = this.#base;
+    this.schedule.point('exit', reason);
+    this.counters.exits++;
+    control[base + VC_EXIT_REASON] = reason;
+    control[base + VC_EXIT_SIZE] = size;
+    control[base + VC_EXIT_DATA] = data;
+    this.#controlF64[this.#baseF64 + VC_EXIT_ADDR_F64] = address;
+    this.leaveGuest();
+    // Publishes the request; pairs with the host's load when it scans the mailboxes.
+    Atomics.store(control, base + VC_EXIT_STATE, EXIT_REQUEST);
+    this.port.call(control, base);
+    const result = control[base + VC_EXIT_RESULT];
+    this.exitData = control[base + VC_EXIT_RDATA];
+    const cost = this.#controlF64[this.#baseF64 + VC_EXIT_COST_F64];
+    Atomics.store(control, base + VC_EXIT_STATE, EXIT_IDLE);
+    if (result === RESULT_KILLED) throw new VmKilled(this.vm);
+    this.enterGuest();
+    this.stall(cost);
+    return result;
+  }
+
+  /** Takes all pending interrupt lines. Pairs with the host's `or`. */
+  takeInterrupts(): number {
+    const control = this.#control;
+    const at = this.#base + VC_IRQ;
+    if (Atomics.load(control, at) === 0) return 0;
+    return Atomics.exchange(control, at, 0);
+  }
+
+  /** Drops line `line` and returns the lines still pending: call before looking at the device's ring. */
+  clearInterrupt(line: number): number {
+    return Atomics.and(this.#control, this.#base + VC_IRQ, ~(1 << line)) & ~(1 << line);
+  }
+
+  /** Halts outside guest mode until an interrupt changes the pending lines from `seen`. Bounded: look again after. */
+  halt(seen: number): void {
+    this.schedule.point('device-wait', this.id);
+    this.leaveGuest();
+    this.port.halt(this.#control, this.#base + VC_IRQ, seen);
+    this.enterGuest();
+  }
+
+  /** Virtual time at which the newest completion of the device on `line` is due; kept in vCPU 0's block. */
+  completionDue(line: number): number {
+    return this.#controlF64[this.#baseF64 - (this.id * VCPU_BLOCK_BYTES) / 8 + VC_IRQ_DUE_F64 + line];
+  }
+}

@@ -1,0 +1,27 @@
+/**
+ * What a memory file asks of the technology that holds its blocks. One adapter per technology; this issue ships one,
+ * anonymous host frames, in three page-size policies.
+ */
+import type { Hfn } from '@ebb/machine';
+
+/** Where frames come from: the host's buddy allocator, the ledger and the zeroing behind one face. */
+export interface FrameSource {
+  /** Takes one frame or, with `order` 9, an aligned block of 512, owned by `owner` and zeroed. −1: none is free. */
+  allocZeroed(order: 0 | 9, owner: number): number;
+  /** Gives frames back. Their mappings must be gone and flushed. */
+  free(first: Hfn, count: number): void;
+}
+
+/** Transparent-huge-page policy of a file (Linux `transparent_hugepage/enabled`), or fixed 2 MiB pages (`hugetlb`). */
+export type HugePolicy = 'always' | 'madvise' | 'never' | 'hugetlb';
+
+/** Told before a file's blocks go away, and after. KVM is one; sharers and pinned devices will be others. */
+export interface InvalidationListener {
+  /**
+   * Removes every mapping of the given block runs and returns when no access through one can still happen. Runs are
+   * `[first, count]` pairs in blocks of 4 KiB, ascending and disjoint; `nrRuns` pairs are valid.
+   */
+  begin(runs: Int32Array, nrRuns: number): Generator<unknown, void, void>;
+  /** The blocks are unresolvable now: faults that waited may look again. */
+  end(runs: Int32Array, nrRuns: number): void;
+}

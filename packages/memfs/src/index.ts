@@ -1,0 +1,3 @@
+/** The memory file system. */
+export * from './backing.ts';
+export * from './mem-file.ts';

@@ -1,0 +1,93 @@
+/**
+ * One popped buffer: the segments as they were copied and checked, and the device's *lease* on their bytes (I16). A
+ * device reads and writes guest memory only through a chain, only within its segments, and not after `end`.
+ */
+import { PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+
+export class DescriptorChain {
+  readonly head: number;
+  /** Segment addresses and lengths; the first `readableSegments` are device-readable. */
+  readonly gpas: number[] = [];
+  readonly lengths: number[] = [];
+  readableSegments = 0;
+  readableBytes = 0;
+  writableBytes = 0;
+  readonly #memory: GuestMemory;
+  readonly #onLeaseBroken: (gpa: number) => void;
+  #live = true;
+
+  constructor(memory: GuestMemory, head: number, onLeaseBroken: (gpa: number) => void) {
+    this.#memory = memory;
+    this.head = head;
+    this.#onLeaseBroken = onLeaseBroken;
+  }
+
+  get segments(): number {
+    return this.gpas.length;
+  }
+  get writableSegments(): number {
+    return this.gpas.length - this.readableSegments;
+  }
+  get totalBytes(): number {
+    return this.readableBytes + this.writableBytes;
+  }
+
+  append(gpa: number, length: number, writable: boolean): void {
+    this.gpas.push(gpa);
+    this.lengths.push(length);
+    if (writable) this.writableBytes += length;
+    else {
+      this.readableSegments++;
+      this.readableBytes += length;
+    }
+  }
+
+  /** Ends the lease: the buffer goes back to the driver. */
+  end(): void {
+    this.#live = false;
+  }
+
+  /** Ends the lease and forgets the buffer: device reset. */
+  get live(): boolean {
+    return this.#live;
+  }
+
+  /** Copies `out.length` readable bytes from `offset`; returns how many there were. Bytes that are not RAM end it. */
+  read(offset: number, out: Uint8Array): number {
+    return this.#copy(0, this.readableSegments, offset, out, false);
+  }
+
+  /** Copies `bytes` into the writable part at `offset`; returns how many fitted. */
+  write(offset: number, bytes: Uint8Array): number {
+    return this.#copy(this.readableSegments, this.gpas.length, offset, bytes, true);
+  }
+
+  #copy(first: number, end: number, offset: number, bytes: Uint8Array, toGuest: boolean): number {
+    let skip = offset;
+    let done = 0;
+    for (let i = first; i < end && done < bytes.length; i++) {
+      if (skip >= this.lengths[i]) {
+        skip -= this.lengths[i];
+        continue;
+      }
+      let gpa = this.gpas[i] + skip;
+      let left = Math.min(this.lengths[i] - skip, bytes.length - done);
+      skip = 0;
+      while (left > 0) {
+        const n = Math.min(left, PAGE_SIZE - (gpa % PAGE_SIZE));
+        if (!this.#live) {
+          this.#onLeaseBroken(gpa);
+          return done;
+        }
+        if (!this.#memory.window(gpa, n, toGuest)) return done;
+        const { u8, at } = this.#memory;
+        if (toGuest) u8.set(bytes.subarray(done, done + n), at);
+        else bytes.set(u8.subarray(at, at + n), done);
+        done += n;
+        gpa += n;
+        left -= n;
+      }
+    }
+    return done;
+  }
+}

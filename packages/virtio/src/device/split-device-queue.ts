@@ -1,0 +1,331 @@
+/**
+ * The device's side of a split virtqueue (virtio 1.2 § 2.7), over guest memory. The guest is hostile until proved
+ * otherwise: every descriptor is copied once, the copy is validated, and the ring is never read again for it. What is
+ * wrong is a value (`QueueError`), after which the queue is broken until a reset.
+ *
+ * All state is private to the device. `lastAvail` and `usedIdx` are free-running 16-bit numbers.
+ */
+import { PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+import {
+  AVAIL_IDX,
+  AVAIL_RING,
+  DESC_BYTES,
+  availEventOffset,
+  isPowerOfTwo,
+  MAX_QUEUE_SIZE,
+  needEvent,
+  ringDistance,
+  USED_ELEM_BYTES,
+  USED_IDX,
+  USED_RING,
+  usedEventOffset,
+  VIRTQ_AVAIL_F_NO_INTERRUPT,
+  VIRTQ_DESC_F_INDIRECT,
+  VIRTQ_DESC_F_NEXT,
+  VIRTQ_DESC_F_WRITE,
+  VIRTQ_USED_F_NO_NOTIFY,
+} from '../uapi/virtio.ts';
+import type { RingAddresses } from '../uapi/virtio.ts';
+import { DescriptorChain } from './descriptor-chain.ts';
+
+/** A malformed ring: what is wrong and the offending value. */
+export type QueueError =
+  | { readonly kind: 'ring-not-in-ram'; readonly gpa: number }
+  | { readonly kind: 'avail-index-jump'; readonly by: number }
+  | { readonly kind: 'head-out-of-range'; readonly head: number }
+  | { readonly kind: 'next-out-of-range'; readonly next: number }
+  | { readonly kind: 'chain-too-long'; readonly limit: number }
+  | { readonly kind: 'zero-length'; readonly gpa: number }
+  | { readonly kind: 'too-many-bytes'; readonly bytes: number }
+  | { readonly kind: 'readable-after-writable'; readonly index: number }
+  | { readonly kind: 'indirect-not-negotiated' }
+  | { readonly kind: 'indirect-with-next' }
+  | { readonly kind: 'indirect-nested' }
+  | { readonly kind: 'indirect-length'; readonly length: number }
+  | { readonly kind: 'buffer-not-in-ram'; readonly gpa: number };
+
+export interface SplitDeviceQueueOptions {
+  readonly size: number;
+  readonly rings: RingAddresses;
+  readonly memory: GuestMemory;
+  readonly eventIdx: boolean;
+  readonly indirect: boolean;
+  /** Called when a device model touches a buffer it no longer holds (I16). */
+  readonly onLeaseBroken?: (gpa: number) => void;
+}
+
+/** Total bytes of one chain are below 2³² (§ 2.7.5, "MUST NOT add a chain longer than 2^32 bytes in total"). */
+const MAX_CHAIN_BYTES = 0x1_0000_0000;
+
+export class SplitDeviceQueue {
+  readonly size: number;
+  readonly rings: RingAddresses;
+  readonly memory: GuestMemory;
+  /** Set by the first malformed thing found; the queue then yields nothing. */
+  error: QueueError | null = null;
+  /** Buffers popped and not yet pushed. */
+  inFlight = 0;
+  readonly #eventIdx: boolean;
+  readonly #indirect: boolean;
+  readonly #onLeaseBroken: (gpa: number) => void;
+  #lastAvail = 0;
+  #usedIdx = 0;
+  /** usedIdx at the last interrupt decision. */
+  #signalled = 0;
+
+  constructor(options: SplitDeviceQueueOptions) {
+    this.size = options.size;
+    this.rings = options.rings;
+    this.memory = options.memory;
+    this.#eventIdx = options.eventIdx;
+    this.#indirect = options.indirect;
+    this.#onLeaseBroken = options.onLeaseBroken ?? (() => undefined);
+  }
+
+  /** Whether a driver may make a queue of `size` ready at all. */
+  static validSize(size: number, max: number): boolean {
+    return isPowerOfTwo(size) && size <= max && size <= MAX_QUEUE_SIZE;
+  }
+
+  #fail(error: QueueError): null {
+    this.error = error;
+    return null;
+  }
+
+  /** True if a buffer is available. Malformed indices break the queue. */
+  hasAvail(): boolean {
+    return this.#available() > 0;
+  }
+
+  /** Entries between our last index and the driver's; acquires them. Pairs with the store in the driver's `publish`. */
+  #available(): number {
+    if (this.error !== null) return 0;
+    const memory = this.memory;
+    if (!memory.window(this.rings.driver + AVAIL_IDX, 2, false)) {
+      this.#fail({ kind: 'ring-not-in-ram', gpa: this.rings.driver });
+      return 0;
+    }
+    const n = ringDistance(Atomics.load(memory.u16, memory.at >> 1), this.#lastAvail);
+    if (n > this.size) {
+      this.#fail({ kind: 'avail-index-jump', by: n });
+      return 0;
+    }
+    return n;
+  }
+
+  /** Takes the next available chain, or null: empty, or `error` is set. Copies and checks each descriptor once. */
+  pop(): DescriptorChain | null {
+    if (this.#available() === 0) return null;
+    const memory = this.memory;
+    const slot = this.rings.driver + AVAIL_RING + 2 * (this.#lastAvail & (this.size - 1));
+    if (!memory.window(slot, 2, false)) return this.#fail({ kind: 'ring-not-in-ram', gpa: slot });
+    const head = memory.u16[memory.at >> 1];
+    if (head >= this.size) return this.#fail({ kind: 'head-out-of-range', head });
+    const chain = new DescriptorChain(memory, head, this.#onLeaseBroken);
+    if (!this.#readChain(chain, this.rings.desc, this.size, head, false)) return null;
+    this.#lastAvail = (this.#lastAvail + 1) & 0xffff;
+    this.inFlight++;
+    return chain;
+  }
+
+  /** Reads a chain from a table of `limit` descriptors at `table`; false when malformed. */
+  #readChain(chain: DescriptorChain, table: number, limit: number, first: number, nested: boolean): boolean {
+    const memory = this.memory;
+    let index = first;
+    // Bounded by the table: a loop is a chain that is too long.
+    for (let count = 0; ; count++) {
+      if (count >= limit || chain.segments >= this.size) {
+        this.#fail({ kind: 'chain-too-long', limit: Math.min(limit, this.size) });
+        return false;
+      }
+      const at = table + index * DESC_BYTES;
+      if (!this.#inOnePage(at)) {
+        this.#fail({ kind: 'ring-not-in-ram', gpa: at });
+        return false;
+      }
+      const d = memory.at >> 2;
+      const low = memory.i32[d] >>> 0;
+      const high = memory.i32[d + 1] >>> 0;
+      const length = memory.i32[d + 2] >>> 0;
+      const word = memory.i32[d + 3];
+      const flags = word & 0xffff;
+      const next = word >>> 16;
+      const gpa = high * 0x1_0000_0000 + low;
+      if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
+        const bad: QueueError | null = !this.#indirect
+          ? { kind: 'indirect-not-negotiated' }
+          : nested
+            ? { kind: 'indirect-nested' }
+            : (flags & VIRTQ_DESC_F_NEXT) !== 0
+              ? { kind: 'indirect-with-next' }
+              : length === 0 || length % DESC_BYTES !== 0 || length / DESC_BYTES > MAX_QUEUE_SIZE
+                ? { kind: 'indirect-length', length }
+                : null;
+        if (bad !== null) {
+          this.#fail(bad);
+          return false;
+        }
+        return this.#readChain(chain, gpa, length / DESC_BYTES, 0, true);
+      }
+      const error = this.#checkSegment(chain, gpa, length, (flags & VIRTQ_DESC_F_WRITE) !== 0, index);
+      if (error !== null) {
+        this.#fail(error);
+        return false;
+      }
+      if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true;
+      if (next >= limit) {
+        this.#fail({ kind: 'next-out-of-range', next });
+        return false;
+      }
+      index = next;
+    }
+  }
+
+  #checkSegment(chain: DescriptorChain, gpa: number, length: number, writable: boolean, index: number): QueueError | null {
+    if (length === 0) return { kind: 'zero-length', gpa };
+    if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };
+    if (chain.totalBytes + length > MAX_CHAIN_BYTES) return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
+    // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched.
+    if (!this.memory.window(gpa, 1, writable) || !this.memory.window(gpa + length - 1, 1, writable)) {
+      return { kind: 'buffer-not-in-ram', gpa };
+    }
+    chain.append(gpa, length, writable);
+    return null;
+  }
+
+  /** Windows a 16-byte descriptor; tables need only 16-byte alignment, so one never straddles a page if it is kept. */
+  #inOnePage(at: number): boolean {
+    return at % PAGE_SIZE <= PAGE_SIZE - DESC_BYTES && at % 4 === 0 && this.memory.window(at, DESC_BYTES, false);
+  }
+
+  /**
+   * Takes up to `max` available buffers of one descriptor each: heads, addresses, lengths (negative when writable).
+   * Stops before the first chain that is longer; take that with `pop`. The batch path, same checks.
+   */
+  popSingles(heads: Int32Array, gpas: Float64Array, lengths: Int32Array, max: number): number {
+    const n = Math.min(this.#available(), max);
+    if (n === 0) return 0;
+    const memory = this.memory;
+    const size = this.size;
+    const mask = size - 1;
+    if (
+      (this.rings.desc % PAGE_SIZE) + size * DESC_BYTES > PAGE_SIZE ||
+      (this.rings.driver % PAGE_SIZE) + availEventOffset(0) + 2 * size > PAGE_SIZE
+    ) {
+      return 0;
+    }
+    if (!memory.window(this.rings.driver, AVAIL_RING + 2 * size, false)) return 0;
+    const u16 = memory.u16;
+    const ring = (memory.at + AVAIL_RING) >> 1;
+    if (!memory.window(this.rings.desc, size * DESC_BYTES, false)) return 0;
+    const i32 = memory.i32;
+    const desc = memory.at >> 2;
+    let idx = this.#lastAvail;
+    let taken = 0;
+    for (; taken < n; taken++) {
+      const head = u16[ring + (idx & mask)];
+      if (head >= size) {
+        this.#fail({ kind: 'head-out-of-range', head });
+        break;
+      }
+      const d = desc + head * 4;
+      const length = i32[d + 2];
+      const flags = i32[d + 3] & 0xffff;
+      if ((flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT)) !== 0 || length <= 0) break;
+      heads[taken] = head;
+      gpas[taken] = (i32[d + 1] >>> 0) * 0x1_0000_0000 + (i32[d] >>> 0);
+      lengths[taken] = (flags & VIRTQ_DESC_F_WRITE) !== 0 ? -length : length;
+      idx = (idx + 1) & 0xffff;
+    }
+    this.#lastAvail = idx;
+    this.inFlight += taken;
+    return taken;
+  }
+
+  /** Returns one chain with `written` bytes written into its writable part (≤ their sum). Visible at once. */
+  push(chain: DescriptorChain, written: number): void {
+    chain.end();
+    if (this.#writeUsed(chain.head, Math.min(written, chain.writableBytes))) this.#publishUsed();
+  }
+
+  /** Returns `count` buffers of `popSingles` with one index store. */
+  pushSingles(heads: Int32Array, count: number, written: number): void {
+    const memory = this.memory;
+    const mask = this.size - 1;
+    if ((this.rings.device % PAGE_SIZE) + USED_RING + this.size * USED_ELEM_BYTES > PAGE_SIZE) {
+      for (let i = 0; i < count; i++) this.#writeUsed(heads[i], written);
+    } else {
+      if (!memory.window(this.rings.device, USED_RING + this.size * USED_ELEM_BYTES, true)) return;
+      const i32 = memory.i32;
+      const ring = (memory.at + USED_RING) >> 2;
+      let idx = this.#usedIdx;
+      for (let i = 0; i < count; i++) {
+        const at = ring + 2 * (idx & mask);
+        i32[at] = heads[i];
+        i32[at + 1] = written;
+        idx = (idx + 1) & 0xffff;
+      }
+      this.#usedIdx = idx;
+      this.inFlight -= count;
+    }
+    this.#publishUsed();
+  }
+
+  #writeUsed(head: number, written: number): boolean {
+    const at = this.rings.device + USED_RING + USED_ELEM_BYTES * (this.#usedIdx & (this.size - 1));
+    // The ring is 4-byte aligned, so an entry may straddle a page: two words, two windows.
+    for (const [offset, value] of [
+      [0, head],
+      [4, written],
+    ] as const) {
+      if (!this.memory.window(at + offset, 4, true)) {
+        this.#fail({ kind: 'ring-not-in-ram', gpa: at });
+        return false;
+      }
+      this.memory.i32[this.memory.at >> 2] = value;
+    }
+    this.#usedIdx = (this.#usedIdx + 1) & 0xffff;
+    this.inFlight--;
+    return true;
+  }
+
+  /** Publishes used entries. Pairs with `Atomics.load` of used.idx in `SplitDriverQueue.popUsed`. */
+  #publishUsed(): void {
+    if (!this.memory.window(this.rings.device + USED_IDX, 2, true)) return;
+    Atomics.store(this.memory.u16, this.memory.at >> 1, this.#usedIdx);
+  }
+
+  /** Whether the driver wants to be interrupted for what was pushed since the last call. Read after the index store. */
+  needsInterrupt(): boolean {
+    const memory = this.memory;
+    const old = this.#signalled;
+    const idx = this.#usedIdx;
+    if (idx === old) return false;
+    this.#signalled = idx;
+    if (this.#eventIdx) {
+      if (!memory.window(this.rings.driver + usedEventOffset(this.size), 2, false)) return false;
+      return needEvent(Atomics.load(memory.u16, memory.at >> 1), idx, old);
+    }
+    if (!memory.window(this.rings.driver, 2, false)) return false;
+    return (Atomics.load(memory.u16, memory.at >> 1) & VIRTQ_AVAIL_F_NO_INTERRUPT) === 0;
+  }
+
+  /** Asks for no kicks while the device polls. With EVENT_IDX a stale event does that by itself. */
+  disableKicks(): void {
+    if (this.#eventIdx || !this.memory.window(this.rings.device, 2, true)) return;
+    Atomics.store(this.memory.u16, this.memory.at >> 1, VIRTQ_USED_F_NO_NOTIFY);
+  }
+
+  /** Asks for a kick at the next buffer, then looks again: true if one has arrived. Pairs with `needsKick`. */
+  enableKicks(): boolean {
+    const memory = this.memory;
+    if (this.#eventIdx) {
+      if (!memory.window(this.rings.device + availEventOffset(this.size), 2, true)) return false;
+      Atomics.store(memory.u16, memory.at >> 1, this.#lastAvail);
+    } else {
+      if (!memory.window(this.rings.device, 2, true)) return false;
+      Atomics.store(memory.u16, memory.at >> 1, 0);
+    }
+    return this.hasAvail();
+  }
+}

@@ -1,0 +1,3 @@
+/** The driver's side. */
+export * from './mmio-driver.ts';
+export * from './split-driver-queue.ts';

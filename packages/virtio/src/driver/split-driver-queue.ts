@@ -1,0 +1,375 @@
+/**
+ * The driver's side of a split virtqueue (virtio 1.2 § 2.7), over guest memory by guest-physical address.
+ *
+ * The driver's own state (free list, tokens, shadow indices) lies in words it is given, never in the ring, and is never
+ * read back from the ring: the device may scribble there. For a guest kernel those words are in the arena, guarded by
+ * the lock of the driver that owns the queue.
+ *
+ * Departures from Linux: the ring parts each start on a page of their own and fit in it, so a queue has at most 256
+ * entries; Linux prefers larger queues for block devices.
+ */
+import { assert, PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+import {
+  AVAIL_IDX,
+  AVAIL_RING,
+  DESC_BYTES,
+  availBytes,
+  availEventOffset,
+  isPowerOfTwo,
+  needEvent,
+  ringDistance,
+  type RingAddresses,
+  USED_IDX,
+  USED_RING,
+  usedEventOffset,
+  VIRTQ_AVAIL_F_NO_INTERRUPT,
+  VIRTQ_DESC_F_INDIRECT,
+  VIRTQ_DESC_F_NEXT,
+  VIRTQ_DESC_F_WRITE,
+  VIRTQ_USED_F_NO_NOTIFY,
+} from '../uapi/virtio.ts';
+
+export const DRIVER_QUEUE_MAX = 256;
+
+/** Words of driver state for a queue of `size`: a header, then a next link, a token and a length per descriptor. */
+export function driverQueueWords(size: number): number {
+  return 16 + 3 * size;
+}
+
+const S_FREE = 0;
+const S_FREE_HEAD = 1;
+/** Free-running index of the next available entry, not yet published beyond `S_PUBLISHED`. */
+const S_AVAIL = 2;
+const S_PUBLISHED = 3;
+const S_LAST_USED = 4;
+const S_LAST_LEN = 5;
+/** Index at the last kick decision. */
+const S_KICKED = 6;
+const S_BROKEN = 7;
+
+export interface SplitDriverQueueOptions {
+  readonly size: number;
+  readonly rings: RingAddresses;
+  /** State words and where they start; zeroed by `reset`. */
+  readonly state: Int32Array;
+  readonly stateBase: number;
+  readonly eventIdx: boolean;
+  readonly indirect: boolean;
+}
+
+/** One element of a buffer: half-open byte range `[gpa, gpa + length)`. */
+export interface Segment {
+  readonly gpa: number;
+  readonly length: number;
+}
+
+export class SplitDriverQueue {
+  readonly size: number;
+  readonly rings: RingAddresses;
+  readonly #state: Int32Array;
+  readonly #base: number;
+  readonly #next: number;
+  readonly #token: number;
+  /** Descriptors of the chain that starts at each head. */
+  readonly #count: number;
+  readonly #eventIdx: boolean;
+  readonly #indirect: boolean;
+
+  constructor(options: SplitDriverQueueOptions) {
+    assert(isPowerOfTwo(options.size) && options.size <= DRIVER_QUEUE_MAX, 'queue size is a power of two up to 256');
+    for (const at of [options.rings.desc, options.rings.driver, options.rings.device]) {
+      assert(at % PAGE_SIZE === 0, 'each ring part has a page of its own');
+    }
+    this.size = options.size;
+    this.rings = options.rings;
+    this.#state = options.state;
+    this.#base = options.stateBase;
+    this.#next = options.stateBase + 16;
+    this.#token = options.stateBase + 16 + options.size;
+    this.#count = options.stateBase + 16 + 2 * options.size;
+    this.#eventIdx = options.eventIdx;
+    this.#indirect = options.indirect;
+  }
+
+  /** Empties the queue: state and ring memory. Only before the queue is made ready or after a device reset. */
+  reset(memory: GuestMemory): void {
+    const s = this.#state;
+    s.fill(0, this.#base, this.#base + 16);
+    s[this.#base + S_FREE] = this.size;
+    for (let i = 0; i < this.size; i++) {
+      s[this.#next + i] = i + 1;
+      s[this.#token + i] = -1;
+    }
+    for (const [at, bytes] of [
+      [this.rings.desc, DESC_BYTES * this.size],
+      [this.rings.driver, availBytes(this.size)],
+      [this.rings.device, availEventOffset(this.size) + 2],
+    ] as const) {
+      assert(memory.window(at, bytes, true), 'ring memory is RAM');
+      memory.u8.fill(0, memory.at, memory.at + bytes);
+    }
+  }
+
+  /** Descriptors not in use. */
+  get free(): number {
+    return this.#state[this.#base + S_FREE];
+  }
+  /** True after the device broke the ring: an id that was not out, or an index that jumped. */
+  get broken(): boolean {
+    return this.#state[this.#base + S_BROKEN] !== 0;
+  }
+  /** Bytes the device wrote into the buffer returned last by `popUsed`. */
+  get usedLength(): number {
+    return this.#state[this.#base + S_LAST_LEN];
+  }
+
+  /**
+   * Adds one buffer: device-readable segments, then device-writable ones (§ 2.7.4.2). `token` (≥ 0) comes back from
+   * `popUsed`. False when the ring is full; nothing was written. Not visible to the device before `publish`.
+   */
+  add(memory: GuestMemory, out: readonly Segment[], into: readonly Segment[], token: number): boolean {
+    const total = out.length + into.length;
+    assert(total > 0, 'a buffer has at least one segment');
+    const s = this.#state;
+    if (s[this.#base + S_FREE] < total) return false;
+    const head = s[this.#base + S_FREE_HEAD];
+    let index = head;
+    this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
+    const i32 = memory.i32;
+    const desc = memory.at >> 2;
+    for (let i = 0; i < total; i++) {
+      const writable = i >= out.length;
+      const segment = writable ? into[i - out.length] : out[i];
+      const next = s[this.#next + index];
+      const flags = (writable ? VIRTQ_DESC_F_WRITE : 0) | (i < total - 1 ? VIRTQ_DESC_F_NEXT : 0);
+      const at = desc + index * 4;
+      i32[at] = segment.gpa | 0;
+      i32[at + 1] = Math.floor(segment.gpa / 0x1_0000_0000);
+      i32[at + 2] = segment.length;
+      i32[at + 3] = flags | (i < total - 1 ? next << 16 : 0);
+      index = next;
+    }
+    s[this.#base + S_FREE_HEAD] = index;
+    s[this.#base + S_FREE] -= total;
+    s[this.#token + head] = token;
+    s[this.#count + head] = total;
+    this.#pushAvail(memory, head);
+    return true;
+  }
+
+  /**
+   * Adds a buffer through an indirect table of `count` descriptors that the caller has written at `table` (§ 2.7.5.3).
+   * Uses one ring entry. False when the ring is full.
+   */
+  addIndirect(memory: GuestMemory, table: number, count: number, token: number): boolean {
+    assert(this.#indirect, 'INDIRECT_DESC was negotiated');
+    assert(count > 0 && count <= this.size, 'a chain is no longer than the queue');
+    const s = this.#state;
+    if (s[this.#base + S_FREE] === 0) return false;
+    const head = s[this.#base + S_FREE_HEAD];
+    this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
+    const at = (memory.at >> 2) + head * 4;
+    memory.i32[at] = table | 0;
+    memory.i32[at + 1] = Math.floor(table / 0x1_0000_0000);
+    memory.i32[at + 2] = count * DESC_BYTES;
+    memory.i32[at + 3] = VIRTQ_DESC_F_INDIRECT;
+    s[this.#base + S_FREE_HEAD] = s[this.#next + head];
+    s[this.#base + S_FREE]--;
+    s[this.#token + head] = token;
+    s[this.#count + head] = 1;
+    this.#pushAvail(memory, head);
+    return true;
+  }
+
+  /**
+   * Adds up to `count` single-descriptor buffers of `length` bytes at `gpas[i]` and publishes them with one index
+   * store. Returns how many fitted. Their tokens are the descriptor indices. The batch path: one window per ring part.
+   */
+  addSingles(memory: GuestMemory, gpas: Float64Array, count: number, length: number, writable: boolean): number {
+    const s = this.#state;
+    const base = this.#base;
+    const n = Math.min(count, s[base + S_FREE]);
+    if (n === 0) return 0;
+    let desc = 0;
+    let avail = 0;
+    let section = 0;
+    do {
+      this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
+      desc = memory.at;
+      section = memory.section;
+      const i32desc = memory.i32;
+      this.#window(memory, this.rings.driver, availBytes(this.size));
+      avail = memory.at;
+      if (memory.section !== section) continue;
+      const u16 = memory.u16;
+      const flags = writable ? VIRTQ_DESC_F_WRITE : 0;
+      const mask = this.size - 1;
+      const next = this.#next;
+      const token = this.#token;
+      const chainLength = this.#count;
+      let head = s[base + S_FREE_HEAD];
+      let idx = s[base + S_AVAIL];
+      const ring = (avail + AVAIL_RING) >> 1;
+      const d = desc >> 2;
+      for (let i = 0; i < n; i++) {
+        const at = d + head * 4;
+        const gpa = gpas[i];
+        i32desc[at] = gpa | 0;
+        i32desc[at + 1] = (gpa / 0x1_0000_0000) | 0;
+        i32desc[at + 2] = length;
+        i32desc[at + 3] = flags;
+        u16[ring + (idx & mask)] = head;
+        idx = (idx + 1) & 0xffff;
+        s[token + head] = head;
+        s[chainLength + head] = 1;
+        head = s[next + head];
+      }
+      s[base + S_FREE_HEAD] = head;
+      s[base + S_FREE] -= n;
+      s[base + S_AVAIL] = idx;
+      // Publishes descriptors and ring entries. Pairs with `Atomics.load` of avail.idx in `SplitDeviceQueue`.
+      Atomics.store(u16, (avail + AVAIL_IDX) >> 1, idx);
+      s[base + S_PUBLISHED] = idx;
+      return n;
+    } while (true);
+  }
+
+  #pushAvail(memory: GuestMemory, head: number): void {
+    const s = this.#state;
+    this.#window(memory, this.rings.driver, availBytes(this.size));
+    const idx = s[this.#base + S_AVAIL];
+    memory.u16[((memory.at + AVAIL_RING) >> 1) + (idx & (this.size - 1))] = head;
+    s[this.#base + S_AVAIL] = (idx + 1) & 0xffff;
+  }
+
+  /**
+   * Makes every added buffer visible: stores avail.idx once. Pairs with `Atomics.load` in `SplitDeviceQueue.pop`.
+   * Returns true if the device wants a kick; the event is read after the store (a Dekker pair, so both are atomic).
+   */
+  publish(memory: GuestMemory): boolean {
+    const s = this.#state;
+    const idx = s[this.#base + S_AVAIL];
+    this.#window(memory, this.rings.driver, availBytes(this.size));
+    Atomics.store(memory.u16, (memory.at + AVAIL_IDX) >> 1, idx);
+    s[this.#base + S_PUBLISHED] = idx;
+    return this.needsKick(memory);
+  }
+
+  /** Whether the device asked to be told of what was published since the last call (§ 2.7.7, § 2.7.10). */
+  needsKick(memory: GuestMemory): boolean {
+    const s = this.#state;
+    const idx = s[this.#base + S_PUBLISHED];
+    const old = s[this.#base + S_KICKED];
+    if (idx === old) return false;
+    s[this.#base + S_KICKED] = idx;
+    this.#window(memory, this.rings.device, availEventOffset(this.size) + 2);
+    if (this.#eventIdx) {
+      return needEvent(Atomics.load(memory.u16, (memory.at + availEventOffset(this.size)) >> 1), idx, old);
+    }
+    return (Atomics.load(memory.u16, memory.at >> 1) & VIRTQ_USED_F_NO_NOTIFY) === 0;
+  }
+
+  /** True if the device has returned a buffer that was not popped yet. */
+  hasUsed(memory: GuestMemory): boolean {
+    this.#window(memory, this.rings.device, availEventOffset(this.size) + 2);
+    return Atomics.load(memory.u16, (memory.at + USED_IDX) >> 1) !== this.#state[this.#base + S_LAST_USED];
+  }
+
+  /**
+   * Takes the next returned buffer: its token, or −1 if there is none. `usedLength` then tells what was written. A
+   * device that returns an id that is not out, or more than the ring holds, breaks the queue (`broken`).
+   */
+  popUsed(memory: GuestMemory): number {
+    const s = this.#state;
+    this.#window(memory, this.rings.device, availEventOffset(this.size) + 2);
+    // Acquires the used entries. Pairs with `Atomics.store` in `SplitDeviceQueue.push`.
+    const usedIdx = Atomics.load(memory.u16, (memory.at + USED_IDX) >> 1);
+    const last = s[this.#base + S_LAST_USED];
+    if (usedIdx === last || s[this.#base + S_BROKEN] !== 0) return -1;
+    if (ringDistance(usedIdx, last) > this.size) {
+      s[this.#base + S_BROKEN] = 1;
+      return -1;
+    }
+    const at = ((memory.at + USED_RING) >> 2) + 2 * (last & (this.size - 1));
+    const head = memory.i32[at];
+    const length = memory.i32[at + 1];
+    if (head < 0 || head >= this.size || s[this.#token + head] < 0) {
+      s[this.#base + S_BROKEN] = 1;
+      return -1;
+    }
+    const token = s[this.#token + head];
+    s[this.#token + head] = -1;
+    s[this.#base + S_LAST_LEN] = length;
+    s[this.#base + S_LAST_USED] = (last + 1) & 0xffff;
+    this.#freeChain(head);
+    return token;
+  }
+
+  /** Reaps up to `max` returned single-descriptor buffers into `tokens`; the batch path of `popUsed`. */
+  popSingles(memory: GuestMemory, tokens: Int32Array, max: number): number {
+    const s = this.#state;
+    const base = this.#base;
+    this.#window(memory, this.rings.device, availEventOffset(this.size) + 2);
+    const usedIdx = Atomics.load(memory.u16, (memory.at + USED_IDX) >> 1);
+    let last = s[base + S_LAST_USED];
+    const n = Math.min(ringDistance(usedIdx, last), max);
+    if (n === 0) return 0;
+    const i32 = memory.i32;
+    const ring = (memory.at + USED_RING) >> 2;
+    const size = this.size;
+    const token = this.#token;
+    const next = this.#next;
+    let freeHead = s[base + S_FREE_HEAD];
+    for (let i = 0; i < n; i++) {
+      const head = i32[ring + 2 * (last & (size - 1))];
+      if (head < 0 || head >= size || s[token + head] < 0) {
+        s[base + S_BROKEN] = 1;
+        return i;
+      }
+      tokens[i] = s[token + head];
+      s[token + head] = -1;
+      s[next + head] = freeHead;
+      freeHead = head;
+      last = (last + 1) & 0xffff;
+    }
+    s[base + S_FREE_HEAD] = freeHead;
+    s[base + S_FREE] += n;
+    s[base + S_LAST_USED] = last;
+    return n;
+  }
+
+  /** Returns a chain to the free list. Its length and links are the driver's own knowledge, not the ring's. */
+  #freeChain(head: number): void {
+    const s = this.#state;
+    const count = s[this.#count + head];
+    let tail = head;
+    for (let i = 1; i < count; i++) tail = s[this.#next + tail];
+    s[this.#next + tail] = s[this.#base + S_FREE_HEAD];
+    s[this.#base + S_FREE_HEAD] = head;
+    s[this.#base + S_FREE] += count;
+  }
+
+  /** Asks for no interrupts; the device may still send one (§ 2.7.7). */
+  disableInterrupts(memory: GuestMemory): void {
+    this.#window(memory, this.rings.driver, availBytes(this.size));
+    if (!this.#eventIdx) Atomics.store(memory.u16, memory.at >> 1, VIRTQ_AVAIL_F_NO_INTERRUPT);
+  }
+
+  /**
+   * Asks for an interrupt at the next returned buffer, then looks again: true if one has arrived meanwhile. Store, then
+   * load, both atomic: pairs with store idx, load event in `SplitDeviceQueue.needsInterrupt`.
+   */
+  enableInterrupts(memory: GuestMemory): boolean {
+    this.#window(memory, this.rings.driver, availBytes(this.size));
+    if (this.#eventIdx) {
+      Atomics.store(memory.u16, (memory.at + usedEventOffset(this.size)) >> 1, this.#state[this.#base + S_LAST_USED]);
+    } else {
+      Atomics.store(memory.u16, memory.at >> 1, 0);
+    }
+    return this.hasUsed(memory);
+  }
+
+  #window(memory: GuestMemory, gpa: number, bytes: number): void {
+    assert(memory.window(gpa, bytes, true), 'ring memory is RAM');
+  }
+}

@@ -1,0 +1,2 @@
+/** For tests of any package. */
+export * from './raw-ring.ts';
