@@ -179,7 +179,7 @@ function freeRun(buddy: Buddy, zone: number, from: number, to: number): void {
   for (let pfn = from; pfn < to; ) {
     let order = 0;
     while (order < 10 && pfn % (2 << order) === 0 && pfn + (2 << order) <= to) order++;
-    buddy.freeOne(zone, pfn, order, false);
+    buddy.freeOne(zone, pfn, order, false, true);
     pfn += 1 << order;
   }
 }

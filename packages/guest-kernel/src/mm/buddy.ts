@@ -267,9 +267,10 @@ export class Buddy {
   /**
    * Frees a block: merges it with its buddies as far as it goes and puts it on the list of its pageblock's type. At the
    * tail when its buddy of the next order is free too, so that it may merge before it is used again. `notify` false
-   * keeps free page reporting quiet (putting back what was just reported).
+   * keeps free page reporting quiet (putting back what was just reported). `atTail`: boot frees ascending memory to the
+   * tails, so that low addresses are handed out first.
    */
-  freeOne(zone: number, pfn: number, order: number, notify: boolean): void {
+  freeOne(zone: number, pfn: number, order: number, notify: boolean, atTail = false): void {
     const w = this.w;
     const memmap = this.memmap;
     const start = w[zone + Z_START];
@@ -289,7 +290,7 @@ export class Buddy {
       at &= ~(1 << o);
       o++;
     }
-    if (o < MAX_ORDER && this.#mergeLikely(at, o, start, end)) this.#addTail(zone, at, o, this.#listType(at, o, migratetype));
+    if (atTail || (o < MAX_ORDER && this.#mergeLikely(at, o, start, end))) this.#addTail(zone, at, o, this.#listType(at, o, migratetype));
     else this.#addHead(zone, at, o, this.#listType(at, o, migratetype));
     if (notify && o >= PAGEBLOCK_ORDER) this.onLargeFree(o);
   }

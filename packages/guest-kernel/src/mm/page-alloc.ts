@@ -192,6 +192,21 @@ export class PageAllocator {
     return -1;
   }
 
+  /**
+   * What this CPU's lists hold has left the zone's free count already: below the min watermark it is used up before
+   * anything is drained or reclaimed. Linux drains first; near exhaustion that costs a drain per page for no other result.
+   */
+  #fromOwnLists(order: number, migratetype: number, gfp: number): number {
+    if (pcpIndex(order, migratetype) < 0) return -1;
+    for (const zoneIndex of this.#zonelists[gfp & GFP_ZONE_MASK]) {
+      const pfn = this.#pcp.take(zoneIndex, order, migratetype);
+      if (pfn < 0) continue;
+      shadowMove(this.#w, this.#memmap, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_ALLOCATED);
+      return pfn;
+    }
+    return -1;
+  }
+
   #rmqueue(zoneIndex: number, order: number, migratetype: number): number {
     const w = this.#w;
     if (pcpIndex(order, migratetype) >= 0) {
@@ -214,6 +229,8 @@ export class PageAllocator {
     let pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN);
     if (pfn >= 0 || (gfp & (GFP_NOWAIT | GFP_ATOMIC | GFP_MEMALLOC)) !== 0) return pfn;
     const w = this.#w;
+    pfn = this.#fromOwnLists(order, migratetype, gfp);
+    if (pfn >= 0) return pfn;
     const node = w[this.#zones[this.#zonelists[gfp & GFP_ZONE_MASK][0]] + Z_NODE];
     let drained = false;
     for (let tries = 0; tries < MAX_RECLAIM_RETRIES; tries++) {

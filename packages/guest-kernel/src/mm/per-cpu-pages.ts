@@ -186,11 +186,20 @@ export class PerCpuPages {
     const pcp = PerCpuPages.base(zoneIndex, this.#vcpu.id);
     const list = pcp + C_LISTS + 2 * pcpIndex(order, migratetype);
     w[pcp + C_FREE_COUNT] >>= 1;
-    let pfn = w[list];
-    if (pfn < 0) {
-      if (this.#refill(zoneIndex, pcp, list, order, migratetype) === 0) return -1;
-      pfn = w[list];
-    }
+    if (w[list] < 0 && this.#refill(zoneIndex, pcp, list, order, migratetype) === 0) return -1;
+    return this.#popHead(pcp, list, order);
+  }
+
+  /** Takes a block that is on this CPU's list already; −1 if none is. */
+  take(zoneIndex: number, order: number, migratetype: number): number {
+    const pcp = PerCpuPages.base(zoneIndex, this.#vcpu.id);
+    const list = pcp + C_LISTS + 2 * pcpIndex(order, migratetype);
+    return this.#w[list] < 0 ? -1 : this.#popHead(pcp, list, order);
+  }
+
+  #popHead(pcp: number, list: number, order: number): number {
+    const w = this.#w;
+    const pfn = w[list];
     const next = w[this.#memmap + (pfn << 4) + P_NEXT];
     w[list] = next;
     if (next >= 0) w[this.#memmap + (next << 4) + P_PREV] = -1;
@@ -235,8 +244,9 @@ export class PerCpuPages {
     let batch = base;
     if (order === 0) {
       const most = Math.max(high - w[pcp + C_COUNT] - base, base);
-      batch = Math.min(base << w[pcp + C_ALLOC_FACTOR], most);
+      batch = base << w[pcp + C_ALLOC_FACTOR];
       if (batch <= most && w[pcp + C_ALLOC_FACTOR] < SCALE_MAX) w[pcp + C_ALLOC_FACTOR]++;
+      batch = Math.min(batch, most);
     }
     return batch > 1 ? Math.max(batch >> order, 2) : batch;
   }

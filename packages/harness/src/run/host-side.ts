@@ -178,6 +178,7 @@ export class HostSide {
    */
   advance(nextDue: number): boolean {
     const now = this.windowEnd;
+    let due = nextDue;
     for (const { vm } of this.vms) if (vm.killed) return this.#end(`VM ${vm.id}: no host frame was free`);
     for (let k = 0; k < this.vms.length; k++) {
       if ((this.#status(k) & VM_FAILED) !== 0) return this.#end(`VM ${k}: an allocation failed in the guest`);
@@ -189,12 +190,14 @@ export class HostSide {
     this.#serveTimers(now);
     while (this.vms.length < this.#spec.vms.length && this.#spec.vms[this.vms.length].bootAtNs <= now) {
       if (!this.#boot(this.vms.length)) return this.#end(`VM ${this.vms.length}: the host has no memory to start it`);
+      // Nobody has asked on behalf of the new VM yet: it has something to do at once.
+      due = now;
     }
     const allDone = this.vms.length === this.#spec.vms.length && this.vms.every((_, k) => this.#finished(k));
     if (allDone && this.#finishedAt < 0) this.#finishedAt = now;
     if (allDone && now >= this.#finishedAt + this.#spec.graceNs) return this.#end('');
     let end = this.#nextHostEvent();
-    if (nextDue < end) end = Math.min(end, Math.max(nextDue, now) + WINDOW_NS);
+    if (due < end) end = Math.min(end, Math.max(due, now) + WINDOW_NS);
     this.windowEnd = Math.max(end, now + 1);
     Atomics.store(this.#runControl, RC_VMS_ON, this.vms.length);
     return true;
@@ -212,6 +215,11 @@ export class HostSide {
   #finished(k: number): boolean {
     const all = (1 << this.#spec.vcpusPerVm) - 1;
     return (this.#status(k) & all) === all;
+  }
+
+  /** VMs whose programs have ended. */
+  get nrFinished(): number {
+    return this.vms.filter((_, k) => this.#finished(k)).length;
   }
 
   #nextHostEvent(): number {

@@ -112,7 +112,8 @@ export class PressureProgram implements Program {
   /** Takes unmovable pages until the share is reached; the balloon's OOM notifier has to help. Then gives them back. */
   #takeOne(): void {
     const { alloc } = this.#kernel.parts;
-    if (this.#hog.length < this.#spec.hogPages) {
+    // One vCPU takes memory; the other goes on with its files.
+    if (this.#kernel.vcpu.id === 0 && this.#hog.length < this.#spec.hogPages) {
       const pfn = alloc.alloc(0, MIGRATE_UNMOVABLE, 2);
       if (pfn >= 0) {
         this.#hog.push(pfn);
@@ -120,7 +121,7 @@ export class PressureProgram implements Program {
       }
     }
     for (const pfn of this.#hog) alloc.free(pfn, 0);
-    this.#kernel.count('oom_kill', this.#hog.length < this.#spec.hogPages ? 1 : 0);
+    if (this.#kernel.vcpu.id === 0 && this.#hog.length < this.#spec.hogPages) this.#kernel.count('oom_kill', 1);
     this.#hog.length = 0;
     this.#phase = 'sync';
   }

@@ -1,0 +1,221 @@
+/**
+ * `ebb compare`: how many VMs with this trace fit on this host, under each technique (rows L1–L9).
+ *
+ * For one seed: guests start one by one on one host until the run fails; then runs of exactly N, downward, until one
+ * succeeds. That N is the count. `vmsFit` is the median over the seeds; the other figures are the median run's.
+ */
+import { VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ } from '@ebb/virtio/uapi';
+import { COST_TABLE, costTableHash, NS_PER_S, PAGE_SIZE, Prng } from '@ebb/machine';
+import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
+import { fileStorage } from '../run/file-storage.ts';
+import { guestOf, REPLAY_DISK_BYTES } from '../run/guest-of.ts';
+import type { RunResult } from '../run/host-side.ts';
+import { runInline } from '../run/inline-run.ts';
+import { runThreads, ThreadPool, workersFor } from '../run/threads-run.ts';
+import type { RunSpec, Technique, VmSpec } from '../run/spec.ts';
+import { makePlan, type ReplayPlan } from '../trace/replay-plan.ts';
+import { EBB_VERSION } from '../version.ts';
+import type { CompareOptions } from './options.ts';
+import type { CompareJson } from './schema.ts';
+
+export interface CompareProgress {
+  readonly technique: Technique;
+  readonly seed: number;
+  readonly vms: number;
+  readonly exact: boolean;
+  readonly nowNs: number;
+  readonly hostUsedBytes: number;
+  readonly finished: number;
+}
+
+/** What one technique's median run looked like, for the report. */
+export interface TechniqueRun {
+  readonly technique: Technique;
+  readonly vmsFit: number;
+  readonly result: RunResult;
+}
+
+export interface CompareOutcome {
+  readonly json: CompareJson;
+  readonly runs: readonly TechniqueRun[];
+  /** Lines for people: violations, and why a `--vms` run failed. */
+  readonly notes: readonly string[];
+  readonly deviceTrace: readonly string[];
+  readonly allocTrace: readonly string[];
+}
+
+interface SeedRun {
+  readonly seed: number;
+  readonly count: number;
+  readonly result: RunResult;
+  readonly ok: boolean;
+}
+
+/** Without re-access in the trace these figures are lower bounds of what the technique would cost or give. */
+const LOWER_BOUNDS: Record<Technique, string[]> = {
+  none: [],
+  balloon: ['stallVirtualNs', 'eptViolations', 'descriptors'],
+  reporting: [],
+};
+
+export async function compare(options: CompareOptions, onProgress: (p: CompareProgress) => void, traceOut: boolean): Promise<CompareOutcome> {
+  const plan = makePlan(options.trace, options.vcpus);
+  const host = hostBuffers(options.hostMemory);
+  const pool = options.schedule === 'threads' ? new ThreadPool(workersFor(options.vcpus)) : null;
+  const seeds = Array.from({ length: options.repeat }, (_, i) => options.seed + i);
+  const runs: TechniqueRun[] = [];
+  const notes: string[] = [];
+  const results: CompareJson['results'] = [];
+  const deviceTrace: string[] = [];
+  const allocTrace: string[] = [];
+  try {
+    for (const technique of options.techniques) {
+      const began = performance.now();
+      const seedRuns: SeedRun[] = [];
+      for (const seed of seeds) {
+        const one = async (vms: number, exact: boolean): Promise<RunResult> => {
+          const spec = specOf(options, plan, technique, vms, seed, traceOut);
+          const { result, alloc } = await execute(spec, host, pool, (nowNs, hostUsedBytes, started, finished) =>
+            onProgress({ technique, seed, vms: started, exact, nowNs, hostUsedBytes, finished }),
+          );
+          if (traceOut) {
+            deviceTrace.splice(0, deviceTrace.length, ...result.deviceTrace);
+            allocTrace.splice(0, allocTrace.length, ...alloc);
+          }
+          if (result.ledgerViolations > 0) notes.push(...result.violations.map((v) => `${technique}, seed ${seed}: ${v}`));
+          return result;
+        };
+        seedRuns.push(await countFor(options, seed, one));
+      }
+      const ordered = seedRuns.toSorted((a, b) => a.count - b.count);
+      const median = ordered[Math.floor((ordered.length - 1) / 2)];
+      if (options.vms !== undefined) for (const run of seedRuns) if (!run.ok) notes.push(`${technique}, seed ${run.seed}: ${run.result.why}`);
+      runs.push({ technique, vmsFit: median.count, result: median.result });
+      results.push(row(technique, median, [ordered[0].count, ordered[ordered.length - 1].count], Math.round(performance.now() - began)));
+    }
+  } finally {
+    await pool?.close();
+  }
+  const json: CompareJson = {
+    schema: 1,
+    ebb: EBB_VERSION,
+    schedule: options.schedule,
+    costTable: costTableHash(COST_TABLE),
+    backing: options.backing === '4k' ? '4k' : 'thp',
+    hugePages: options.backing === '4k' ? 'never' : 'always',
+    trace: { name: options.trace.name, hash: options.trace.hash, events: plan.count, guestMemoryBytes: options.guestMemory },
+    host: { memoryBytes: options.hostMemory, cpus: workersFor(options.vcpus) },
+    seeds,
+    results,
+  };
+  return { json, runs, notes, deviceTrace, allocTrace };
+}
+
+/** The count for one seed, with the run it stands for. */
+async function countFor(
+  options: CompareOptions,
+  seed: number,
+  run: (vms: number, exact: boolean) => Promise<RunResult>,
+): Promise<SeedRun> {
+  if (options.vms !== undefined) {
+    const result = await run(options.vms, true);
+    return { seed, count: result.ok ? options.vms : 0, result, ok: result.ok };
+  }
+  const open = await run(options.maxVms, false);
+  if (open.ok) return { seed, count: options.maxVms, result: open, ok: true };
+  // The VM that was being started when the run failed is one too many, and maybe more are.
+  let last = open;
+  for (let n = Math.max(0, started(open) - 1); n > 0; n--) {
+    last = await run(n, true);
+    if (last.ok) return { seed, count: n, result: last, ok: true };
+  }
+  return { seed, count: 0, result: last, ok: false };
+}
+
+/** VMs that had been started when a run ended; one whose start itself failed counts. */
+function started(result: RunResult): number {
+  const on = result.vms.filter((vm) => vm.state !== 'off').length;
+  return /has no memory to start/.test(result.why) ? on + 1 : on;
+}
+
+function specOf(options: CompareOptions, plan: ReplayPlan, technique: Technique, vms: number, seed: number, traceOut: boolean): RunSpec {
+  const guest = guestOf(options.trace, { guestMemoryBytes: options.guestMemory, vcpus: options.vcpus, balloon: technique !== 'none' });
+  const random = new Prng(seed);
+  const vm = (k: number): VmSpec => ({
+    // VM k boots at k · stagger plus a seeded jitter of at most one stagger.
+    bootAtNs: Math.round(k * options.staggerNs + random.unit() * options.staggerNs),
+    guest,
+    program: { kind: 'replay', plan },
+    diskBytes: REPLAY_DISK_BYTES,
+    ...(technique === 'reporting' ? { balloonFeatures: [VIRTIO_BALLOON_F_REPORTING] } : {}),
+    ...(technique === 'balloon'
+      ? { balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_DEFLATE_ON_OOM], balloonPolicy: true }
+      : {}),
+  });
+  return {
+    hostFrames: options.hostMemory / PAGE_SIZE,
+    backing: options.backing,
+    vms: Array.from({ length: vms }, (_, k) => vm(k)).toSorted((a, b) => a.bootAtNs - b.bootAtNs),
+    vcpusPerVm: options.vcpus,
+    workers: workersFor(options.vcpus),
+    sampleNs: NS_PER_S,
+    graceNs: 10 * NS_PER_S,
+    traceOut,
+    poison: 'edges',
+  };
+}
+
+async function execute(
+  spec: RunSpec,
+  host: HostBuffers,
+  pool: ThreadPool | null,
+  onProgress: (nowNs: number, hostUsedBytes: number, vms: number, finished: number) => void,
+): Promise<{ result: RunResult; alloc: string[] }> {
+  const buffers = runBuffers(spec, host);
+  if (pool !== null) {
+    const { result, allocTrace } = await runThreads(spec, buffers, pool, (p) => onProgress(p.nowNs, p.hostUsedBytes, p.vms, p.finished));
+    return { result, alloc: allocTrace.map((e) => e.line) };
+  }
+  const disks: { close(): void }[] = [];
+  let last = performance.now();
+  const { result, allocTrace } = runInline(
+    spec,
+    buffers,
+    (_vm, bytes) => {
+      const disk = fileStorage(bytes);
+      disks.push(disk);
+      return disk;
+    },
+    (nowNs, side) => {
+      if (performance.now() - last < 200) return;
+      last = performance.now();
+      onProgress(nowNs, side.pool.used * PAGE_SIZE, side.vms.length, side.nrFinished);
+    },
+  );
+  for (const disk of disks) disk.close();
+  return { result, alloc: allocTrace.map((e) => e.line) };
+}
+
+function row(technique: Technique, run: SeedRun, range: [number, number], wallMs: number): CompareJson['results'][number] {
+  const { result } = run;
+  const sum = (pick: (vm: RunResult['vms'][number]) => number): number => result.vms.reduce((total, vm) => total + pick(vm), 0);
+  return {
+    technique,
+    vmsFit: run.count,
+    vmsFitRange: range,
+    hostPeakBytes: result.hostPeakBytes,
+    hostEndBytes: result.hostEndBytes,
+    guestFreeEndBytes: sum((vm) => vm.guestFreeBytes),
+    returnedBytes: sum((vm) => vm.returnedBytes),
+    eptViolations: sum((vm) => vm.eptViolations),
+    tlbFlushes: sum((vm) => vm.tlbFlushes),
+    kicks: sum((vm) => vm.kicks),
+    descriptors: sum((vm) => vm.descriptors),
+    stallVirtualNs: result.stall,
+    ledgerViolations: result.ledgerViolations,
+    events: sum((vm) => vm.events),
+    lowerBounds: LOWER_BOUNDS[technique],
+    wallMs,
+    failure: result.why,
+  };
+}

@@ -1,0 +1,69 @@
+/**
+ * Comlink over Node's worker threads, main's side: spawning, an endpoint, and the worker's death as a promise. A Comlink
+ * call to a dead worker never settles, so every call is raced against `died`.
+ */
+import { Worker } from 'node:worker_threads';
+import { wrap, type Endpoint, type Remote } from 'comlink';
+
+/** A worker died: its name and cause. The command ends with exit code 3. */
+export class WorkerDied extends Error {
+  constructor(name: string, cause: string) {
+    super(`worker '${name}' died: ${cause}`);
+    this.name = 'WorkerDied';
+  }
+}
+
+export interface SpawnedWorker<Api> {
+  readonly name: string;
+  readonly api: Remote<Api>;
+  /** Rejects with `WorkerDied` when the worker ends before `close`. */
+  readonly died: Promise<never>;
+  close(): Promise<void>;
+}
+
+/** `worker_threads.Worker` is an EventEmitter; Comlink wants an EventTarget. */
+function endpointOf(worker: Worker): Endpoint {
+  const handlers = new Map<unknown, (data: unknown) => void>();
+  return {
+    postMessage: (message: unknown, transfer?: unknown[]) => {
+      worker.postMessage(message, (transfer ?? []) as never);
+    },
+    addEventListener(_type: string, listener: unknown) {
+      const handle = (data: unknown): void => {
+        if (typeof listener === 'function') (listener as (event: { data: unknown }) => void)({ data });
+        else (listener as { handleEvent(event: { data: unknown }): void }).handleEvent({ data });
+      };
+      handlers.set(listener, handle);
+      worker.on('message', handle);
+    },
+    removeEventListener(_type: string, listener: unknown) {
+      const handle = handlers.get(listener);
+      if (handle !== undefined) worker.off('message', handle);
+      handlers.delete(listener);
+    },
+  };
+}
+
+/** Starts the worker whose module is `file` (next to this one) under `name`. */
+export function spawnWorker<Api>(file: string, name: string): SpawnedWorker<Api> {
+  const worker = new Worker(new URL(file, import.meta.url), { name });
+  let closing = false;
+  const died = new Promise<never>((_, reject) => {
+    worker.once('error', (error: Error) => {
+      if (!closing) reject(new WorkerDied(name, error.message));
+    });
+    worker.once('exit', (code) => {
+      if (!closing) reject(new WorkerDied(name, `it exited with code ${code}`));
+    });
+  });
+  died.catch(() => undefined);
+  return {
+    name,
+    api: wrap<Api>(endpointOf(worker)),
+    died,
+    async close() {
+      closing = true;
+      await worker.terminate();
+    },
+  };
+}

@@ -1,0 +1,297 @@
+/**
+ * Scenarios of `ebb run`: small runs that drive one mechanism end to end through guest loads and stores, rings and EPT,
+ * in real threads or inline, and say what they saw. Each ends in checks; a failed check is exit code 1.
+ */
+import { eventSum, type Arena, type GuestConfig } from '@ebb/guest-kernel';
+import { GiB, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
+import {
+  VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
+  VIRTIO_BALLOON_F_FREE_PAGE_HINT,
+  VIRTIO_BALLOON_F_MUST_TELL_HOST,
+  VIRTIO_BALLOON_F_PAGE_POISON,
+  VIRTIO_BALLOON_F_REPORTING,
+  VIRTIO_BALLOON_F_STATS_VQ,
+} from '@ebb/virtio/uapi';
+import type { RunResult } from '../run/host-side.ts';
+import type { RunSpec, VmSpec } from '../run/spec.ts';
+
+export interface ScenarioOutcome {
+  readonly result: RunResult;
+  readonly arenas: readonly Arena[];
+}
+
+/** A figure that a scenario shows, and whether it is as it must be. */
+export interface Check {
+  readonly what: string;
+  readonly value: number | string;
+  readonly ok: boolean;
+}
+
+export interface Scenario {
+  readonly name: string;
+  readonly about: string;
+  /** Rows and invariants it shows. */
+  readonly rows: string;
+  spec(seed: number): RunSpec;
+  checks(outcome: ScenarioOutcome): Check[];
+}
+
+const second = (n: number): number => n * NS_PER_S;
+
+/** A freshly booted two-vCPU guest of `bytes`, on one node or two. */
+function freshGuest(bytes: number, options: { nodes?: 1 | 2; balloon?: boolean; blk?: boolean; poison?: boolean; pagesPerFile?: number } = {}): GuestConfig {
+  const maxPfn = bytes / PAGE_SIZE;
+  const half = Math.floor(maxPfn / 2 / 1024) * 1024;
+  const two = options.nodes === 2;
+  return {
+    e820: [
+      { start: 0, end: 160 },
+      { start: 256, end: maxPfn },
+    ],
+    nodes: two
+      ? [
+          { start: 0, end: half },
+          { start: half, end: maxPfn },
+        ]
+      : [{ start: 0, end: maxPfn }],
+    maxPfn,
+    nrCpus: 2,
+    cpuNode: two ? [0, 1] : [0, 0],
+    initOnAlloc: true,
+    pagePoison: options.poison ?? false,
+    balloon: options.balloon ?? false,
+    blk: options.blk ?? false,
+    blocks: { kind: 'linear', pagesPerFile: options.pagesPerFile ?? 1024 },
+  };
+}
+
+function spec(hostBytes: number, vms: readonly VmSpec[], over: Partial<RunSpec> = {}): RunSpec {
+  return {
+    hostFrames: hostBytes / PAGE_SIZE,
+    backing: 'thp',
+    vms,
+    vcpusPerVm: 2,
+    workers: 2,
+    sampleNs: NS_PER_S / 4,
+    graceNs: 0,
+    traceOut: false,
+    poison: 'full',
+    ...over,
+  };
+}
+
+const atLeast = (what: string, value: number, min: number): Check => ({ what, value, ok: value >= min });
+const exactly = (what: string, value: number, want: number): Check => ({ what, value, ok: value === want });
+const clean = ({ result }: ScenarioOutcome): Check[] => [
+  { what: 'run', value: result.ok ? 'finished' : result.why, ok: result.ok },
+  exactly('ledger violations', result.ledgerViolations, 0),
+];
+
+export const SCENARIOS: readonly Scenario[] = [
+  {
+    name: 'pressure',
+    about: 'less memory than files, two nodes, two vCPUs: kswapd, direct reclaim, write-back and the OOM notifier; every byte read back',
+    rows: 'K7, L43, G7; I15, I19',
+    spec: (seed) =>
+      spec(256 * MiB, [
+        {
+          bootAtNs: 0,
+          guest: freshGuest(96 * MiB, { nodes: 2, balloon: true, blk: true, pagesPerFile: 2048 }),
+          program: { kind: 'pressure', files: 8, pagesPerFile: 2048, rounds: 1, seed, hogPages: 20000 },
+          balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_MUST_TELL_HOST],
+          balloonTargets: [[second(0.05), 80 * MiB]],
+          diskBytes: 256 * MiB,
+        },
+      ]),
+    checks: (outcome) => {
+      const [arena] = outcome.arenas;
+      return [
+        ...clean(outcome),
+        atLeast('pages scanned by kswapd', eventSum(arena, 'pgscan_kswapd'), 1),
+        atLeast('pages freed by kswapd', eventSum(arena, 'pgsteal_kswapd'), 1),
+        atLeast('pages freed by direct reclaim', eventSum(arena, 'pgsteal_direct'), 1),
+        atLeast('pages written back', eventSum(arena, 'writeback_pages'), 1),
+        atLeast('OOM notifier calls', eventSum(arena, 'oom_notifier'), 1),
+        atLeast('pages read from disk', eventSum(arena, 'pgpgin'), 1),
+        exactly('OOM kills', eventSum(arena, 'oom_kill'), 0),
+      ];
+    },
+  },
+  {
+    name: 'balloon',
+    about: 'inflates a 512 MiB guest to 256 MiB and back; memory really returns, statistics arrive, deflated pages come back zeroed',
+    rows: 'H33, L10; I3b, I5, I9',
+    spec: () =>
+      spec(1 * GiB, [
+        {
+          bootAtNs: 0,
+          guest: freshGuest(512 * MiB, { balloon: true }),
+          program: { kind: 'touch-free', pages: 49152, order: 0, rounds: 2, holdNs: second(0.5), pauseNs: second(8) },
+          balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_STATS_VQ],
+          balloonTargets: [
+            [second(2), 256 * MiB],
+            [second(6), 512 * MiB],
+          ],
+          diskBytes: 0,
+        },
+      ]),
+    checks: (outcome) => {
+      const [vm] = outcome.result.vms;
+      return [
+        ...clean(outcome),
+        exactly('pages inflated', vm.ballooned['inflatedPages'] ?? 0, 65536),
+        exactly('pages deflated', vm.ballooned['deflatedPages'] ?? 0, 65536),
+        atLeast('bytes returned to the host', vm.returnedBytes, 64 * MiB),
+        atLeast('statistics received', vm.ballooned['statsUpdates'] ?? 0, 1),
+        atLeast('TLB flushes', vm.tlbFlushes, 1),
+      ];
+    },
+  },
+  {
+    name: 'reporting',
+    about: 'touches and frees 256 MiB; free page reporting gives it back within seconds of virtual time (L9)',
+    rows: 'L9, L24, L25, L28; I3, I3b',
+    spec: () =>
+      spec(1 * GiB, [
+        {
+          bootAtNs: 0,
+          guest: freshGuest(512 * MiB, { balloon: true }),
+          program: { kind: 'touch-free', pages: 32768, order: 0, rounds: 2, holdNs: second(0.5), pauseNs: second(10) },
+          balloonFeatures: [VIRTIO_BALLOON_F_REPORTING],
+          diskBytes: 0,
+        },
+      ]),
+    checks: (outcome) => {
+      const [vm] = outcome.result.vms;
+      return [
+        ...clean(outcome),
+        atLeast('pages reported', vm.ballooned['reportedPages'] ?? 0, 32768),
+        atLeast('bytes returned to the host', vm.returnedBytes, 200 * MiB),
+        { what: 'requests of at most 32 ranges', value: vm.ballooned['reportRequests'] ?? 0, ok: (vm.ballooned['reportedRanges'] ?? 0) <= 32 * (vm.ballooned['reportRequests'] ?? 0) },
+      ];
+    },
+  },
+  {
+    name: 'hinting',
+    about: 'a round of free page hinting: the host starts it, gets a bitmap of free pages, ends it; the guest keeps every page',
+    rows: 'G62; L9',
+    spec: () =>
+      spec(1 * GiB, [
+        {
+          bootAtNs: 0,
+          guest: freshGuest(512 * MiB, { balloon: true }),
+          program: { kind: 'touch-free', pages: 8192, order: 0, rounds: 3, holdNs: second(0.5), pauseNs: second(1) },
+          balloonFeatures: [VIRTIO_BALLOON_F_FREE_PAGE_HINT],
+          hintRounds: [[second(0.7), second(1.2)]],
+          diskBytes: 0,
+        },
+      ]),
+    checks: (outcome) => {
+      const [vm] = outcome.result.vms;
+      return [
+        ...clean(outcome),
+        atLeast('pages hinted', vm.hintedPages, 32768),
+        exactly('bytes returned to the host', vm.returnedBytes, 0),
+        exactly('hints under a stale command id', vm.ballooned['staleHints'] ?? 0, 0),
+      ];
+    },
+  },
+  {
+    name: 'poison',
+    about: 'a guest that poisons freed pages: reporting is negotiated, nothing is discarded, and the poison survives',
+    rows: 'L28; poison_val',
+    spec: () =>
+      spec(512 * MiB, [
+        {
+          bootAtNs: 0,
+          guest: freshGuest(256 * MiB, { balloon: true, poison: true }),
+          program: { kind: 'touch-free', pages: 8192, order: 0, rounds: 3, holdNs: second(0.1), pauseNs: second(3) },
+          balloonFeatures: [VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_PAGE_POISON],
+          diskBytes: 0,
+        },
+      ]),
+    checks: (outcome) => {
+      const [vm] = outcome.result.vms;
+      return [
+        ...clean(outcome),
+        atLeast('ranges skipped', vm.ballooned['skippedRanges'] ?? 0, 1),
+        exactly('pages discarded', vm.ballooned['discardedPages'] ?? 0, 0),
+        atLeast('poison checked', eventSum(outcome.arenas[0], 'poison_checked'), 1),
+      ];
+    },
+  },
+  {
+    name: 'hostile-balloon',
+    about: 'a guest writes to every page it has put in its balloon: it gets the memory again, and the host counts it (H33)',
+    rows: 'H1, H33; I5',
+    spec: () =>
+      spec(512 * MiB, [
+        {
+          bootAtNs: 0,
+          guest: freshGuest(256 * MiB, { balloon: true }),
+          program: { kind: 'hostile-reuse', afterNs: second(3) },
+          balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ],
+          balloonTargets: [[second(0.5), 192 * MiB]],
+          diskBytes: 0,
+        },
+      ]),
+    checks: (outcome) => {
+      const [vm] = outcome.result.vms;
+      return [
+        ...clean(outcome),
+        exactly('pages in the balloon', vm.balloonPages, 16384),
+        exactly('balloon pages with memory behind them', vm.reusedBalloonPages, 16384),
+      ];
+    },
+  },
+  {
+    name: 'large-backing',
+    about: 'a balloon on 2 MiB host pages: a host page is freed only when all of its 4 KiB parts are in the balloon',
+    rows: 'G10, H29; partial pages',
+    spec: () =>
+      spec(
+        512 * MiB,
+        [
+          {
+            bootAtNs: 0,
+            guest: freshGuest(256 * MiB, { balloon: true }),
+            program: { kind: 'touch-free', pages: 4096, order: 0, rounds: 3, holdNs: second(1), pauseNs: second(1) },
+            balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ],
+            balloonTargets: [[second(0.5), 160 * MiB]],
+            diskBytes: 0,
+          },
+        ],
+        { backing: 'hugetlb' },
+      ),
+    checks: (outcome) => {
+      const [vm] = outcome.result.vms;
+      const inflated = vm.ballooned['inflatedPages'] ?? 0;
+      return [
+        ...clean(outcome),
+        exactly('pages inflated', inflated, 24576),
+        { what: 'bytes returned, in whole 2 MiB pages', value: vm.returnedBytes, ok: vm.returnedBytes % (2 * MiB) === 0 && vm.returnedBytes <= inflated * PAGE_SIZE },
+      ];
+    },
+  },
+  {
+    name: 'three-vms',
+    about: 'three guests use and free memory in turn; without reporting a fourth could not start (L1, L2)',
+    rows: 'L1, L2, L9',
+    spec: () =>
+      spec(
+        640 * MiB,
+        Array.from({ length: 4 }, (_, k) => ({
+          bootAtNs: second(6 * k),
+          guest: freshGuest(256 * MiB, { balloon: true }),
+          program: { kind: 'touch-free', pages: 24576, order: 0, rounds: 1, holdNs: second(0.5), pauseNs: second(1) } as const,
+          balloonFeatures: [VIRTIO_BALLOON_F_REPORTING],
+          diskBytes: 0,
+        })),
+      ),
+    checks: (outcome) => [
+      ...clean(outcome),
+      exactly('VMs finished', outcome.result.vms.filter((vm) => vm.state === 'finished').length, 4),
+      { what: 'host peak below the sum of what was touched', value: outcome.result.hostPeakBytes, ok: outcome.result.hostPeakBytes <= 640 * MiB },
+    ],
+  },
+];
