@@ -65,16 +65,20 @@ export class WalkResult {
   frame = 0;
   /** Tables visited. */
   steps = 0;
+  /** The level-2 table passed through; 0 if the walk ended above. */
+  level2Table = 0;
 }
 
 /**
  * Walks the tables under `root` for `gfn`, as the hardware does. Atomic loads pair with the host's exchange and stores
- * in `mmu/tdp`; a torn pair of words is read again.
+ * in `TdpMmu`; a torn pair of words is read again. A walk may start at `fromLevel` in a table that a paging-structure
+ * cache holds: `root` is that table then.
  */
-export function eptWalk(dram: Int32Array, root: Hfn, gfn: Gfn, out: WalkResult): void {
+export function eptWalk(dram: Int32Array, root: Hfn, gfn: Gfn, out: WalkResult, fromLevel: number = EPT_ROOT_LEVEL): void {
   let table: number = root;
   let steps = 0;
-  for (let level = EPT_ROOT_LEVEL; ; level--) {
+  for (let level = fromLevel; ; level--) {
+    if (level === 2) out.level2Table = table;
     const word = table * 1024 + ((gfn >>> (9 * (level - 1))) & 511) * 2;
     let low = Atomics.load(dram, word);
     let high = 0;

@@ -135,6 +135,10 @@ export class Vcpu implements GuestMemory {
   /** Even; an entry filled in this epoch has `epoch` (readable) or `epoch + 1` (writable, dirty known set). */
   #epoch = 2;
   #seen = 0;
+  /** Paging-structure cache of one entry; dropped with the TLB, since table frames obey the same invalidation. */
+  #pwcRegion = -1;
+  #pwcTable = 0;
+  #pwcEpoch = 0;
   #left = 0;
   /** Set by an emulated read. */
   exitData = 0;
@@ -309,7 +313,17 @@ export class Vcpu implements GuestMemory {
     const set = write ? EPT_A | EPT_D : EPT_A;
     this.counters.tlbMisses++;
     for (;;) {
-      eptWalk(dram, this.#control[this.#base + VC_EPT_ROOT] as Hfn, gfn, walk);
+      // The paging-structure cache: the level-2 table of this gigabyte, if it was read in this epoch.
+      const region = gfn >>> 18;
+      const cached = this.#pwcRegion === region && this.#pwcEpoch === this.#epoch;
+      if (cached) eptWalk(dram, this.#pwcTable as Hfn, gfn, walk, 2);
+      else {
+        walk.level2Table = 0;
+        eptWalk(dram, this.#control[this.#base + VC_EPT_ROOT] as Hfn, gfn, walk);
+        this.#pwcRegion = walk.level2Table > 0 ? region : -1;
+        this.#pwcTable = walk.level2Table;
+        this.#pwcEpoch = this.#epoch;
+      }
       if (!walk.present || (walk.low & need) !== need) {
         this.counters.violations++;
         const result = this.exit(EXIT_EPT_VIOLATION, gfn * PAGE_SIZE, write ? 1 : 0, 0);

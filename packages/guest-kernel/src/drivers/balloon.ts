@@ -36,7 +36,7 @@ import { EV, EVENT_NAMES, eventRow, eventSum } from '../mm/events.ts';
 import { P_FLAGS, P_NEXT, P_ZONE, PG_OFFLINE, SHADOW_ALLOCATED, SHADOW_BALLOON, shadowMove } from '../mm/page.ts';
 import { GFP_NOWAIT, GFP_NO_KSWAPD, GFP_NORETRY, type PageAllocator } from '../mm/page-alloc.ts';
 import { MIGRATE_MOVABLE, Z_FREE, Z_LOW, Z_MANAGED } from '../mm/zone.ts';
-import { LINE_BALLOON, Q_DEFLATE, Q_HINT, Q_INFLATE, Q_REPORTING, Q_STATS, VirtioGuest } from './virtio-guest.ts';
+import { LINE_BALLOON, PAGE_REPORTING_CAPACITY, Q_DEFLATE, Q_HINT, Q_INFLATE, Q_REPORTING, Q_STATS, VirtioGuest } from './virtio-guest.ts';
 
 const V_READY = 0;
 const V_FEATURES_LOW = 1;
@@ -57,6 +57,8 @@ const V_HINT_PAGE = 11;
 const V_RETRY_F64 = (T_BALLOON + 12) / 2;
 /** Device index of each arena queue number, −1 if not negotiated. */
 const V_INDEX = 16;
+/** Size of each queue: the device's maximum, at most 128. */
+const V_SIZE = 24;
 const V_RINGS = 32;
 
 const QUEUE_SIZE = 128;
@@ -149,10 +151,14 @@ export class BalloonDriver {
       w[T_BALLOON + V_INDEX + number] = wanted ? index : -1;
       if (!wanted) continue;
       const max = driver.queueMax(index);
+      if (!max.ok) return false;
+      w[T_BALLOON + V_SIZE + number] = Math.min(QUEUE_SIZE, max.value);
+      // A report needs a chain of 32 (Linux fails the probe with ENOSPC).
+      if (number === Q_REPORTING && max.value < PAGE_REPORTING_CAPACITY) return false;
       const queue = this.queue(number);
-      if (!max.ok || queue === null) return false;
+      if (queue === null) return false;
       queue.reset(this.#vcpu);
-      if (!driver.setupQueue(index, QUEUE_SIZE, queue.rings).ok) return false;
+      if (!driver.setupQueue(index, queue.size, queue.rings).ok) return false;
       index++;
     }
     if (features.has(VIRTIO_BALLOON_F_PAGE_POISON)) driver.writeConfig32(BALLOON_CFG_POISON_VAL, 0xaaaaaaaa);
@@ -179,7 +185,7 @@ export class BalloonDriver {
     const cached = this.#queues[number];
     if (cached !== undefined && cached !== null) return cached;
     const features = new Features(this.#w[T_BALLOON + V_FEATURES_LOW], this.#w[T_BALLOON + V_FEATURES_HIGH]);
-    const queue = this.#guest.queue(number, QUEUE_SIZE, T_BALLOON + V_RINGS + 3 * number, features);
+    const queue = this.#guest.queue(number, this.#w[T_BALLOON + V_SIZE + number], T_BALLOON + V_RINGS + 3 * number, features);
     this.#queues[number] = queue;
     return queue;
   }

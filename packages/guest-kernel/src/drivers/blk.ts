@@ -33,6 +33,7 @@ import { Q_BLK, VirtioGuest, LINE_BLK } from './virtio-guest.ts';
 const B_READY = 0;
 const B_FEATURES_LOW = 1;
 const B_FEATURES_HIGH = 2;
+const B_SIZE = 3;
 const B_RINGS = 4;
 const B_SLOTS = 7;
 
@@ -75,9 +76,10 @@ export class BlkDriver implements BlockIo {
     for (let i = 0; i < 4; i++) w[T_BLK + B_RINGS + i] = pages[i];
     const max = driver.queueMax(0);
     if (!max.ok) return false;
+    w[T_BLK + B_SIZE] = Math.min(QUEUE_SIZE, max.value);
     const queue = this.#view();
     queue.reset(this.#vcpu);
-    if (!driver.setupQueue(0, QUEUE_SIZE, queue.rings).ok) return false;
+    if (!driver.setupQueue(0, queue.size, queue.rings).ok) return false;
     driver.driverOk();
     Atomics.store(w, T_BLK + B_READY, 1);
     return true;
@@ -86,7 +88,7 @@ export class BlkDriver implements BlockIo {
   #view(): SplitDriverQueue {
     this.#queue ??= this.#guest.queue(
       Q_BLK,
-      QUEUE_SIZE,
+      this.#w[T_BLK + B_SIZE],
       T_BLK + B_RINGS,
       new Features(this.#w[T_BLK + B_FEATURES_LOW], this.#w[T_BLK + B_FEATURES_HIGH]),
     );
@@ -102,8 +104,9 @@ export class BlkDriver implements BlockIo {
     spinLock(this.#w, H_BLK_MUTEX, this.#vcpu.id, this.#relax);
     const queue = this.#view();
     let ok = true;
-    for (let done = 0; done < count; done += NR_SLOTS) {
-      const n = Math.min(NR_SLOTS, count - done);
+    const batch = Math.min(NR_SLOTS, queue.size);
+    for (let done = 0; done < count; done += batch) {
+      const n = Math.min(batch, count - done);
       for (let i = 0; i < n; i++) {
         this.#fillSlot(i, write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN, blocks[done + i] * SECTORS_PER_PAGE, pfns[done + i]);
         queue.addIndirect(this.#vcpu, this.#slotGpa(i), 3, i);

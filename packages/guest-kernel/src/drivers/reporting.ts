@@ -6,20 +6,18 @@
  *
  * The scatterlist is filled from its end, so the first entry of a full request is the block found last.
  */
-import { NS_PER_S, type Vcpu } from '@ebb/machine';
+import { NS_PER_S, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
 import type { Segment } from '@ebb/virtio/driver';
 import type { Arena } from '../arena.ts';
 import { H_BALLOON_MUTEX, T_REPORTING } from '../layout.ts';
-import { trySpinLock, spinUnlock } from '@ebb/machine';
 import type { Buddy } from '../mm/buddy.ts';
 import { EV, eventRow } from '../mm/events.ts';
 import { P_FLAGS, P_NEXT, PG_REPORTED } from '../mm/page.ts';
 import { watermarkOk } from '../mm/page-alloc.ts';
 import { listAt, MAX_ORDER, MIGRATE_ISOLATE, MIGRATE_TYPES, PAGEBLOCK_ORDER, Z_LOW, Z_NR_FREE } from '../mm/zone.ts';
 import type { BalloonDriver } from './balloon.ts';
-import { Q_REPORTING } from './virtio-guest.ts';
+import { PAGE_REPORTING_CAPACITY, Q_REPORTING } from './virtio-guest.ts';
 
-export const PAGE_REPORTING_CAPACITY = 32;
 export const PAGE_REPORTING_DELAY: number = 2 * NS_PER_S;
 const PAGE_REPORTING_ORDER: number = PAGEBLOCK_ORDER;
 

@@ -23,8 +23,8 @@ export const Q_HINT = 3;
 export const Q_REPORTING = 4;
 export const Q_BLK = 5;
 
-/** Pages that the drivers need for rings and buffers, allocated once at boot. */
-export const RING_PAGES = 3;
+/** Ranges in one report (`PAGE_REPORTING_CAPACITY`). */
+export const PAGE_REPORTING_CAPACITY = 32;
 
 export class VirtioGuest {
   readonly line: number;

@@ -1,0 +1,94 @@
+/** The two sides of a split queue against a model queue: any program of adds, publishes, pops and pushes, with wrap. */
+import { fc, test } from '@fast-check/vitest';
+import { expect } from 'vitest';
+import { needEvent } from '../uapi/index.ts';
+import { rig } from '../testing/index.ts';
+
+type Step = { readonly kind: 'add' | 'publish' | 'pop' | 'push' | 'reap'; readonly n: number };
+
+const step = fc.record({ kind: fc.constantFrom('add', 'publish', 'pop', 'push', 'reap'), n: fc.integer({ min: 1, max: 5 }) });
+
+test.prop([fc.array(step as fc.Arbitrary<Step>, { maxLength: 300 }), fc.boolean(), fc.boolean()], { numRuns: 60 })(
+  'every buffer added is popped once in order, returned once, and its descriptors come back (I21)',
+  (program, eventIdx, batch) => {
+    const r = rig({ driverBits: eventIdx ? [29] : [] });
+    const device = r.device.queue;
+    if (device === null) throw new Error('active');
+    // The model: what is where, by token.
+    const added: number[] = [];
+    const visible: number[] = [];
+    const held: { token: number; chain: NonNullable<ReturnType<typeof device.pop>> }[] = [];
+    const returned: number[] = [];
+    const lengths = new Map<number, number>();
+    let token = 0;
+    for (let round = 0; round < 6; round++) {
+      for (const { kind, n } of program) {
+        if (kind === 'add') {
+          const free = r.queue.free;
+          const ok = r.queue.add(r.memory, Array.from({ length: n }, (_, i) => ({ gpa: 0x20000 + i * 64, length: 8 })), [], token);
+          expect(ok).toBe(free >= n);
+          if (!ok) continue;
+          lengths.set(token, n);
+          added.push(token++);
+        } else if (kind === 'publish') {
+          r.queue.publish(r.memory);
+          visible.push(...added.splice(0));
+        } else if (kind === 'pop') {
+          const chain = device.pop();
+          expect(chain === null).toBe(visible.length === 0);
+          if (chain === null) continue;
+          const want = visible.shift() as number;
+          expect(chain.readableSegments).toBe(lengths.get(want));
+          held.push({ token: want, chain });
+        } else if (kind === 'push' && held.length > 0) {
+          const [one] = held.splice(n % held.length, 1);
+          device.push(one.chain, 0);
+          returned.push(one.token);
+        } else if (kind === 'reap') {
+          const got = batch && n > 3 ? -2 : r.queue.popUsed(r.memory);
+          if (got === -2) continue;
+          expect(got).toBe(returned.length === 0 ? -1 : returned.shift());
+        }
+      }
+    }
+    const outstanding = [...added, ...visible, ...held.map((h) => h.token), ...returned];
+    const used = outstanding.reduce((sum, t) => sum + (lengths.get(t) ?? 0), 0);
+    expect(r.queue.free).toBe(r.queue.size - used);
+    expect(device.error).toBe(null);
+    expect(r.queue.broken).toBe(false);
+  },
+);
+
+/** Written differently on purpose: walk from old to new and see whether the event is passed. */
+function passes(event: number, newIndex: number, oldIndex: number): boolean {
+  for (let i = oldIndex; i !== newIndex; i = (i + 1) % 65536) if (i === event) return true;
+  return false;
+}
+
+test.prop([fc.integer({ min: 0, max: 65535 }), fc.integer({ min: 0, max: 65535 }), fc.integer({ min: 0, max: 300 })])(
+  'needEvent agrees with walking the indices, across the wrap',
+  (event, oldIndex, distance) => {
+    const newIndex = (oldIndex + distance) & 0xffff;
+    expect(needEvent(event, newIndex, oldIndex)).toBe(passes(event, newIndex, oldIndex));
+    expect(needEvent(oldIndex, newIndex, oldIndex)).toBe(distance > 0);
+  },
+);
+
+test('the batch path agrees with the single path', () => {
+  const r = rig();
+  const device = r.device.queue;
+  if (device === null) throw new Error('active');
+  const gpas = Float64Array.from({ length: 16 }, (_, i) => 0x20000 + i * 256);
+  const heads = new Int32Array(16);
+  const at = new Float64Array(16);
+  const len = new Int32Array(16);
+  for (let round = 0; round < 5000; round++) {
+    expect(r.queue.addSingles(r.memory, gpas, 16, 256, true)).toBe(16);
+    expect(device.popSingles(heads, at, len, 16)).toBe(16);
+    expect([...at]).toEqual([...gpas]);
+    expect(len[0]).toBe(-256);
+    device.pushSingles(heads, 16, 256);
+    expect(r.queue.popSingles(r.memory, heads, 16)).toBe(16);
+  }
+  expect(r.queue.free).toBe(r.queue.size);
+});
