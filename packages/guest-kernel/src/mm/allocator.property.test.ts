@@ -1,0 +1,190 @@
+/** Buddy, per-CPU lists and shadow against an independent model: a map of which page belongs to whom (I19). */
+import { fc, test } from '@fast-check/vitest';
+import { describe, expect, test as example } from 'vitest';
+import { freeByOrder, freePages, pcpPages } from '../procfs.ts';
+import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
+import { P_FLAGS, P_ORDER, P_SHADOW, PG_BUDDY, SHADOW_BUDDY } from './page.ts';
+import { listAt, MAX_ORDER, MIGRATE_TYPES, minFreePages, pcpBatch, Z_END, Z_FREE, Z_LENGTHS, Z_START } from './zone.ts';
+
+/** Walks every list and the whole memmap: counters equal lists, no two buddies unmerged, shadow agrees. */
+function audit(guest: TestGuest): void {
+  const { w, memmap, layout } = guest.arena;
+  const wrong: string[] = [];
+  const must = (ok: boolean, what: string): void => {
+    if (!ok && wrong.length < 5) wrong.push(what);
+  };
+  for (const zone of guest.kernels[0].parts.zones) {
+    let free = 0;
+    const onList = new Set<number>();
+    for (let order = 0; order <= MAX_ORDER; order++) {
+      for (let mt = 0; mt < MIGRATE_TYPES; mt++) {
+        let length = 0;
+        let prev = -1;
+        for (let pfn = w[zone + listAt(order, mt)]; pfn >= 0; prev = pfn, pfn = w[memmap + (pfn << 4) + 2]) {
+          const page = memmap + (pfn << 4);
+          must(w[page + 3] === prev, `${pfn}: links`);
+          must((w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order, `${pfn}: flags and order`);
+          must(pfn % (1 << order) === 0, `${pfn}: alignment`);
+          must(w[layout.pageblocks + (pfn >> 9)] === mt, `${pfn}: pageblock type`);
+          for (let i = 0; i < 1 << order; i++) {
+            must(!onList.has(pfn + i), `${pfn + i}: on two lists`);
+            onList.add(pfn + i);
+            must(w[memmap + ((pfn + i) << 4) + P_SHADOW] === SHADOW_BUDDY, `${pfn + i}: shadow`);
+          }
+          const buddy = pfn ^ (1 << order);
+          if (order < MAX_ORDER && buddy >= w[zone + Z_START] && buddy < w[zone + Z_END]) {
+            const twin = memmap + (buddy << 4);
+            must((w[twin + P_FLAGS] & PG_BUDDY) === 0 || w[twin + P_ORDER] !== order, `${pfn}: unmerged buddy`);
+          }
+          free += 1 << order;
+          length++;
+        }
+        must(w[zone + Z_LENGTHS + order * MIGRATE_TYPES + mt] === length, `order ${order}, type ${mt}: length`);
+      }
+    }
+    let shadow = 0;
+    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++) if (w[memmap + (pfn << 4) + P_SHADOW] === SHADOW_BUDDY) shadow++;
+    must(w[zone + Z_FREE] === free, 'free count');
+    must(shadow === free, 'shadow count');
+  }
+  expect(wrong).toEqual([]);
+}
+
+const op = fc.record({
+  cpu: fc.integer({ min: 0, max: 1 }),
+  order: fc.constantFrom(0, 0, 0, 0, 1, 2, 3, 5, 9),
+  mt: fc.integer({ min: 0, max: 2 }),
+  free: fc.boolean(),
+  pick: fc.nat(1000),
+});
+
+describe('the allocator', () => {
+  test.prop([fc.array(op, { minLength: 1, maxLength: 400 })], { numRuns: 25 })('never hands out a page twice and gets every page back', (program) => {
+    const guest = testGuest(guestConfig(2 * SMALL));
+    const total = freePages(guest.arena) + pcpPages(guest.arena, 2);
+    const owner = new Map<number, number>();
+    const held: { pfn: number; order: number }[] = [];
+    let id = 0;
+    guest.vcpus.forEach((v) => v.enterGuest());
+    for (const { cpu, order, mt, free, pick } of program) {
+      const { alloc } = guest.kernels[cpu].parts;
+      if (free && held.length > 0) {
+        const [block] = held.splice(pick % held.length, 1);
+        for (let i = 0; i < 1 << block.order; i++) owner.delete(block.pfn + i);
+        alloc.free(block.pfn, block.order);
+        continue;
+      }
+      const pfn = alloc.alloc(order, mt, 3);
+      if (pfn < 0) continue;
+      expect(pfn % (1 << order)).toBe(0);
+      id++;
+      for (let i = 0; i < 1 << order; i++) {
+        expect(owner.has(pfn + i)).toBe(false);
+        owner.set(pfn + i, id);
+      }
+      held.push({ pfn, order });
+    }
+    audit(guest);
+    expect(freePages(guest.arena) + pcpPages(guest.arena, 2) + owner.size).toBe(total);
+    for (const { pfn, order } of held) guest.kernels[pfn & 1].parts.alloc.free(pfn, order);
+    expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(total);
+    guest.kernels[0].parts.pcp.drainAll(2);
+    audit(guest);
+    expect(freePages(guest.arena)).toBe(total);
+    expect(guest.log.total).toBe(0);
+  });
+
+  example('zeroes and stamps what it hands out, and checks the stamp when it comes back', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { alloc } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const pfn = alloc.alloc(0, 1, 3);
+    expect(guest.vcpus[0].load32(pfn as never, 5)).toBe(0);
+    guest.vcpus[0].store32(pfn as never, 0, 123);
+    alloc.free(pfn, 0);
+    const [v] = guest.log.list();
+    expect([v.kind, v.gfn, v.found]).toEqual(['stamp', pfn, 123]);
+  });
+
+  example('a page freed twice is a violation of the shadow', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { alloc } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const pfn = alloc.alloc(0, 1, 3);
+    alloc.free(pfn, 0);
+    alloc.free(pfn, 0);
+    expect(guest.log.count('guest-page-state')).toBe(1);
+  });
+
+  example('a reported page handed out before it was put back is caught: reported-reuse (I3)', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { buddy, zones, alloc } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const zone = zones[1];
+    const pfn = guest.arena.w[zone + listAt(10, 1)];
+    buddy.lock(zone);
+    expect(buddy.isolate(zone, pfn, 10)).toBe(true);
+    // The fault: back on the list before the acknowledgement, without telling the shadow.
+    buddy.freeOne(zone, pfn, 10, false);
+    buddy.unlock(zone);
+    const seen = new Set<number>();
+    for (let i = 0; i < 14_000; i++) seen.add(alloc.alloc(0, 1, 3));
+    expect(seen.has(pfn)).toBe(true);
+    expect(guest.log.count('reported-reuse')).toBeGreaterThan(0);
+  });
+
+  example('isolation is refused below the min watermark (L35) and an isolated page cannot be allocated (L25)', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { buddy, zones, alloc } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const zone = zones[1];
+    const isolated: number[] = [];
+    for (;;) {
+      const pfn = guest.arena.w[zone + listAt(10, 1)];
+      if (pfn < 0) break;
+      buddy.lock(zone);
+      const ok = buddy.isolate(zone, pfn, 10);
+      buddy.unlock(zone);
+      if (!ok) break;
+      isolated.push(pfn);
+    }
+    expect(isolated.length).toBeGreaterThan(5);
+    for (let pfn = alloc.alloc(0, 1, 3); pfn >= 0; pfn = alloc.alloc(0, 1, 3)) {
+      for (const block of isolated) expect(pfn >= block && pfn < block + 1024).toBe(false);
+    }
+    buddy.lock(zone);
+    for (const block of isolated) buddy.putBack(zone, block, 10, true);
+    buddy.unlock(zone);
+    expect(guest.log.total).toBe(0);
+  });
+
+  example('another CPU’s list is drained when memory runs out', () => {
+    const guest = testGuest(guestConfig(4 * SMALL));
+    guest.vcpus.forEach((v) => v.enterGuest());
+    const [a, b] = guest.kernels;
+    const held: number[] = [];
+    for (let i = 0; i < 500; i++) held.push(b.parts.alloc.alloc(0, 1, 3));
+    for (const pfn of held) b.parts.alloc.free(pfn, 0);
+    const onB = pcpPages(guest.arena, 2);
+    expect(onB).toBeGreaterThan(0);
+    while (a.parts.alloc.alloc(0, 1, 3) >= 0);
+    expect(pcpPages(guest.arena, 2)).toBeLessThan(onB);
+  });
+});
+
+describe('watermarks as Linux computes them', () => {
+  example('a 1 GiB guest: min_free from THP, 11264 pages over two zones (captured: 11263)', () => {
+    expect(minFreePages(3840 + 243675, 2)).toBe(11264);
+  });
+  example('a 512 MiB guest has no THP: 4·√kB (captured: 681)', () => {
+    expect(Math.abs(minFreePages(3840 + 114843, 2) - 681)).toBeLessThan(12);
+  });
+  example('batch of per-CPU lists: 63 for 243675 pages, 31 for 114843, 1 for DMA (as captured)', () => {
+    expect([243675, 114843, 3840].map(pcpBatch)).toEqual([63, 31, 1]);
+  });
+});
+
+example('freeByOrder is buddyinfo', () => {
+  const guest = testGuest(guestConfig(SMALL));
+  expect(freeByOrder(guest.arena).reduce((sum, n, o) => sum + n * 2 ** o, 0)).toBe(freePages(guest.arena));
+});
