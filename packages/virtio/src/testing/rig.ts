@@ -13,7 +13,7 @@ export class ProbeDevice implements VirtioDevice {
   readonly offered: Features;
   readonly configBytes: number = 16;
   readonly queueMax: readonly number[];
-  readonly config = new Uint8Array(16);
+  readonly config: Uint8Array = new Uint8Array(16);
   queue: SplitDeviceQueue | null = null;
   features: Features = new Features(0, 0);
   kicks: number[] = [];
