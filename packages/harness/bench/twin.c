@@ -1,0 +1,228 @@
+// C counterparts of what `npm run bench` measures: the same algorithm and batching, bare. Each subcommand prints one
+// figure. Build: cc -O2 -pthread -o twin twin.c
+#define _GNU_SOURCE
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+static double now_s(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec + t.tv_nsec * 1e-9;
+}
+static uint32_t rng_state = 12345;
+static inline uint32_t rng(void) {
+  uint32_t x = rng_state;
+  x ^= x << 13; x ^= x >> 17; x ^= x << 5;
+  return rng_state = x;
+}
+
+// ── Split ring, two threads, batches ─────────────────────────────────────────────────────────────────────────────
+#define Q 256
+struct desc { uint64_t addr; uint32_t len; uint16_t flags, next; };
+static struct desc descs[Q] __attribute__((aligned(4096)));
+static struct { uint16_t flags; _Atomic uint16_t idx; uint16_t ring[Q]; } avail __attribute__((aligned(4096)));
+static struct { uint16_t flags; _Atomic uint16_t idx; struct { uint32_t id, len; } ring[Q]; } used __attribute__((aligned(4096)));
+static long ring_total;
+static int ring_batch;
+static volatile uint64_t sink;
+
+static void *ring_device(void *arg) {
+  uint16_t last = 0, out = 0;
+  long done = 0;
+  (void)arg;
+  while (done < ring_total) {
+    uint16_t idx = atomic_load_explicit(&avail.idx, memory_order_acquire);
+    uint16_t n = idx - last;
+    if (n == 0) { __builtin_ia32_pause(); continue; }
+    if (n > ring_batch) n = ring_batch;
+    for (uint16_t i = 0; i < n; i++) {
+      uint16_t head = avail.ring[last & (Q - 1)];
+      sink += descs[head].addr + descs[head].len;
+      used.ring[out & (Q - 1)].id = head;
+      used.ring[out & (Q - 1)].len = descs[head].len;
+      last++; out++;
+    }
+    atomic_store_explicit(&used.idx, out, memory_order_release);
+    done += n;
+  }
+  return NULL;
+}
+
+static void ring(int batch, long total) {
+  pthread_t device;
+  static uint16_t next[Q];
+  uint16_t head = 0, free_count = Q, idx = 0, last_used = 0;
+  long added = 0, reaped = 0;
+  ring_total = total; ring_batch = batch;
+  for (int i = 0; i < Q; i++) next[i] = i + 1;
+  pthread_create(&device, NULL, ring_device, NULL);
+  double t0 = now_s();
+  while (reaped < total) {
+    if (added < total && free_count >= batch) {
+      int n = batch;
+      if (n > total - added) n = total - added;
+      for (int i = 0; i < n; i++) {
+        descs[head].addr = 0x20000 + 256 * (uint64_t)i; descs[head].len = 256; descs[head].flags = 2;
+        avail.ring[idx & (Q - 1)] = head;
+        idx++; head = next[head];
+      }
+      free_count -= n; added += n;
+      atomic_store_explicit(&avail.idx, idx, memory_order_release);
+    }
+    if (free_count < Q / 2 || added == total) {
+      uint16_t u = atomic_load_explicit(&used.idx, memory_order_acquire);
+      uint16_t n = u - last_used;
+      for (uint16_t i = 0; i < n; i++) {
+        uint16_t id = used.ring[last_used & (Q - 1)].id;
+        next[id] = head; head = id; last_used++;
+      }
+      free_count += n; reaped += n;
+    }
+  }
+  printf("%.3f\n", total / (now_s() - t0) / 1e6);
+  pthread_join(device, NULL);
+}
+
+// ── Buddy with a per-CPU list of order 0 ─────────────────────────────────────────────────────────────────────────
+#define PAGES (1 << 17)
+#define MAXO 10
+static struct { int32_t next, prev; int8_t order, buddy; } pg[PAGES];
+static int32_t heads[MAXO + 1];
+static int32_t pcp[8192], pcp_count;
+static void push(int32_t p, int o) {
+  pg[p].next = heads[o]; pg[p].prev = -1; pg[p].order = o; pg[p].buddy = 1;
+  if (heads[o] >= 0) pg[heads[o]].prev = p;
+  heads[o] = p;
+}
+static void drop(int32_t p, int o) {
+  if (pg[p].prev >= 0) pg[pg[p].prev].next = pg[p].next; else heads[o] = pg[p].next;
+  if (pg[p].next >= 0) pg[pg[p].next].prev = pg[p].prev;
+  pg[p].buddy = 0;
+}
+static int32_t buddy_alloc(int order) {
+  for (int o = order; o <= MAXO; o++) {
+    int32_t p = heads[o];
+    if (p < 0) continue;
+    drop(p, o);
+    while (o > order) { o--; push(p + (1 << o), o); }
+    return p;
+  }
+  return -1;
+}
+static void buddy_free(int32_t p, int o) {
+  while (o < MAXO) {
+    int32_t b = p ^ (1 << o);
+    if (!pg[b].buddy || pg[b].order != o) break;
+    drop(b, o);
+    p &= ~(1 << o); o++;
+  }
+  push(p, o);
+}
+static int32_t pcp_alloc(void) {
+  if (pcp_count == 0) for (int i = 0; i < 63; i++) { int32_t p = buddy_alloc(0); if (p < 0) break; pcp[pcp_count++] = p; }
+  return pcp_count ? pcp[--pcp_count] : -1;
+}
+static void pcp_free(int32_t p) {
+  pcp[pcp_count++] = p;
+  if (pcp_count >= 63 * 6) for (int i = 0; i < 63; i++) buddy_free(pcp[--pcp_count], 0);
+}
+static void buddy(const char *what) {
+  static int32_t held[PAGES];
+  static int8_t orders[PAGES];
+  for (int o = 0; o <= MAXO; o++) heads[o] = -1;
+  for (int32_t p = 0; p < PAGES; p += 1 << MAXO) push(p, MAXO);
+  long ops = 0;
+  int n = PAGES * 3 / 4;
+  double best = 1e9;
+  for (int round = 0; round < 12; round++) {
+    double t0 = now_s();
+    ops = 0;
+    if (!strcmp(what, "mixed")) {
+      static const int mix[8] = {0, 0, 0, 1, 0, 2, 3, 1};
+      int count = 0;
+      for (int i = 0; i < n / 2; i++) {
+        int o = mix[i & 7];
+        int32_t p = o == 0 ? pcp_alloc() : buddy_alloc(o);
+        if (p < 0) break;
+        held[count] = p; orders[count++] = o; ops++;
+      }
+      for (int i = 0; i < count; i++) { if (orders[i]) buddy_free(held[i], orders[i]); else pcp_free(held[i]); ops++; }
+    } else {
+      for (int i = 0; i < n; i++) held[i] = pcp_alloc();
+      ops += n;
+      if (!strcmp(what, "random")) {
+        for (int i = n - 1; i > 0; i--) { int j = rng() % (i + 1); int32_t t = held[i]; held[i] = held[j]; held[j] = t; }
+        t0 = now_s(); ops = 0;
+      }
+      for (int i = 0; i < n; i++) pcp_free(held[i]);
+      ops += n;
+    }
+    double ns = (now_s() - t0) * 1e9 / ops;
+    if (ns < best) best = ns;
+  }
+  printf("%.3f\n", best);
+}
+
+// ── Demand-zero fault: frame from a free list, zero, map in a two-level table ────────────────────────────────────
+static void fault(void) {
+  int frames = 65536;
+  char *dram = mmap(NULL, (size_t)frames * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  static uint64_t table[65536];
+  static int32_t list[65536];
+  memset(dram, 1, (size_t)frames * 4096);
+  double best = 1e9;
+  for (int round = 0; round < 5; round++) {
+    for (int i = 0; i < frames; i++) { list[i] = i; table[i] = 0; }
+    int top = frames;
+    double t0 = now_s();
+    for (int gfn = 0; gfn < frames; gfn++) {
+      if (table[gfn] & 1) continue;
+      int32_t f = list[--top];
+      memset(dram + (size_t)f * 4096, 0, 4096);
+      table[gfn] = ((uint64_t)f << 12) | 7;
+      *(volatile int *)(dram + (size_t)f * 4096) = gfn;
+    }
+    double ns = (now_s() - t0) * 1e9 / frames;
+    if (ns < best) best = ns;
+  }
+  printf("%.3f\n", best);
+}
+
+// ── Spin ping-pong between two threads ───────────────────────────────────────────────────────────────────────────
+static _Atomic uint32_t ball __attribute__((aligned(64)));
+static void *pong(void *arg) {
+  long n = (long)arg;
+  for (long i = 0; i < n; i++) {
+    while (atomic_load_explicit(&ball, memory_order_acquire) != 1) __builtin_ia32_pause();
+    atomic_store_explicit(&ball, 0, memory_order_release);
+  }
+  return NULL;
+}
+static void pingpong(long n) {
+  pthread_t t;
+  pthread_create(&t, NULL, pong, (void *)n);
+  double t0 = now_s();
+  for (long i = 0; i < n; i++) {
+    atomic_store_explicit(&ball, 1, memory_order_release);
+    while (atomic_load_explicit(&ball, memory_order_acquire) != 0) __builtin_ia32_pause();
+  }
+  printf("%.3f\n", (now_s() - t0) * 1e9 / n);
+  pthread_join(t, NULL);
+}
+
+int main(int argc, char **argv) {
+  const char *what = argc > 1 ? argv[1] : "";
+  if (!strcmp(what, "ring")) ring(argc > 2 ? atoi(argv[2]) : 64, 20000000);
+  else if (!strcmp(what, "buddy")) buddy(argc > 2 ? argv[2] : "bulk");
+  else if (!strcmp(what, "fault")) fault();
+  else if (!strcmp(what, "pingpong")) pingpong(500000);
+  else return fprintf(stderr, "twin ring|buddy|fault|pingpong\n"), 2;
+  return 0;
+}

@@ -1,0 +1,273 @@
+/** The benchmarks: each returns figures of one run; `main.ts` repeats them, pairs them with their counterparts, and prints. */
+import { arch } from 'node:os';
+import { Arena, Buddy, freePages, PerCpuPages, zoneBases, bootMemory, type GuestConfig } from '@ebb/guest-kernel';
+import { gfn, GiB, MiB, NS_PER_S, PAGE_SIZE, Prng, type Vcpu } from '@ebb/machine';
+import { loadTrace } from '../compare/options.ts';
+import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
+import { fileStorage } from '../run/file-storage.ts';
+import { guestOf, REPLAY_DISK_BYTES } from '../run/guest-of.ts';
+import { runInline } from '../run/inline-run.ts';
+import type { RunSpec } from '../run/spec.ts';
+import { runThreads, ThreadPool } from '../run/threads-run.ts';
+import { spawnWorker } from '../run/worker-endpoint.ts';
+import { turn } from '../run/worker-port.ts';
+import { SCENARIOS } from '../scenarios/scenarios.ts';
+import { makePlan } from '../trace/replay-plan.ts';
+import { benchMachine } from './machines.ts';
+import type { ExitWorker } from './exit-worker.ts';
+import type { RingWorker } from './ring-worker.ts';
+
+export const ARCH: string = arch();
+
+/** Million buffers per second across two workers. */
+export async function ring(batch: number, chains: boolean, total: number): Promise<number> {
+  const buffer = new SharedArrayBuffer(MiB);
+  const device = spawnWorker<RingWorker>('../bench/ring-worker.ts', 'ring-device');
+  const driver = spawnWorker<RingWorker>('../bench/ring-worker.ts', 'ring-driver');
+  try {
+    // The driver resets the ring first; both are warm after a short round.
+    let rate = 0;
+    for (const n of [total / 10, total]) {
+      new Uint8Array(buffer).fill(0);
+      const sides = Promise.all([driver.api.driver(buffer, n, batch, chains), device.api.device(buffer, n, batch, chains)]);
+      [rate] = await Promise.race([sides, driver.died, device.died]);
+    }
+    return rate;
+  } finally {
+    await Promise.all([device.close(), driver.close()]);
+  }
+}
+
+/** Nanoseconds per exit round trip, or per demand fault, between two threads. */
+export async function exitThreads(count: number, faults: boolean): Promise<number> {
+  const machine = benchMachine(256 * MiB, 'never');
+  const worker = spawnWorker<ExitWorker>('../bench/exit-worker.ts', 'exits');
+  try {
+    let result = -1;
+    const call = Promise.race([worker.api.run(machine.buffers, count, faults), worker.died]).then((ns) => {
+      result = ns;
+    });
+    await turn();
+    while (result < 0) {
+      for (let i = 0; i < 20_000; i++) machine.poll();
+      await turn();
+    }
+    await call;
+    return result;
+  } finally {
+    await worker.close();
+  }
+}
+
+/** Nanoseconds of one EPT violation served inline by an exit nobody answers (cost without a page). */
+export function exitInline(count: number): number {
+  const vcpu = benchMachine(64 * MiB, 'never').vcpu(15);
+  vcpu.enterGuest();
+  return timed(count, () => {
+    for (let i = 0; i < count; i++) vcpu.mmioRead(0xfe_0000_0000, 4);
+  });
+}
+
+/** Nanoseconds per first touch of a page: violation, frame, zeroing, mapping, store. */
+export function demandZero(): number {
+  const pages = 65536;
+  let best = Number.POSITIVE_INFINITY;
+  for (let round = 0; round < 3; round++) {
+    const vcpu = benchMachine(pages * PAGE_SIZE, 'never').vcpu(15);
+    vcpu.enterGuest();
+    best = Math.min(
+      best,
+      timed(pages, () => {
+        for (let p = 0; p < pages; p++) vcpu.store32(gfn(p), 0, p);
+      }),
+    );
+  }
+  return best;
+}
+
+function timed(ops: number, body: () => void): number {
+  const began = performance.now();
+  body();
+  return ((performance.now() - began) * 1e6) / ops;
+}
+
+export interface AccessFigures {
+  /** Ratios, vCPU ÷ raw typed array (1 is as fast). */
+  readonly runs: number;
+  readonly word: number;
+  readonly random: number;
+  readonly copy: number;
+}
+
+let accessVcpu: Vcpu | null = null;
+let accessRaw: Int32Array | null = null;
+
+/** vCPU access to 1 GiB (huge pages, gate on) against the same loop over the raw typed array, in one run. */
+export function access(): AccessFigures {
+  const pages = GiB / PAGE_SIZE;
+  if (accessVcpu === null) {
+    const machine = benchMachine(GiB, 'always');
+    accessVcpu = machine.vcpu(18);
+    accessRaw = machine.memory.i32;
+    accessVcpu.enterGuest();
+    for (let p = 0; p < pages; p++) accessVcpu.store32(gfn(p), 0, p);
+  }
+  const vcpu = accessVcpu;
+  const raw = accessRaw as Int32Array;
+  const words = 32768 * 1024;
+  const rawStore = timed(words, () => rawSequential(raw, words));
+  const runs = timed(words, () => vcpuRuns(vcpu, words >> 10));
+  const word = timed(words, () => vcpuSequential(vcpu, words >> 10));
+  const count = 4_000_000;
+  const order = new Int32Array(count);
+  const random = new Prng(5);
+  for (let i = 0; i < count; i++) order[i] = random.below(pages * 1024);
+  const rawRandom = timed(count, () => rawScatter(raw, order));
+  const vcpuRandom = timed(count, () => vcpuScatter(vcpu, order));
+  const copied = 32768;
+  const from = new Uint8Array(PAGE_SIZE).fill(3);
+  const flat = new Uint8Array(raw.buffer, 0, GiB);
+  const rawCopy = timed(copied, () => {
+    for (let p = 0; p < copied; p++) flat.set(from, p * PAGE_SIZE);
+  });
+  const guestCopy = timed(copied, () => {
+    for (let p = 0; p < copied; p++) {
+      vcpu.window(p * PAGE_SIZE, PAGE_SIZE, true);
+      vcpu.u8.set(from, vcpu.at);
+    }
+  });
+  return { runs: rawStore / runs, word: rawStore / word, random: rawRandom / vcpuRandom, copy: rawCopy / guestCopy };
+}
+
+function rawSequential(raw: Int32Array, words: number): void {
+  for (let i = 0; i < words; i++) raw[i] = i;
+}
+function vcpuRuns(vcpu: Vcpu, pages: number): void {
+  for (let p = 0; p < pages; p++) {
+    vcpu.window(p * PAGE_SIZE, PAGE_SIZE, true);
+    const { i32 } = vcpu;
+    const at = vcpu.at >> 2;
+    for (let w = 0; w < 1024; w++) i32[at + w] = w;
+  }
+}
+function vcpuSequential(vcpu: Vcpu, pages: number): void {
+  for (let p = 0; p < pages; p++) for (let w = 0; w < 1024; w++) vcpu.store32(gfn(p), w, w);
+}
+function rawScatter(raw: Int32Array, order: Int32Array): void {
+  for (let i = 0; i < order.length; i++) raw[order[i]] = i;
+}
+function vcpuScatter(vcpu: Vcpu, order: Int32Array): void {
+  for (let i = 0; i < order.length; i++) {
+    const at = order[i];
+    vcpu.store32(gfn(at >> 10), at & 1023, i);
+  }
+}
+
+/** Nanoseconds per operation of the guest's allocator, locks, counters and shadow in; no page is touched. */
+export function buddy(what: 'bulk' | 'random' | 'mixed'): number {
+  const maxPfn = 131072;
+  const machine = benchMachine(512 * MiB, 'always');
+  const vcpu = machine.vcpu(12);
+  const config: GuestConfig = {
+    e820: [{ start: 0, end: maxPfn }],
+    nodes: [{ start: 0, end: maxPfn }],
+    maxPfn,
+    nrCpus: 1,
+    cpuNode: [0],
+    initOnAlloc: false,
+    pagePoison: false,
+    balloon: false,
+    blk: false,
+    blocks: { kind: 'linear', pagesPerFile: 1 },
+  };
+  const arena = new Arena(Arena.create(maxPfn), maxPfn);
+  vcpu.enterGuest();
+  bootMemory(arena, vcpu, config);
+  const zones = zoneBases(arena.w);
+  const lists = new Buddy(arena, vcpu);
+  const pcp = new PerCpuPages(arena, lists, vcpu, zones);
+  pcp.enter();
+  const zone = zones.length - 1;
+  const n = Math.floor(freePages(arena) * 0.7);
+  const held = new Int32Array(n);
+  const orders = [0, 0, 0, 1, 0, 2, 3, 1];
+  const random = new Prng(9);
+  let best = Number.POSITIVE_INFINITY;
+  for (let round = 0; round < 8; round++) {
+    if (what === 'mixed') {
+      let count = 0;
+      const half = Math.floor(n / 2);
+      const ns = timed(1, () => {
+        for (let i = 0; i < half; i++) {
+          const pfn = pcp.alloc(zone, orders[i & 7], 1);
+          if (pfn < 0) break;
+          held[count++] = pfn;
+        }
+        for (let i = 0; i < count; i++) pcp.free(zone, held[i], orders[i & 7], 1);
+      });
+      best = Math.min(best, ns / (2 * count));
+      continue;
+    }
+    const alloc = timed(n, () => {
+      for (let i = 0; i < n; i++) held[i] = pcp.alloc(zone, 0, 1);
+    });
+    if (what === 'random') {
+      for (let i = n - 1; i > 0; i--) {
+        const j = random.below(i + 1);
+        const t = held[i];
+        held[i] = held[j];
+        held[j] = t;
+      }
+    }
+    const free = timed(n, () => {
+      for (let i = 0; i < n; i++) pcp.free(zone, held[i], 0, 1);
+    });
+    best = Math.min(best, what === 'random' ? free : (alloc + free) / 2);
+  }
+  return best;
+}
+
+let host: HostBuffers | null = null;
+
+/** Kernel events replayed per second (millions), ledger on, two vCPUs: the reporting trace on one VM. */
+export async function replay(schedule: 'threads' | 'inline'): Promise<number> {
+  const trace = loadTrace('reporting');
+  const plan = makePlan(trace, 2);
+  host ??= hostBuffers(640 * MiB);
+  const spec: RunSpec = {
+    hostFrames: (640 * MiB) / PAGE_SIZE,
+    backing: 'thp',
+    vms: [{ bootAtNs: 0, guest: guestOf(trace, { vcpus: 2, balloon: false }), program: { kind: 'replay', plan }, diskBytes: REPLAY_DISK_BYTES }],
+    vcpusPerVm: 2,
+    workers: 2,
+    sampleNs: NS_PER_S,
+    graceNs: 0,
+    traceOut: false,
+    poison: 'edges',
+  };
+  const pool = schedule === 'threads' ? new ThreadPool(2) : null;
+  let best = 0;
+  try {
+    for (let round = 0; round < 3; round++) {
+      const buffers = runBuffers(spec, host);
+      const began = performance.now();
+      if (pool === null) runInline(spec, buffers, (_vm, bytes) => fileStorage(bytes));
+      else await runThreads(spec, buffers, pool);
+      best = Math.max(best, plan.count / (performance.now() - began) / 1000);
+    }
+  } finally {
+    await pool?.close();
+  }
+  return best;
+}
+
+/** GiB of touched guest memory returned per second of real time, zapped, flushed and freed, by a shipped scenario, inline. */
+export function returned(name: 'balloon' | 'reporting'): number {
+  const scenario = SCENARIOS.find((s) => s.name === name);
+  if (scenario === undefined) return 0;
+  const spec = { ...scenario.spec(1), poison: 'edges' as const };
+  const buffers = runBuffers(spec, hostBuffers(spec.hostFrames * PAGE_SIZE));
+  const began = performance.now();
+  const { result } = runInline(spec, buffers, (_vm, bytes) => fileStorage(bytes));
+  return result.vms[0].returnedBytes / GiB / ((performance.now() - began) / 1000);
+}

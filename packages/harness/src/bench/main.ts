@@ -1,0 +1,123 @@
+/**
+ * `npm run bench`: figures as ratios in one run, against our own small C counterpart where a compiler is present.
+ * Ebb and C take turns; each figure is the median of its repetitions. Writes `out/bench.json`.
+ */
+import { execFileSync, spawnSync } from 'node:child_process';
+import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import Table from 'cli-table3';
+import * as cases from './cases.ts';
+
+const ROUNDS = 3;
+
+interface Row {
+  readonly name: string;
+  readonly unit: string;
+  readonly ebb: number;
+  readonly other: number | null;
+  /** Ebb ÷ its counterpart as speed: 1 is equal, above 1 is faster. For the exit round trip: times slower. */
+  readonly ratio: number | null;
+  readonly target: string;
+  readonly met: boolean | null;
+}
+
+function median(list: readonly number[]): number {
+  return list.toSorted((a, b) => a - b)[Math.floor(list.length / 2)];
+}
+
+/** Builds the counterpart; null without a C compiler. */
+function buildTwin(): ((...args: string[]) => number) | null {
+  const source = fileURLToPath(new URL('../../bench/twin.c', import.meta.url));
+  const out = join(mkdtempSync(join(tmpdir(), 'ebb-bench-')), 'twin');
+  for (const cc of ['cc', 'gcc', 'clang']) {
+    const built = spawnSync(cc, ['-O2', '-pthread', '-o', out, source], { encoding: 'utf8' });
+    if (built.status === 0) return (...args) => Number(execFileSync(out, args, { encoding: 'utf8' }));
+  }
+  return null;
+}
+
+const twin = cases.ARCH === 'x64' ? buildTwin() : null;
+if (twin === null) process.stderr.write('no C compiler (or not x86-64): Ebb ÷ C is left out\n');
+const rows: Row[] = [];
+
+/** `higherIsBetter`: a rate; otherwise a time. The ratio is a ratio of speeds. */
+async function pair(
+  name: string,
+  unit: string,
+  higherIsBetter: boolean,
+  ebb: () => number | Promise<number>,
+  c: (() => number) | null,
+  target: number,
+): Promise<void> {
+  const ours: number[] = [];
+  const theirs: number[] = [];
+  for (let round = 0; round < ROUNDS; round++) {
+    ours.push(await ebb());
+    if (c !== null) theirs.push(c());
+  }
+  const mine = median(ours);
+  const other = c === null ? null : median(theirs);
+  const ratio = other === null ? null : higherIsBetter ? mine / other : other / mine;
+  rows.push({ name, unit, ebb: mine, other, ratio, target: `≥ ${target}`, met: ratio === null ? null : ratio >= target });
+  process.stderr.write(`${name}: ${mine.toFixed(2)} ${unit}${ratio === null ? '' : `, ${ratio.toFixed(2)} of C`}\n`);
+}
+
+const c = (...args: string[]): (() => number) | null => (twin === null ? null : () => twin(...args));
+
+await pair('split queue, batch 64', 'M buffers/s', true, () => cases.ring(64, false, 8_000_000), c('ring', '64'), 0.5);
+await pair('split queue, indirect chains of 3, validated', 'M buffers/s', true, () => cases.ring(64, true, 1_500_000), c('ring', '64'), 0.25);
+for (const what of ['bulk', 'random', 'mixed'] as const) {
+  await pair(`buddy, ${what}`, 'ns/op', false, () => cases.buddy(what), c('buddy', what), 0.35);
+}
+await pair('demand-zero fault, inline', 'ns', false, cases.demandZero, c('fault'), 0.5);
+
+{
+  const runs: cases.AccessFigures[] = [];
+  cases.access();
+  for (let round = 0; round < ROUNDS; round++) runs.push(cases.access());
+  for (const [key, name, target] of [
+    ['runs', 'vCPU sequential by page runs ÷ raw array', 0.7],
+    ['word', 'vCPU word store, sequential ÷ raw array', 0.15],
+    ['random', 'vCPU word store, random over 1 GiB ÷ raw array', 0.5],
+    ['copy', 'bulk copy by guest-physical address ÷ raw set', 0.7],
+  ] as const) {
+    const ratio = median(runs.map((r) => r[key]));
+    rows.push({ name, unit: 'ratio', ebb: ratio, other: null, ratio, target: `≥ ${target}`, met: ratio >= target });
+    process.stderr.write(`${name}: ${ratio.toFixed(2)}\n`);
+  }
+}
+
+{
+  const ours: number[] = [];
+  const theirs: number[] = [];
+  for (let round = 0; round < ROUNDS; round++) {
+    ours.push(await cases.exitThreads(200_000, false));
+    if (twin !== null) theirs.push(twin('pingpong'));
+  }
+  const mine = median(ours);
+  const other = twin === null ? null : median(theirs);
+  const slower = other === null ? null : mine / other;
+  rows.push({ name: 'exit round trip, threads (times slower than C spin)', unit: 'ns', ebb: mine, other, ratio: slower, target: '≤ 2', met: slower === null ? null : slower <= 2 });
+  rows.push({ name: 'exit, inline', unit: 'ns', ebb: cases.exitInline(300_000), other: null, ratio: null, target: '', met: null });
+  rows.push({ name: 'demand fault, threads', unit: 'ns', ebb: await cases.exitThreads(60_000, true), other: null, ratio: null, target: '', met: null });
+}
+for (const schedule of ['threads', 'inline'] as const) {
+  const rate = await cases.replay(schedule);
+  rows.push({ name: `trace replay, two vCPUs, ledger on, ${schedule}`, unit: 'M events/s', ebb: rate, other: null, ratio: null, target: '≥ 1', met: rate >= 1 });
+  process.stderr.write(`replay ${schedule}: ${rate.toFixed(2)} M events/s\n`);
+}
+for (const name of ['balloon', 'reporting'] as const) {
+  const rate = cases.returned(name);
+  rows.push({ name: `${name} scenario, memory zapped, flushed and freed`, unit: 'GiB/s', ebb: rate, other: null, ratio: null, target: '', met: null });
+}
+
+const table = new Table({ head: ['benchmark', 'Ebb', 'C', 'unit', 'ratio', 'first step', ''], style: { head: [], border: [] } });
+for (const r of rows) {
+  table.push([r.name, r.ebb.toFixed(2), r.other?.toFixed(2) ?? '', r.unit, r.ratio?.toFixed(2) ?? '', r.target, r.met === null ? '' : r.met ? 'met' : 'MISSED']);
+}
+process.stdout.write(`${table.toString()}\n`);
+mkdirSync('out', { recursive: true });
+writeFileSync('out/bench.json', `${JSON.stringify({ schema: 1, node: process.version, rows }, null, 2)}\n`);
+process.stdout.write('out/bench.json\n');

@@ -1,0 +1,86 @@
+/** One side of a split ring in its own thread, over a plain shared buffer. Spins; measures nothing itself. */
+import { FlatGuestMemory } from '@ebb/machine';
+import { SplitDeviceQueue } from '@ebb/virtio/device';
+import { SplitDriverQueue, driverQueueWords } from '@ebb/virtio/driver';
+import type { RingAddresses } from '@ebb/virtio/uapi';
+import { exposeToParent } from '../run/worker-port.ts';
+
+const RINGS: RingAddresses = { desc: 0x1000, driver: 0x2000, device: 0x3000 };
+const SIZE = 256;
+/** Indirect tables of the chain benchmark: one per token, three descriptors each. */
+const TABLES = 0x10000;
+
+export class RingWorker {
+  /** The device: takes what is there, returns it, until `total` buffers have passed. */
+  device(buffer: SharedArrayBuffer, total: number, batch: number, chains: boolean): number {
+    const memory = new FlatGuestMemory(buffer);
+    const queue = new SplitDeviceQueue({ size: SIZE, rings: RINGS, memory, eventIdx: false, indirect: chains });
+    const heads = new Int32Array(batch);
+    const gpas = new Float64Array(batch);
+    const lengths = new Int32Array(batch);
+    let bytes = 0;
+    for (let done = 0; done < total; ) {
+      if (chains) {
+        const chain = queue.pop();
+        if (chain === null) continue;
+        bytes += chain.totalBytes;
+        queue.push(chain, chain.writableBytes);
+        done++;
+      } else {
+        const n = queue.popSingles(heads, gpas, lengths, batch);
+        if (n === 0) continue;
+        for (let i = 0; i < n; i++) bytes -= lengths[i];
+        queue.pushSingles(heads, n, 256);
+        done += n;
+      }
+    }
+    return bytes;
+  }
+
+  /** The driver: adds batches, reaps when fewer than half the entries are free. Returns million buffers per second. */
+  driver(buffer: SharedArrayBuffer, total: number, batch: number, chains: boolean): number {
+    const memory = new FlatGuestMemory(buffer);
+    const queue = new SplitDriverQueue({ size: SIZE, rings: RINGS, state: new Int32Array(driverQueueWords(SIZE)), stateBase: 0, eventIdx: false, indirect: chains });
+    queue.reset(memory);
+    const gpas = Float64Array.from({ length: batch }, (_, i) => 0x20000 + 256 * i);
+    const tokens = new Int32Array(SIZE);
+    if (chains) writeTables(memory);
+    let added = 0;
+    let reaped = 0;
+    const began = performance.now();
+    while (reaped < total) {
+      if (added < total && queue.free >= batch) {
+        const n = Math.min(batch, total - added);
+        if (chains) {
+          for (let i = 0; i < n; i++) queue.addIndirect(memory, TABLES + 48 * i, 3, i);
+          queue.publish(memory);
+        } else queue.addSingles(memory, gpas, n, 256, true);
+        added += n;
+      }
+      if (queue.free < SIZE / 2 || added >= total) {
+        if (chains) while (queue.popUsed(memory) >= 0) reaped++;
+        else reaped += queue.popSingles(memory, tokens, SIZE);
+      }
+    }
+    return total / (performance.now() - began) / 1000;
+  }
+}
+
+/** Three descriptors each: a header, data, a status byte. */
+function writeTables(memory: FlatGuestMemory): void {
+  for (let t = 0; t < 256; t++) {
+    const at = (TABLES + 48 * t) / 4;
+    [
+      [0x20000, 16, 1 | (1 << 16)],
+      [0x21000, 4096, 1 | (2 << 16)],
+      [0x20100, 1, 2],
+    ].forEach(([gpa, length, flags], i) => {
+      memory.i32[at + i * 4] = gpa;
+      memory.i32[at + i * 4 + 1] = 0;
+      memory.i32[at + i * 4 + 2] = length;
+      memory.i32[at + i * 4 + 3] = flags;
+    });
+  }
+}
+
+exposeToParent(new RingWorker());
