@@ -93,7 +93,8 @@ static void ring(int batch, long total) {
 // ── Buddy with a per-CPU list of order 0 ─────────────────────────────────────────────────────────────────────────
 #define PAGES (1 << 17)
 #define MAXO 10
-static struct { int32_t next, prev; int8_t order, buddy; } pg[PAGES];
+// One cache line per page, as `struct page` and our memmap have.
+static struct { int32_t next, prev; int8_t order, buddy; char rest[54]; } pg[PAGES] __attribute__((aligned(64)));
 static int32_t heads[MAXO + 1];
 static int32_t pcp[8192], pcp_count;
 static void push(int32_t p, int o) {

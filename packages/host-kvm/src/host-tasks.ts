@@ -87,7 +87,12 @@ export class HostTasks {
   #resume(task: HostTask): void {
     if (this.#schedule.controlled) this.#schedule.point('task-yield', 0);
     task.state = 'running';
-    const { done, value } = task.body.next();
+    let { done, value } = task.body.next();
+    // With nobody else ready a yield is only a point: go on at once.
+    while (done !== true && value === undefined && this.#next.length === 0 && this.#ready.length === 1) {
+      if (this.#schedule.controlled) this.#schedule.point('task-yield', 0);
+      ({ done, value } = task.body.next());
+    }
     if (done === true) {
       task.state = 'done';
     } else if (value === undefined) {
@@ -118,6 +123,13 @@ export class TaskLock {
 
   get held(): boolean {
     return this.#held;
+  }
+
+  /** Takes the lock if it is free. For callers that have just yielded themselves. */
+  tryAcquire(): boolean {
+    if (this.#held) return false;
+    this.#held = true;
+    return true;
   }
 
   *acquire(): Generator<TaskYield, void, void> {

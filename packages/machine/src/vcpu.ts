@@ -6,8 +6,9 @@
  * every 64 single accesses and before each page of a bulk operation; exits, halts and lock waits end a section too. No
  * frame number survives it. If the check finds a new request: drop the TLB, *then* publish the acknowledgement.
  *
- * **TLB.** Direct mapped by gfn; an entry is `[gfn, epoch | writable-and-dirty, frame, generation]`. Large leaves fill
- * it page by page. A flush moves the epoch, so it costs one store, not a sweep.
+ * **TLB.** Direct mapped by gfn; an entry is `[read tag, write tag, frame, generation]`, a tag being gfn and epoch in one
+ * word; the write tag is set only if the leaf is writable and its D bit known set. Large leaves fill it page by page. A
+ * flush moves the epoch, so it costs one store; the table is swept once in 256 flushes.
  */
 import { gfn as toGfn, type Gfn, type Hfn } from './address.ts';
 import { COST_TABLE, type CostTable } from './cost-table.ts';
@@ -63,8 +64,21 @@ export const RESULT_KILLED = 2;
 
 /** Single accesses in one section. */
 const SECTION_ACCESSES = 64;
-const MAX_EPOCH = 0x3fff_fffe;
+/** Tag: gfn in the low 23 bits (32 GiB of guest-physical space), epoch above. Gfns beyond are never cached. */
+const EPOCH_SHIFT = 23;
+const MAX_CACHED_GFN: number = 1 << EPOCH_SHIFT;
+/** Epochs stay positive, so that no tag is −1, which marks an empty entry. */
+const MAX_EPOCH = 0xff;
 const ZERO_PAGE = new Uint8Array(PAGE_SIZE);
+
+/** Histogram bucket of a stall: log₂ in quarter steps from 256 ns, without a logarithm. */
+function stallBucket(ns: number): number {
+  const n = ns < 0x7fff_ffff ? ns | 0 : 0x7fff_ffff;
+  if (n < 256) return 0;
+  const exponent = 31 - Math.clz32(n);
+  const bucket = 4 * (exponent - 8) + ((n >> (exponent - 2)) & 3);
+  return bucket < VC_STALL_BUCKETS ? bucket : VC_STALL_BUCKETS - 1;
+}
 
 /** The host could not back this VM's memory: its vCPUs stop. */
 export class VmKilled extends Error {
@@ -132,8 +146,10 @@ export class Vcpu implements GuestMemory {
   readonly #tlb: Int32Array;
   readonly #mask: number;
   readonly #walk = new WalkResult();
-  /** Even; an entry filled in this epoch has `epoch` (readable) or `epoch + 1` (writable, dirty known set). */
-  #epoch = 2;
+  /** Epoch in tag position; entries of older epochs never match. */
+  #epoch = 0;
+  #epochNumber = 0;
+  readonly #controlled: boolean;
   #seen = 0;
   /** Paging-structure cache of one entry; dropped with the TLB, since table frames obey the same invalidation. */
   #pwcRegion = -1;
@@ -148,6 +164,7 @@ export class Vcpu implements GuestMemory {
     this.id = options.id;
     this.port = options.port;
     this.schedule = options.schedule ?? freeSchedule;
+    this.#controlled = this.schedule.controlled;
     this.costs = options.costs ?? COST_TABLE;
     this.#memory = options.memory;
     this.#dram = options.memory.i32;
@@ -187,7 +204,7 @@ export class Vcpu implements GuestMemory {
 
   /** Begins a section. Called before accesses, and by every guest spin or wait loop. */
   beginSection(): void {
-    if (this.schedule.controlled) this.schedule.point('section', this.id);
+    if (this.#controlled) this.schedule.point('section', this.id);
     this.#left = SECTION_ACCESSES - 1;
     const request = Atomics.load(this.#control, this.#base + VC_FLUSH_REQ);
     if (request !== this.#seen) this.#flush(request);
@@ -195,11 +212,12 @@ export class Vcpu implements GuestMemory {
 
   /** Drops every translation, then acknowledges. The order is the promise: nothing old is used after the store. */
   #flush(request: number): void {
-    this.#epoch += 2;
-    if (this.#epoch >= MAX_EPOCH) {
+    this.#epochNumber++;
+    if (this.#epochNumber === MAX_EPOCH) {
       this.#tlb.fill(-1);
-      this.#epoch = 2;
+      this.#epochNumber = 0;
     }
+    this.#epoch = this.#epochNumber << EPOCH_SHIFT;
     this.#seen = request;
     this.section++;
     this.counters.flushes++;
@@ -218,8 +236,7 @@ export class Vcpu implements GuestMemory {
     const at = this.#baseF64;
     f64[at + VC_STALL_TOTAL_F64] += ns;
     if (ns > f64[at + VC_STALL_MAX_F64]) f64[at + VC_STALL_MAX_F64] = ns;
-    const bucket = Math.min(VC_STALL_BUCKETS - 1, Math.max(0, Math.floor(4 * (Math.log2(ns) - 8))));
-    this.#control[this.#base + VC_STALL_HIST + bucket]++;
+    this.#control[this.#base + VC_STALL_HIST + stallBucket(ns)]++;
   }
 
   // ── Single accesses ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,10 +246,10 @@ export class Vcpu implements GuestMemory {
     if (--this.#left < 0) this.beginSection();
     const tlb = this.#tlb;
     const slot = (gfn & this.#mask) << 2;
-    if (tlb[slot] === gfn && (tlb[slot + 1] | 1) === this.#epoch + 1) {
+    if (tlb[slot] === (gfn | this.#epoch) && gfn < MAX_CACHED_GFN) {
       const frame = tlb[slot + 2];
       if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
-      if (this.schedule.controlled) this.schedule.point('translated', frame);
+      if (this.#controlled) this.schedule.point('translated', frame);
       return this.#dram[(frame << 10) + word];
     }
     return this.#load32Slow(gfn, word);
@@ -243,13 +260,17 @@ export class Vcpu implements GuestMemory {
     if (--this.#left < 0) this.beginSection();
     const tlb = this.#tlb;
     const slot = (gfn & this.#mask) << 2;
-    if (tlb[slot] === gfn && tlb[slot + 1] === this.#epoch + 1) {
+    if (tlb[slot + 1] === (gfn | this.#epoch) && gfn < MAX_CACHED_GFN) {
       const frame = tlb[slot + 2];
       if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
-      if (this.schedule.controlled) this.schedule.point('translated', frame);
+      if (this.#controlled) this.schedule.point('translated', frame);
       this.#dram[(frame << 10) + word] = value;
       return;
     }
+    this.#store32Slow(gfn, word, value);
+  }
+
+  #store32Slow(gfn: Gfn, word: number, value: number): void {
     const frame = this.#translate(gfn, true);
     if (frame < 0) this.counters.unmappedAccesses++;
     else this.#dram[(frame << 10) + word] = value;
@@ -296,10 +317,10 @@ export class Vcpu implements GuestMemory {
     this.beginSection();
     const tlb = this.#tlb;
     const slot = (gfn & this.#mask) << 2;
-    if (tlb[slot] === gfn && (write ? tlb[slot + 1] : tlb[slot + 1] | 1) === this.#epoch + 1) {
+    if (tlb[write ? slot + 1 : slot] === (gfn | this.#epoch) && gfn < MAX_CACHED_GFN) {
       const frame = tlb[slot + 2];
       if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
-      if (this.schedule.controlled) this.schedule.point('translated', frame);
+      if (this.#controlled) this.schedule.point('translated', frame);
       return frame;
     }
     return this.#translate(gfn, write);
@@ -315,14 +336,14 @@ export class Vcpu implements GuestMemory {
     for (;;) {
       // The paging-structure cache: the level-2 table of this gigabyte, if it was read in this epoch.
       const region = gfn >>> 18;
-      const cached = this.#pwcRegion === region && this.#pwcEpoch === this.#epoch;
+      const cached = this.#pwcRegion === region && this.#pwcEpoch === this.counters.flushes;
       if (cached) eptWalk(dram, this.#pwcTable as Hfn, gfn, walk, 2);
       else {
         walk.level2Table = 0;
         eptWalk(dram, this.#control[this.#base + VC_EPT_ROOT] as Hfn, gfn, walk);
         this.#pwcRegion = walk.level2Table > 0 ? region : -1;
         this.#pwcTable = walk.level2Table;
-        this.#pwcEpoch = this.#epoch;
+        this.#pwcEpoch = this.counters.flushes;
       }
       if (!walk.present || (walk.low & need) !== need) {
         this.counters.violations++;
@@ -338,10 +359,13 @@ export class Vcpu implements GuestMemory {
       const slot = (gfn & this.#mask) << 2;
       const tlb = this.#tlb;
       const generation = this.#generation[frame];
-      tlb[slot] = gfn;
-      tlb[slot + 1] = this.#epoch + (write || (walk.low & (EPT_W | EPT_D)) === (EPT_W | EPT_D) ? 1 : 0);
-      tlb[slot + 2] = frame;
-      tlb[slot + 3] = generation;
+      if (gfn < MAX_CACHED_GFN) {
+        const tag = gfn | this.#epoch;
+        tlb[slot] = tag;
+        tlb[slot + 1] = write || (walk.low & (EPT_W | EPT_D)) === (EPT_W | EPT_D) ? tag : -1;
+        tlb[slot + 2] = frame;
+        tlb[slot + 3] = generation;
+      }
       if (this.#ledger.state[frame] === FRAME_FREE) this.#stale(gfn, frame, generation);
       return frame;
     }
@@ -387,7 +411,7 @@ export class Vcpu implements GuestMemory {
    */
   storeIgnoringFlush(gfn: Gfn, word: number, value: number): number {
     const slot = (gfn & this.#mask) << 2;
-    if (this.#tlb[slot] !== gfn) return -1;
+    if ((this.#tlb[slot] & (MAX_CACHED_GFN - 1)) !== gfn) return -1;
     const frame = this.#tlb[slot + 2];
     if (this.#generation[frame] !== this.#tlb[slot + 3]) this.#stale(gfn, frame, this.#tlb[slot + 3]);
     this.#dram[(frame << 10) + word] = value;

@@ -193,7 +193,7 @@ export function buddy(what: 'bulk' | 'random' | 'mixed'): number {
   const orders = [0, 0, 0, 1, 0, 2, 3, 1];
   const random = new Prng(9);
   let best = Number.POSITIVE_INFINITY;
-  for (let round = 0; round < 8; round++) {
+  for (let round = 0; round < 24; round++) {
     if (what === 'mixed') {
       let count = 0;
       const half = Math.floor(n / 2);

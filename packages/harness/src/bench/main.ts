@@ -10,7 +10,7 @@ import { fileURLToPath } from 'node:url';
 import Table from 'cli-table3';
 import * as cases from './cases.ts';
 
-const ROUNDS = 3;
+const ROUNDS = 5;
 
 interface Row {
   readonly name: string;

@@ -25,6 +25,7 @@ export class RingWorker {
         if (chain === null) continue;
         bytes += chain.totalBytes;
         queue.push(chain, chain.writableBytes);
+        queue.recycle(chain);
         done++;
       } else {
         const n = queue.popSingles(heads, gpas, lengths, batch);

@@ -101,6 +101,7 @@ export class BlockDevice implements VirtioDevice {
         chain.write(chain.writableBytes - 1, Uint8Array.of(status));
         if (status !== VIRTIO_BLK_S_OK) this.counters.errors++;
         queue.push(chain, written + 1);
+        queue.recycle(chain);
         const done = this.#timeline.complete(kicked, cost);
         this.#host?.queueInterrupt(0, done + this.#port.costs.queueRoundTripNs);
       }

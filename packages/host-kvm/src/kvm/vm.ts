@@ -120,6 +120,7 @@ export class Vm implements InvalidationListener {
   readonly #regions: MmioRegion[] = [];
   /** Guards the EPT and the three fields below. Order: taken inside no other lock. */
   readonly #mmuLock = new TaskLock('mmu');
+  readonly #lockFree: () => boolean = () => !this.#mmuLock.held;
   #inProgress = 0;
   #sequence = 0;
   #rangeFrom = 0;
@@ -204,7 +205,11 @@ export class Vm implements InvalidationListener {
   }
 
   #region(address: number): MmioRegion | undefined {
-    return this.#regions.find((r) => address >= r.base && address < r.base + r.bytes);
+    for (let i = 0; i < this.#regions.length; i++) {
+      const region = this.#regions[i];
+      if (address >= region.base && address < region.base + region.bytes) return region;
+    }
+    return undefined;
   }
 
   #unclaimed(): number {
@@ -267,7 +272,8 @@ export class Vm implements InvalidationListener {
         this.#complete(vcpu, RESULT_KILLED, 0, 0);
         return;
       }
-      yield* this.#mmuLock.acquire();
+      yield undefined;
+      while (!this.#mmuLock.tryAcquire()) yield this.#lockFree;
       if (this.#mustRetry(gfn, sequence)) {
         this.#mmuLock.release();
         this.counters.faultRetries++;

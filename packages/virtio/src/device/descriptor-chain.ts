@@ -5,7 +5,7 @@
 import { PAGE_SIZE, type GuestMemory } from '@ebb/machine';
 
 export class DescriptorChain {
-  readonly head: number;
+  head = 0;
   /** Segment addresses and lengths; the first `readableSegments` are device-readable. */
   readonly gpas: number[] = [];
   readonly lengths: number[] = [];
@@ -16,10 +16,20 @@ export class DescriptorChain {
   readonly #onLeaseBroken: (gpa: number) => void;
   #live = true;
 
-  constructor(memory: GuestMemory, head: number, onLeaseBroken: (gpa: number) => void) {
+  constructor(memory: GuestMemory, onLeaseBroken: (gpa: number) => void) {
     this.#memory = memory;
-    this.head = head;
     this.#onLeaseBroken = onLeaseBroken;
+  }
+
+  /** Starts the lease on the buffer whose first descriptor is `head`; empties what an earlier buffer left. */
+  begin(head: number): void {
+    this.head = head;
+    this.gpas.length = 0;
+    this.lengths.length = 0;
+    this.readableSegments = 0;
+    this.readableBytes = 0;
+    this.writableBytes = 0;
+    this.#live = true;
   }
 
   get segments(): number {
@@ -47,7 +57,7 @@ export class DescriptorChain {
     this.#live = false;
   }
 
-  /** Ends the lease and forgets the buffer: device reset. */
+  /** False once the buffer was returned. */
   get live(): boolean {
     return this.#live;
   }

@@ -68,6 +68,7 @@ export class SplitDeviceQueue {
   readonly #eventIdx: boolean;
   readonly #indirect: boolean;
   readonly #onLeaseBroken: (gpa: number) => void;
+  readonly #spare: DescriptorChain[] = [];
   #lastAvail = 0;
   #usedIdx = 0;
   /** usedIdx at the last interrupt decision. */
@@ -121,7 +122,8 @@ export class SplitDeviceQueue {
     if (!memory.window(slot, 2, false)) return this.#fail({ kind: 'ring-not-in-ram', gpa: slot });
     const head = memory.u16[memory.at >> 1];
     if (head >= this.size) return this.#fail({ kind: 'head-out-of-range', head });
-    const chain = new DescriptorChain(memory, head, this.#onLeaseBroken);
+    const chain = this.#spare.pop() ?? new DescriptorChain(memory, this.#onLeaseBroken);
+    chain.begin(head);
     if (!this.#readChain(chain, this.rings.desc, this.size, head, false)) return null;
     this.#lastAvail = (this.#lastAvail + 1) & 0xffff;
     this.inFlight++;
@@ -186,7 +188,8 @@ export class SplitDeviceQueue {
     if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };
     if (chain.totalBytes + length > MAX_CHAIN_BYTES) return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
     // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched.
-    if (!this.memory.window(gpa, 1, writable) || !this.memory.window(gpa + length - 1, 1, writable)) {
+    const onePage = (gpa % PAGE_SIZE) + length <= PAGE_SIZE;
+    if (onePage ? !this.memory.window(gpa, length, writable) : !this.memory.window(gpa, 1, writable) || !this.memory.window(gpa + length - 1, 1, writable)) {
       return { kind: 'buffer-not-in-ram', gpa };
     }
     chain.append(gpa, length, writable);
@@ -242,6 +245,14 @@ export class SplitDeviceQueue {
     return taken;
   }
 
+  /**
+   * Takes a returned chain's object back for reuse. Only for callers that keep no reference: a chain kept and touched
+   * after that could not be told from its successor.
+   */
+  recycle(chain: DescriptorChain): void {
+    if (this.#spare.length < 64) this.#spare.push(chain);
+  }
+
   /** Returns one chain with `written` bytes written into its writable part (≤ their sum). Visible at once. */
   push(chain: DescriptorChain, written: number): void {
     chain.end();
@@ -273,16 +284,23 @@ export class SplitDeviceQueue {
 
   #writeUsed(head: number, written: number): boolean {
     const at = this.rings.device + USED_RING + USED_ELEM_BYTES * (this.#usedIdx & (this.size - 1));
-    // The ring is 4-byte aligned, so an entry may straddle a page: two words, two windows.
-    for (const [offset, value] of [
-      [0, head],
-      [4, written],
-    ] as const) {
-      if (!this.memory.window(at + offset, 4, true)) {
+    const memory = this.memory;
+    if ((at % PAGE_SIZE) + USED_ELEM_BYTES <= PAGE_SIZE) {
+      if (!memory.window(at, USED_ELEM_BYTES, true)) {
         this.#fail({ kind: 'ring-not-in-ram', gpa: at });
         return false;
       }
-      this.memory.i32[this.memory.at >> 2] = value;
+      memory.i32[memory.at >> 2] = head;
+      memory.i32[(memory.at >> 2) + 1] = written;
+    } else {
+      // The ring is 4-byte aligned, so an entry may straddle a page: two words, two windows.
+      if (!memory.window(at, 4, true)) {
+        this.#fail({ kind: 'ring-not-in-ram', gpa: at });
+        return false;
+      }
+      memory.i32[memory.at >> 2] = head;
+      if (!memory.window(at + 4, 4, true)) return false;
+      memory.i32[memory.at >> 2] = written;
     }
     this.#usedIdx = (this.#usedIdx + 1) & 0xffff;
     this.inFlight--;
