@@ -83,7 +83,9 @@ export interface GuestConfig {
   /** Capture to start from; freshly booted without one. */
   readonly start?: StartState;
   /** Where file pages are on the disk. */
-  readonly blocks: { readonly kind: 'hash'; readonly nrBlocks: number } | { readonly kind: 'linear'; readonly pagesPerFile: number };
+  readonly blocks:
+    | { readonly kind: 'hash'; readonly nrBlocks: number }
+    | { readonly kind: 'linear'; readonly pagesPerFile: number };
 }
 
 /** First words of the zones, by index. */
@@ -126,7 +128,9 @@ export function bootMemory(arena: Arena, vcpu: Vcpu, config: GuestConfig): void 
       else w[zone + Z_MANAGED]++;
     }
   });
-  start.pageblocks.forEach((migratetype, block) => buddy.setPageblockType(block << PAGEBLOCK_ORDER, migratetype));
+  start.pageblocks.forEach((migratetype, block) =>
+    buddy.setPageblockType(block << PAGEBLOCK_ORDER, migratetype),
+  );
   PerCpuPages.init(w);
   Lru.init(w, config.nodes.length);
   PageCache.init(arena);
@@ -146,7 +150,8 @@ function populate(arena: Arena, vcpu: Vcpu, buddy: Buddy, bases: readonly number
       const state = start.pages[pfn];
       if (state === START_FREE) {
         let run = pfn;
-        while (run < end && start.pages[run] === START_FREE) w[memmap + (run++ << 4) + P_SHADOW] = SHADOW_BUDDY;
+        while (run < end && start.pages[run] === START_FREE)
+          w[memmap + (run++ << 4) + P_SHADOW] = SHADOW_BUDDY;
         freeRun(buddy, zone, pfn, run);
         pfn = run;
         continue;
@@ -190,11 +195,13 @@ function freshStart(config: GuestConfig): StartState {
   for (const { start, end } of config.e820) pages.fill(START_FREE, start, end);
   pages[0] = START_ABSENT;
   const reserve = (from: number, count: number): void => {
-    for (let pfn = from; pfn < Math.min(from + count, pages.length); pfn++) if (pages[pfn] === START_FREE) pages[pfn] = START_RESERVED;
+    for (let pfn = from; pfn < Math.min(from + count, pages.length); pfn++)
+      if (pages[pfn] === START_FREE) pages[pfn] = START_RESERVED;
   };
   reserve(KERNEL_START, Math.min(KERNEL_PAGES, config.maxPfn >> 4));
   // The memmap: 64 bytes a page, at the top of each node as Linux allocates it.
-  for (const node of config.nodes) reserve(node.end - Math.ceil((node.end - node.start) / 64), Math.ceil((node.end - node.start) / 64));
+  for (const node of config.nodes)
+    reserve(node.end - Math.ceil((node.end - node.start) / 64), Math.ceil((node.end - node.start) / 64));
   const pageblocks = new Uint8Array(Math.ceil(config.maxPfn / PAGEBLOCK_PAGES)).fill(MIGRATE_MOVABLE);
   return { pages, pageblocks };
 }

@@ -99,7 +99,9 @@ export class GuestKernel {
       reclaim: (node) => reclaim.direct(node),
       outOfMemory: () => balloon.oomNotify(),
     };
-    const nodes = [...new Set(zones.map((z) => arena.w[z + Z_NODE]))].filter((node) => config.cpuNode.indexOf(node) === vcpu.id);
+    const nodes = [...new Set(zones.map((z) => arena.w[z + Z_NODE]))].filter(
+      (node) => config.cpuNode.indexOf(node) === vcpu.id,
+    );
     return { zones, buddy, pcp, alloc, blk, lru, cache, reclaim, balloon, reporting, kswapdNodes: nodes };
   }
 

@@ -48,16 +48,15 @@ export const LRU_BASE: number = PCP_BASE + MAX_ZONES * MAX_CPUS * PCP_WORDS;
 export const LRU_WORDS = 64;
 
 // ── Kernel threads: balloon, reporting, kswapd per node ──────────────────────────────────────────────────────────
-export const THREADS_BASE: number = LRU_BASE + MAX_NODES * LRU_WORDS;
 export const THREAD_WORDS = 128;
-export const T_BALLOON: number = THREADS_BASE;
-export const T_REPORTING: number = THREADS_BASE + THREAD_WORDS;
-export const T_KSWAPD: number = THREADS_BASE + 2 * THREAD_WORDS;
+export const T_BALLOON: number = LRU_BASE + MAX_NODES * LRU_WORDS;
+export const T_REPORTING: number = T_BALLOON + THREAD_WORDS;
+export const T_KSWAPD: number = T_BALLOON + 2 * THREAD_WORDS;
 export const T_WRITEBACK: number = T_KSWAPD + MAX_NODES * 16;
-export const T_BLK: number = THREADS_BASE + 4 * THREAD_WORDS;
+export const T_BLK: number = T_BALLOON + 4 * THREAD_WORDS;
 
 // ── Event counters per CPU, each written by its CPU only ─────────────────────────────────────────────────────────
-export const EVENTS_BASE: number = THREADS_BASE + 5 * THREAD_WORDS;
+export const EVENTS_BASE: number = T_BALLOON + 5 * THREAD_WORDS;
 export const EVENTS_WORDS = 64;
 
 // ── Queues ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -37,7 +37,10 @@ const ORDERS = Array.from({ length: MAX_ORDER + 1 }, (_, o) => o);
 export function buddyinfo(arena: Arena): string {
   const { w } = arena;
   return zoneBases(w)
-    .map((z) => `Node ${w[z + Z_NODE]}, zone ${ZONE_NAMES[w[z + Z_TYPE]].padStart(8)} ${ORDERS.map((o) => `${String(w[z + Z_NR_FREE + o]).padStart(6)} `).join('')}\n`)
+    .map(
+      (z) =>
+        `Node ${w[z + Z_NODE]}, zone ${ZONE_NAMES[w[z + Z_TYPE]].padStart(8)} ${ORDERS.map((o) => `${String(w[z + Z_NR_FREE + o]).padStart(6)} `).join('')}\n`,
+    )
     .join('');
 }
 
@@ -45,11 +48,16 @@ export function pagetypeinfo(arena: Arena): string {
   const { w } = arena;
   const bases = zoneBases(w);
   const lines = [`Page block order: ${PAGEBLOCK_ORDER}`, `Pages per block:  ${PAGEBLOCK_PAGES}`, ''];
-  lines.push(`Free pages count per migrate type at order ${ORDERS.map((o) => `${String(o).padStart(6)} `).join('')}`);
-  const at = (z: number): string => `Node ${String(w[z + Z_NODE]).padStart(4)}, zone ${ZONE_NAMES[w[z + Z_TYPE]].padStart(8)}`;
+  lines.push(
+    `Free pages count per migrate type at order ${ORDERS.map((o) => `${String(o).padStart(6)} `).join('')}`,
+  );
+  const at = (z: number): string =>
+    `Node ${String(w[z + Z_NODE]).padStart(4)}, zone ${ZONE_NAMES[w[z + Z_TYPE]].padStart(8)}`;
   for (const z of bases) {
     for (let m = 0; m < MIGRATE_TYPES; m++) {
-      const counts = ORDERS.map((o) => `${String(w[z + Z_LENGTHS + o * MIGRATE_TYPES + m]).padStart(6)} `).join('');
+      const counts = ORDERS.map(
+        (o) => `${String(w[z + Z_LENGTHS + o * MIGRATE_TYPES + m]).padStart(6)} `,
+      ).join('');
       lines.push(`${at(z)}, type ${MIGRATE_NAMES[m].padStart(12)} ${counts}`);
     }
   }
@@ -59,7 +67,9 @@ export function pagetypeinfo(arena: Arena): string {
     const first = w[z + Z_START] >> PAGEBLOCK_ORDER;
     const last = (w[z + Z_END] - 1) >> PAGEBLOCK_ORDER;
     for (let b = first; b <= last; b++) counts[w[arena.layout.pageblocks + b]]++;
-    lines.push(`Node ${w[z + Z_NODE]}, zone ${ZONE_NAMES[w[z + Z_TYPE]].padStart(8)} ${counts.map((n) => `${String(n).padStart(12)} `).join('')}`);
+    lines.push(
+      `Node ${w[z + Z_NODE]}, zone ${ZONE_NAMES[w[z + Z_TYPE]].padStart(8)} ${counts.map((n) => `${String(n).padStart(12)} `).join('')}`,
+    );
   }
   return `${lines.join('\n')}\n`;
 }
@@ -105,7 +115,8 @@ function sumZones(arena: Arena, field: number): number {
 /** Pages on all per-CPU lists. */
 export function pcpPages(arena: Arena, nrCpus: number): number {
   let sum = 0;
-  for (let i = 0; i < zoneBases(arena.w).length; i++) for (let cpu = 0; cpu < nrCpus; cpu++) sum += PerCpuPages.count(arena.w, i, cpu);
+  for (let i = 0; i < zoneBases(arena.w).length; i++)
+    for (let cpu = 0; cpu < nrCpus; cpu++) sum += PerCpuPages.count(arena.w, i, cpu);
   return sum;
 }
 
@@ -134,7 +145,9 @@ export function meminfo(arena: Arena): string {
     ['Writeback', w[H_NR_WRITEBACK]],
     ['Balloon', w[T_BALLOON + 3]],
   ];
-  return rows.map(([name, pages]) => `${`${name}:`.padEnd(15)} ${String(pages * 4).padStart(8)} kB\n`).join('');
+  return rows
+    .map(([name, pages]) => `${`${name}:`.padEnd(15)} ${String(pages * 4).padStart(8)} kB\n`)
+    .join('');
 }
 
 export function vmstat(arena: Arena): string {

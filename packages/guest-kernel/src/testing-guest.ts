@@ -96,7 +96,14 @@ export function testGuest(config: GuestConfig, registers?: Partial<Registers>): 
   const words = new Int32Array(control);
   const f64 = new Float64Array(control);
   const log = new ViolationLog(ViolationLog.create());
-  const regs: Registers = { read: () => 0, write: () => undefined, pump: () => undefined, lines: 0, onBoot: () => undefined, ...registers };
+  const regs: Registers = {
+    read: () => 0,
+    write: () => undefined,
+    pump: () => undefined,
+    lines: 0,
+    onBoot: () => undefined,
+    ...registers,
+  };
   const vcpus = Array.from({ length: config.nrCpus }, (_, id) => {
     const base = id * 1024;
     words[base + VC_EPT_ROOT] = tables;
@@ -111,8 +118,10 @@ export function testGuest(config: GuestConfig, registers?: Partial<Registers>): 
         f64[id * 512 + VC_EXIT_COST_F64] = 0;
         words[base + VC_EXIT_RESULT] = 1;
         words[base + VC_EXIT_RDATA] = -1;
-        if (reason === EXIT_MMIO_READ) words[base + VC_EXIT_RDATA] = regs.read(gpa, words[base + VC_EXIT_SIZE]);
-        else if (reason === EXIT_MMIO_WRITE) regs.write(gpa, words[base + VC_EXIT_SIZE], words[base + VC_EXIT_DATA]);
+        if (reason === EXIT_MMIO_READ)
+          words[base + VC_EXIT_RDATA] = regs.read(gpa, words[base + VC_EXIT_SIZE]);
+        else if (reason === EXIT_MMIO_WRITE)
+          regs.write(gpa, words[base + VC_EXIT_SIZE], words[base + VC_EXIT_DATA]);
         words[base + VC_EXIT_STATE] = EXIT_DONE;
       },
       relax: () => regs.pump(),

@@ -12,5 +12,9 @@ const own = Number(process.versions.node.split('.')[0]) >= 26;
 const runtime = own || !existsSync(pinned) ? process.execPath : pinned;
 // From a checkout the sources run as they are; published packages run what was built.
 const args = source.includes('node_modules') ? [built] : ['--conditions=ebb-source', source];
-const { status, signal } = spawnSync(runtime, ['--disable-warning=ExperimentalWarning', ...args, ...process.argv.slice(2)], { stdio: 'inherit' });
+const { status, signal } = spawnSync(
+  runtime,
+  ['--disable-warning=ExperimentalWarning', ...args, ...process.argv.slice(2)],
+  { stdio: 'inherit' },
+);
 process.exit(signal ? 3 : (status ?? 3));

@@ -8,7 +8,10 @@ import { compareSchema } from './compare/schema.ts';
 
 const CLI = join(import.meta.dirname, 'cli.ts');
 const ebb = (...args: string[]): { status: number | null; stdout: string; stderr: string } => {
-  const { status, stdout, stderr } = spawnSync(process.execPath, ['--conditions=ebb-source', CLI, ...args], { encoding: 'utf8', timeout: 55_000 });
+  const { status, stdout, stderr } = spawnSync(process.execPath, ['--conditions=ebb-source', CLI, ...args], {
+    encoding: 'utf8',
+    timeout: 55_000,
+  });
   return { status, stdout, stderr };
 };
 
@@ -46,11 +49,26 @@ test('--help has examples and exit codes', () => {
   const { status, stdout } = ebb('--help');
   expect(status).toBe(0);
   expect(stdout).toMatch(/Examples:[\s\S]*ebb compare[\s\S]*Exit codes/);
-  for (const command of ['compare', 'run', 'list']) expect(ebb(command, '--help').stdout).toMatch(/Examples:/);
+  for (const command of ['compare', 'run', 'list'])
+    expect(ebb(command, '--help').stdout).toMatch(/Examples:/);
 });
 
 test('compare --json - writes exactly one document that fits the published schema; a run that fails under --vms is exit code 1', () => {
-  const fine = ebb('compare', '--technique', 'none,reporting', '--vms', '1', '--repeat', '1', '--host-memory', '640M', '--schedule', 'inline', '--json', '-');
+  const fine = ebb(
+    'compare',
+    '--technique',
+    'none,reporting',
+    '--vms',
+    '1',
+    '--repeat',
+    '1',
+    '--host-memory',
+    '640M',
+    '--schedule',
+    'inline',
+    '--json',
+    '-',
+  );
   expect(fine.status).toBe(0);
   const json = compareSchema.parse(JSON.parse(fine.stdout));
   expect(json.results.map((r) => [r.technique, r.vmsFit, r.ledgerViolations])).toEqual([
@@ -58,7 +76,23 @@ test('compare --json - writes exactly one document that fits the published schem
     ['reporting', 1, 0],
   ]);
   expect(json.results[1].returnedBytes).toBeGreaterThan(100e6);
-  const tight = ebb('compare', '--technique', 'none', '--vms', '2', '--repeat', '1', '--host-memory', '640M', '--schedule', 'inline', '--json', '-');
+  const tight = ebb(
+    'compare',
+    '--technique',
+    'none',
+    '--vms',
+    '2',
+    '--repeat',
+    '1',
+    '--host-memory',
+    '640M',
+    '--schedule',
+    'inline',
+    '--json',
+    '-',
+  );
   expect(tight.status).toBe(1);
-  expect(compareSchema.parse(JSON.parse(tight.stdout)).results[0].failure).toMatch(/no host frame was free|no memory to start/);
+  expect(compareSchema.parse(JSON.parse(tight.stdout)).results[0].failure).toMatch(
+    /no host frame was free|no memory to start/,
+  );
 });

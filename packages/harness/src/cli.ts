@@ -6,7 +6,14 @@ import { Command, CommanderError } from 'commander';
 import { COST_TABLE, costTableHash, formatBytes, NS_PER_S } from '@ebb/machine';
 import { z } from 'zod';
 import { compare, type CompareOutcome, type CompareProgress } from './compare/compare.ts';
-import { checkCompare, loadTrace, oneOf, SHIPPED_TRACES, wholeNumber, type CompareFlags } from './compare/options.ts';
+import {
+  checkCompare,
+  loadTrace,
+  oneOf,
+  SHIPPED_TRACES,
+  wholeNumber,
+  type CompareFlags,
+} from './compare/options.ts';
 import { compareSchema } from './compare/schema.ts';
 import { fidelity } from './fidelity.ts';
 import { renderReport } from './report/report.ts';
@@ -84,7 +91,11 @@ Exit codes: 0 fine, 1 a check failed, 2 your mistake, 3 a worker died or an inte
 program
   .command('compare')
   .description('count how many VMs replaying a trace fit on a host, per technique')
-  .option('--trace <name>', `shipped trace (${SHIPPED_TRACES.join(', ')}), .ebbtrace file, tracefs text or capture folder`, 'reporting')
+  .option(
+    '--trace <name>',
+    `shipped trace (${SHIPPED_TRACES.join(', ')}), .ebbtrace file, tracefs text or capture folder`,
+    'reporting',
+  )
   .option('--technique <list>', 'none, balloon, reporting; separated by commas', 'none,balloon,reporting')
   .option('--host-memory <size>', 'memory of the host', '2G')
   .option('--guest-memory <size>', 'memory of each guest (default: of the capture)')
@@ -108,33 +119,42 @@ Examples:
   ebb compare --trace hog --host-memory 4G --technique none,reporting
   ebb compare --vms 6 --technique reporting --schedule inline --json -`,
   )
-  .action(async (flags: CompareFlags & { report?: string; json?: string; schema?: boolean; traceOut?: string }) => {
-    if (flags.schema === true) {
-      process.stdout.write(`${JSON.stringify(z.toJSONSchema(compareSchema), null, 2)}\n`);
-      return;
-    }
-    toStderr = flags.json === '-';
-    const options = checkCompare(flags);
-    const line = progressLine();
-    const outcome = await compare(options, (p) => line.show(progressText(p, options.hostMemory)), flags.traceOut !== undefined);
-    line.end();
-    say(compareTable(outcome));
-    for (const note of outcome.notes) say(note);
-    if (flags.report !== undefined) {
-      writeOut(flags.report, renderReport(outcome));
-      say(`report: ${flags.report}`);
-    }
-    if (flags.traceOut !== undefined) writeTraces(flags.traceOut, outcome.allocTrace, outcome.deviceTrace);
-    emitJson(flags.json, outcome.json);
-    const violated = outcome.json.results.some((r) => r.ledgerViolations > 0);
-    const failed = options.vms !== undefined && outcome.json.results.some((r) => r.vmsFitRange[0] < (options.vms ?? 0));
-    process.exitCode = violated || failed ? 1 : 0;
-  });
+  .action(
+    async (flags: CompareFlags & { report?: string; json?: string; schema?: boolean; traceOut?: string }) => {
+      if (flags.schema === true) {
+        process.stdout.write(`${JSON.stringify(z.toJSONSchema(compareSchema), null, 2)}\n`);
+        return;
+      }
+      toStderr = flags.json === '-';
+      const options = checkCompare(flags);
+      const line = progressLine();
+      const outcome = await compare(
+        options,
+        (p) => line.show(progressText(p, options.hostMemory)),
+        flags.traceOut !== undefined,
+      );
+      line.end();
+      say(compareTable(outcome));
+      for (const note of outcome.notes) say(note);
+      if (flags.report !== undefined) {
+        writeOut(flags.report, renderReport(outcome));
+        say(`report: ${flags.report}`);
+      }
+      if (flags.traceOut !== undefined) writeTraces(flags.traceOut, outcome.allocTrace, outcome.deviceTrace);
+      emitJson(flags.json, outcome.json);
+      const violated = outcome.json.results.some((r) => r.ledgerViolations > 0);
+      const failed =
+        options.vms !== undefined && outcome.json.results.some((r) => r.vmsFitRange[0] < (options.vms ?? 0));
+      process.exitCode = violated || failed ? 1 : 0;
+    },
+  );
 
 function writeTraces(prefix: string, alloc: readonly string[], device: readonly string[]): void {
   writeOut(`${prefix}.trace.txt`, `# tracer: nop\n#\n${alloc.join('\n')}\n`);
   writeOut(`${prefix}.qemu-trace.log`, `${device.join('\n')}\n`);
-  say(`traces: ${prefix}.trace.txt (${alloc.length} events), ${prefix}.qemu-trace.log (${device.length} events)`);
+  say(
+    `traces: ${prefix}.trace.txt (${alloc.length} events), ${prefix}.qemu-trace.log (${device.length} events)`,
+  );
 }
 
 function progressText(p: CompareProgress, hostMemory: number): string {
@@ -145,7 +165,20 @@ function progressText(p: CompareProgress, hostMemory: number): string {
 function compareTable(outcome: CompareOutcome): string {
   const { json } = outcome;
   const table = new Table({
-    head: ['technique', 'VMs fit', 'range', 'host peak', 'returned', 'EPT viol.', 'flushes', 'kicks', 'stall', 'p99 stall', 'violations', 'wall'],
+    head: [
+      'technique',
+      'VMs fit',
+      'range',
+      'host peak',
+      'returned',
+      'EPT viol.',
+      'flushes',
+      'kicks',
+      'stall',
+      'p99 stall',
+      'violations',
+      'wall',
+    ],
     style: { head: [], border: [] },
     colAligns: ['left', ...new Array<'right'>(11).fill('right')],
   });
@@ -177,42 +210,56 @@ program
   .argument('<scenario>', `one of ${SCENARIOS.map((s) => s.name).join(', ')}`)
   .option('--schedule <kind>', 'threads or inline', 'threads')
   .option('--seed <n>', 'seed of the scenario', '1')
-  .option('--trace-out <prefix>', 'write allocation events (tracefs text) and device events (QEMU trace lines)')
+  .option(
+    '--trace-out <prefix>',
+    'write allocation events (tracefs text) and device events (QEMU trace lines)',
+  )
   .option('--json <file>', 'write the result as JSON; - for standard output')
-  .addHelpText('after', '\nExamples:\n  ebb run pressure\n  ebb run reporting --schedule inline --trace-out out/reporting\n  ebb run balloon --json -')
-  .action(async (name: string, flags: { schedule: string; seed: string; traceOut?: string; json?: string }) => {
-    toStderr = flags.json === '-';
-    const scenario = findScenario(name);
-    const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
-    const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
-    const line = progressLine();
-    const run = await runScenario(scenario, { schedule, seed, traceOut: flags.traceOut !== undefined }, (p) =>
-      line.show(`${name}: ${(p.nowNs / NS_PER_S).toFixed(2)} virtual s, host ${formatBytes(p.hostUsedBytes)}`),
-    );
-    line.end();
-    say(`${scenario.name}: ${scenario.about}`);
-    const table = new Table({ style: { head: [], border: [] }, head: ['', 'check', 'value'] });
-    for (const check of run.checks) table.push([check.ok ? 'ok' : 'FAIL', check.what, String(check.value)]);
-    say(table.toString());
-    for (const violation of run.outcome.result.violations.slice(0, 8)) say(violation);
-    say(`${run.passed ? 'passed' : 'failed'} in ${(run.wallMs / 1000).toFixed(1)} s`);
-    if (flags.traceOut !== undefined) writeTraces(flags.traceOut, run.allocTrace, run.outcome.result.deviceTrace);
-    const { samples, deviceTrace: _deviceTrace, ...figures } = run.outcome.result;
-    emitJson(flags.json, {
-      schema: 1,
-      ebb: EBB_VERSION,
-      scenario: name,
-      schedule,
-      seeds: [seed],
-      costTable: costTableHash(COST_TABLE),
-      backing: scenario.spec(seed).backing,
-      passed: run.passed,
-      checks: run.checks,
-      samples: samples.length,
-      ...figures,
-    });
-    process.exitCode = run.passed ? 0 : 1;
-  });
+  .addHelpText(
+    'after',
+    '\nExamples:\n  ebb run pressure\n  ebb run reporting --schedule inline --trace-out out/reporting\n  ebb run balloon --json -',
+  )
+  .action(
+    async (name: string, flags: { schedule: string; seed: string; traceOut?: string; json?: string }) => {
+      toStderr = flags.json === '-';
+      const scenario = findScenario(name);
+      const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
+      const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
+      const line = progressLine();
+      const run = await runScenario(
+        scenario,
+        { schedule, seed, traceOut: flags.traceOut !== undefined },
+        (p) =>
+          line.show(
+            `${name}: ${(p.nowNs / NS_PER_S).toFixed(2)} virtual s, host ${formatBytes(p.hostUsedBytes)}`,
+          ),
+      );
+      line.end();
+      say(`${scenario.name}: ${scenario.about}`);
+      const table = new Table({ style: { head: [], border: [] }, head: ['', 'check', 'value'] });
+      for (const check of run.checks) table.push([check.ok ? 'ok' : 'FAIL', check.what, String(check.value)]);
+      say(table.toString());
+      for (const violation of run.outcome.result.violations.slice(0, 8)) say(violation);
+      say(`${run.passed ? 'passed' : 'failed'} in ${(run.wallMs / 1000).toFixed(1)} s`);
+      if (flags.traceOut !== undefined)
+        writeTraces(flags.traceOut, run.allocTrace, run.outcome.result.deviceTrace);
+      const { samples, deviceTrace: _deviceTrace, ...figures } = run.outcome.result;
+      emitJson(flags.json, {
+        schema: 1,
+        ebb: EBB_VERSION,
+        scenario: name,
+        schedule,
+        seeds: [seed],
+        costTable: costTableHash(COST_TABLE),
+        backing: scenario.spec(seed).backing,
+        passed: run.passed,
+        checks: run.checks,
+        samples: samples.length,
+        ...figures,
+      });
+      process.exitCode = run.passed ? 0 : 1;
+    },
+  );
 
 program
   .command('list')
@@ -221,11 +268,21 @@ program
   .addHelpText('after', '\nExamples:\n  ebb list\n  ebb list --json -')
   .action((flags: { json?: string }) => {
     toStderr = flags.json === '-';
-    const table = new Table({ style: { head: [], border: [] }, head: ['scenario', 'shows', 'rows'], colWidths: [18, 84, 32], wordWrap: true });
+    const table = new Table({
+      style: { head: [], border: [] },
+      head: ['scenario', 'shows', 'rows'],
+      colWidths: [18, 84, 32],
+      wordWrap: true,
+    });
     for (const s of SCENARIOS) table.push([s.name, s.about, s.rows]);
     say(table.toString());
     say(`shipped traces: ${SHIPPED_TRACES.join(', ')}`);
-    emitJson(flags.json, { schema: 1, ebb: EBB_VERSION, scenarios: SCENARIOS.map(({ name, about, rows }) => ({ name, about, rows })), traces: SHIPPED_TRACES });
+    emitJson(flags.json, {
+      schema: 1,
+      ebb: EBB_VERSION,
+      scenarios: SCENARIOS.map(({ name, about, rows }) => ({ name, about, rows })),
+      traces: SHIPPED_TRACES,
+    });
   });
 
 // ── trace ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -235,10 +292,16 @@ const trace = program.command('trace').description('import, describe and check a
 trace
   .command('import')
   .description('read tracefs text or a capture folder into an .ebbtrace file')
-  .argument('<path>', 'tracefs text (may be gzipped) or a folder with trace.txt and, if present, start.* and end.*')
+  .argument(
+    '<path>',
+    'tracefs text (may be gzipped) or a folder with trace.txt and, if present, start.* and end.*',
+  )
   .option('-o, --output <file>', 'where to write (default: NAME.ebbtrace)')
   .option('--json <file>', 'as JSON; - for standard output')
-  .addHelpText('after', '\nExamples:\n  ebb trace import ./capture\n  ebb trace import trace.txt.gz -o mine.ebbtrace')
+  .addHelpText(
+    'after',
+    '\nExamples:\n  ebb trace import ./capture\n  ebb trace import trace.txt.gz -o mine.ebbtrace',
+  )
   .action((path: string, flags: { output?: string; json?: string }) => {
     toStderr = flags.json === '-';
     const imported = readCapture(path);
@@ -249,10 +312,22 @@ trace
     } catch (error) {
       throw new UserError(`${out}: cannot be written: ${(error as Error).message.split('\n')[0]}`);
     }
-    const state = imported.start === undefined ? 'no start state: the guest will start freshly booted' : 'with its start state';
+    const state =
+      imported.start === undefined
+        ? 'no start state: the guest will start freshly booted'
+        : 'with its start state';
     say(`${basename(out)}: ${imported.events.count} events, ${formatBytes(bytes)}, ${state}`);
     for (const [why, n] of Object.entries(imported.skipped)) say(`skipped ${n} × ${why}`);
-    emitJson(flags.json, { schema: 1, ebb: EBB_VERSION, file: out, name: imported.name, hash: imported.hash, events: imported.events.count, bytes, skipped: imported.skipped });
+    emitJson(flags.json, {
+      schema: 1,
+      ebb: EBB_VERSION,
+      file: out,
+      name: imported.name,
+      hash: imported.hash,
+      events: imported.events.count,
+      bytes,
+      skipped: imported.skipped,
+    });
   });
 
 trace
@@ -283,9 +358,15 @@ trace
       skipped: t.skipped,
       marks: t.marks.map((m) => m.name),
     };
-    say(`${info.name} (hash ${info.hash}): ${info.cpus} CPUs, ${formatBytes(info.guestMemoryBytes)}, ${seconds.toFixed(1)} s`);
-    say(`${events.count} events: ${byOp[0]} alloc, ${byOp[1]} free, ${byOp[2]} page-cache add, ${byOp[3]} page-cache delete`);
-    say(`start state: ${info.startState ? 'yes' : 'no'}, end state: ${info.endState ? 'yes' : 'no'}; marks: ${info.marks.join(' ')}`);
+    say(
+      `${info.name} (hash ${info.hash}): ${info.cpus} CPUs, ${formatBytes(info.guestMemoryBytes)}, ${seconds.toFixed(1)} s`,
+    );
+    say(
+      `${events.count} events: ${byOp[0]} alloc, ${byOp[1]} free, ${byOp[2]} page-cache add, ${byOp[3]} page-cache delete`,
+    );
+    say(
+      `start state: ${info.startState ? 'yes' : 'no'}, end state: ${info.endState ? 'yes' : 'no'}; marks: ${info.marks.join(' ')}`,
+    );
     emitJson(flags.json, info);
   });
 
@@ -301,7 +382,12 @@ trace
     const { json } = result;
     const table = new Table({ style: { head: [], border: [] }, head: ['', 'Ebb', 'Linux', 'difference'] });
     const row = (what: string, ebb: number, real: number): void => {
-      table.push([what, String(Math.round(ebb * 1000) / 1000), String(Math.round(real * 1000) / 1000), real === 0 ? '' : `${(((ebb - real) / real) * 100).toFixed(2)} %`]);
+      table.push([
+        what,
+        String(Math.round(ebb * 1000) / 1000),
+        String(Math.round(real * 1000) / 1000),
+        real === 0 ? '' : `${(((ebb - real) / real) * 100).toFixed(2)} %`,
+      ]);
     };
     row('free pages', json.freePages.ebb, json.freePages.real);
     row('per-CPU pages', json.pcpPages.ebb, json.pcpPages.real);

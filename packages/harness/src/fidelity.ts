@@ -14,7 +14,7 @@ interface Pair {
   readonly real: number;
 }
 
-export interface FidelityJson {
+interface FidelityJson {
   readonly freePages: Pair;
   readonly pcpPages: Pair;
   readonly byOrder: readonly { readonly order: number; readonly ebb: number; readonly real: number }[];
@@ -33,7 +33,9 @@ export interface Fidelity {
 /** Replays `trace` on one VM with as many vCPUs as it has CPUs (at most 8), without a balloon. */
 export function fidelity(trace: Trace): Fidelity {
   if (trace.end === undefined || trace.start === undefined) {
-    throw new UserError(`trace '${trace.name}': has no start and end states to compare with; import a capture folder that holds start.* and end.*`);
+    throw new UserError(
+      `trace '${trace.name}': has no start and end states to compare with; import a capture folder that holds start.* and end.*`,
+    );
   }
   const vcpus = Math.min(8, trace.nrCpus);
   const plan = makePlan(trace, vcpus);
@@ -52,11 +54,13 @@ export function fidelity(trace: Trace): Fidelity {
   };
   const buffers = runBuffers(spec, hostBuffers(hostBytes));
   const { result } = runInline(spec, buffers, (_vm, bytes) => fileStorage(bytes));
-  if (!result.ok) throw new UserError(`trace '${trace.name}': the replay did not reach its end: ${result.why}`);
+  if (!result.ok)
+    throw new UserError(`trace '${trace.name}': the replay did not reach its end: ${result.why}`);
   const arena = new Arena(buffers.arenas[0], guest.maxPfn);
   const ebbOrders = freeByOrder(arena);
   const share = (orders: readonly number[]): number => {
-    const pages = (from: number): number => orders.reduce((sum, n, order) => sum + (order >= from ? n * 2 ** order : 0), 0);
+    const pages = (from: number): number =>
+      orders.reduce((sum, n, order) => sum + (order >= from ? n * 2 ** order : 0), 0);
     return pages(0) === 0 ? 0 : pages(9) / pages(0);
   };
   const { end } = trace;

@@ -52,7 +52,11 @@ export class HostTasks {
 
   /** True if nothing can run: all parked, or blocked on a condition that does not hold. */
   get idle(): boolean {
-    return this.#next.length === 0 && this.#ready.length === 0 && !this.#blocked.some((task) => task.condition?.() === true);
+    return (
+      this.#next.length === 0 &&
+      this.#ready.length === 0 &&
+      !this.#blocked.some((task) => task.condition?.() === true)
+    );
   }
 
   get blockedNames(): string[] {

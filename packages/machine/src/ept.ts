@@ -74,7 +74,13 @@ export class WalkResult {
  * in `TdpMmu`; a torn pair of words is read again. A walk may start at `fromLevel` in a table that a paging-structure
  * cache holds: `root` is that table then.
  */
-export function eptWalk(dram: Int32Array, root: Hfn, gfn: Gfn, out: WalkResult, fromLevel: number = EPT_ROOT_LEVEL): void {
+export function eptWalk(
+  dram: Int32Array,
+  root: Hfn,
+  gfn: Gfn,
+  out: WalkResult,
+  fromLevel: number = EPT_ROOT_LEVEL,
+): void {
   let table: number = root;
   let steps = 0;
   for (let level = fromLevel; ; level--) {

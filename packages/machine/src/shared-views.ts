@@ -7,18 +7,38 @@
 /** What a shared view covers; the name appears in race reports. */
 export type SharedRegion = 'dram' | 'ledger' | 'vcpu-control' | 'run-control' | 'arena' | 'violations';
 
-export function sharedI32(_region: SharedRegion, buffer: SharedArrayBuffer, byteOffset = 0, length?: number): Int32Array {
+export function sharedI32(
+  _region: SharedRegion,
+  buffer: SharedArrayBuffer,
+  byteOffset = 0,
+  length?: number,
+): Int32Array {
   return new Int32Array(buffer, byteOffset, length);
 }
 
-export function sharedU8(_region: SharedRegion, buffer: SharedArrayBuffer, byteOffset = 0, length?: number): Uint8Array {
+export function sharedU8(
+  _region: SharedRegion,
+  buffer: SharedArrayBuffer,
+  byteOffset = 0,
+  length?: number,
+): Uint8Array {
   return new Uint8Array(buffer, byteOffset, length);
 }
 
-export function sharedU16(_region: SharedRegion, buffer: SharedArrayBuffer, byteOffset = 0, length?: number): Uint16Array {
+export function sharedU16(
+  _region: SharedRegion,
+  buffer: SharedArrayBuffer,
+  byteOffset = 0,
+  length?: number,
+): Uint16Array {
   return new Uint16Array(buffer, byteOffset, length);
 }
 
-export function sharedF64(_region: SharedRegion, buffer: SharedArrayBuffer, byteOffset = 0, length?: number): Float64Array {
+export function sharedF64(
+  _region: SharedRegion,
+  buffer: SharedArrayBuffer,
+  byteOffset = 0,
+  length?: number,
+): Float64Array {
   return new Float64Array(buffer, byteOffset, length);
 }

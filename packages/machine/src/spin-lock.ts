@@ -18,7 +18,8 @@ export function spinLock(words: Int32Array, index: number, holder: number, relax
   assert(words[index] !== holder + 1, `lock ${index} taken twice by ${holder}`);
   for (;;) {
     for (let i = 0; i < POLLS_BETWEEN_RELAX; i++) {
-      if (Atomics.load(words, index) === 0 && Atomics.compareExchange(words, index, 0, holder + 1) === 0) return;
+      if (Atomics.load(words, index) === 0 && Atomics.compareExchange(words, index, 0, holder + 1) === 0)
+        return;
     }
     relax();
   }

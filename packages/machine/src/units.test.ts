@@ -20,7 +20,8 @@ describe('sizes', () => {
       if (!parsed.ok) expect(parsed.error).toContain(`'${text}'`);
     }
   });
-  test('formats round numbers roundly', () => expect([2 * GiB, 1536, 7].map(formatBytes)).toEqual(['2 GiB', '1.5 KiB', '7 B']));
+  test('formats round numbers roundly', () =>
+    expect([2 * GiB, 1536, 7].map(formatBytes)).toEqual(['2 GiB', '1.5 KiB', '7 B']));
 });
 
 test('addresses above 4 GiB keep all their bits', () => {
@@ -30,7 +31,14 @@ test('addresses above 4 GiB keep all their bits', () => {
 });
 
 test('the random source is the same everywhere, and differs by seed', () => {
-  const draw = (seed: number): number[] => Array.from({ length: 4 }, ((r) => () => r.nextU32())(new Prng(seed)));
+  const draw = (seed: number): number[] =>
+    Array.from(
+      { length: 4 },
+      (
+        (r) => () =>
+          r.nextU32()
+      )(new Prng(seed)),
+    );
   expect(draw(1)).toEqual(draw(1));
   expect(draw(1)).not.toEqual(draw(2));
   expect(hash2(1, 2)).not.toBe(hash2(2, 1));

@@ -119,7 +119,13 @@ export interface VcpuCounters {
 export class Vcpu implements GuestMemory {
   readonly vm: number;
   readonly id: number;
-  readonly counters: VcpuCounters = { violations: 0, tlbMisses: 0, flushes: 0, exits: 0, unmappedAccesses: 0 };
+  readonly counters: VcpuCounters = {
+    violations: 0,
+    tlbMisses: 0,
+    flushes: 0,
+    exits: 0,
+    unmappedAccesses: 0,
+  };
   readonly port: ExitPort;
   readonly schedule: Schedule;
   readonly costs: CostTable;
@@ -352,7 +358,10 @@ export class Vcpu implements GuestMemory {
         continue;
       }
       // A and D by compare-exchange on the entry walked: a blind `or` could revive an entry zapped meanwhile.
-      if ((walk.low & set) !== set && Atomics.compareExchange(dram, walk.word, walk.low, walk.low | set) !== walk.low) {
+      if (
+        (walk.low & set) !== set &&
+        Atomics.compareExchange(dram, walk.word, walk.low, walk.low | set) !== walk.low
+      ) {
         continue;
       }
       const frame = walk.frame;
@@ -389,7 +398,12 @@ export class Vcpu implements GuestMemory {
   }
 
   /** Reports a guest-side violation (page shadow, stamps) seen by this vCPU. */
-  report(kind: 'reported-reuse' | 'guest-page-state' | 'stamp', pfn: number, expected: number, found: number): void {
+  report(
+    kind: 'reported-reuse' | 'guest-page-state' | 'stamp',
+    pfn: number,
+    expected: number,
+    found: number,
+  ): void {
     this.#log.record({
       kind,
       actor: 'vcpu',

@@ -125,7 +125,10 @@ export class ViolationLog {
 /** One line a person can act on. `owner` codes are explained by `describeOwner` of the ledger. */
 export function describeViolation(v: Violation, describeOwner: (owner: number) => string): string {
   const who = v.actor === 'vcpu' ? `vCPU ${v.vm}/${v.vcpu}` : `${v.actor} of VM ${v.vm}`;
-  const where = v.hfn >= 0 ? `host frame 0x${v.hfn.toString(16)} (gfn 0x${v.gfn.toString(16)})` : `guest page 0x${v.gfn.toString(16)}`;
+  const where =
+    v.hfn >= 0
+      ? `host frame 0x${v.hfn.toString(16)} (gfn 0x${v.gfn.toString(16)})`
+      : `guest page 0x${v.gfn.toString(16)}`;
   return (
     `${v.kind}: ${who} touched ${where}; expected ${v.expected}, found ${v.found}; ` +
     `owner now ${describeOwner(v.owner)}, taken at step ${v.stepTaken}, last released at step ${v.stepReleased}`

@@ -29,8 +29,11 @@ const drain = <T>(body: Generator<unknown, T, void>): T => {
     if (step.done === true) return step.value;
   }
 };
-const file = (frames: FrameSource, huge: 'always' | 'never' | 'madvise' | 'hugetlb' = 'never', nrBlocks = 2048): MemFile =>
-  new MemFile({ name: 'ram0', nrBlocks, vm: 0, frames, huge });
+const file = (
+  frames: FrameSource,
+  huge: 'always' | 'never' | 'madvise' | 'hugetlb' = 'never',
+  nrBlocks = 2048,
+): MemFile => new MemFile({ name: 'ram0', nrBlocks, vm: 0, frames, huge });
 
 describe('fallocate', () => {
   test('allocates exactly the missing blocks and is idempotent (Y27)', () => {
@@ -45,7 +48,8 @@ describe('fallocate', () => {
     expect(f.fallocate(0, 10)).toEqual({ ok: false, error: 'ENOSPC' });
     expect(f.assigned).toBe(3);
   });
-  test('a range outside the file is EINVAL', () => expect(file(source()).fallocate(2040, 9)).toEqual({ ok: false, error: 'EINVAL' }));
+  test('a range outside the file is EINVAL', () =>
+    expect(file(source()).fallocate(2040, 9)).toEqual({ ok: false, error: 'EINVAL' }));
 });
 
 describe('punch hole', () => {
@@ -102,7 +106,9 @@ describe('huge-page policy', () => {
       f.assign(1000, true);
       return f.assigned;
     };
-    expect([touch('always'), touch('never'), touch('madvise'), touch('madvise', true)]).toEqual([512, 1, 1, 512]);
+    expect([touch('always'), touch('never'), touch('madvise'), touch('madvise', true)]).toEqual([
+      512, 1, 1, 512,
+    ]);
   });
   test('a range with one page in it is no longer huge, and a mapper that cannot map 2 MiB gets one page', () => {
     const f = file(source(), 'always');

@@ -44,7 +44,9 @@ export class MemFile {
     this.#frames = options.frames;
     this.#owner = ownerOf(options.vm, USE_RAM);
     this.#wantsHuge =
-      options.huge === 'always' || options.huge === 'hugetlb' || (options.huge === 'madvise' && options.hugeAdvised === true);
+      options.huge === 'always' ||
+      options.huge === 'hugetlb' ||
+      (options.huge === 'madvise' && options.hugeAdvised === true);
   }
 
   /** Pages of the smallest unit that can be given back: 512 for `hugetlb`, else 1. */

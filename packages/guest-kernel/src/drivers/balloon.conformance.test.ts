@@ -1,6 +1,12 @@
 /** The balloon driver against a scripted device: one test per MUST of virtio 1.4 § 5.5 that binds the driver. */
 import { describe, expect, test } from 'vitest';
-import { MmioTransport, type DescriptorChain, type DeviceHost, type SplitDeviceQueue, type VirtioDevice } from '@ebb/virtio/device';
+import {
+  MmioTransport,
+  type DescriptorChain,
+  type DeviceHost,
+  type SplitDeviceQueue,
+  type VirtioDevice,
+} from '@ebb/virtio/device';
 import { FlatGuestMemory, gfn, MiB, NS_PER_S } from '@ebb/machine';
 import {
   BALLOON_STAT_BYTES,
@@ -15,7 +21,14 @@ import {
   VIRTIO_F_INDIRECT_DESC,
   VIRTIO_F_VERSION_1,
 } from '@ebb/virtio/uapi';
-import { P_SHADOW, SHADOW_ALLOCATED, SHADOW_BALLOON, SHADOW_BUDDY, SHADOW_ISOLATED, SHADOW_PCP } from '../mm/page.ts';
+import {
+  P_SHADOW,
+  SHADOW_ALLOCATED,
+  SHADOW_BALLOON,
+  SHADOW_BUDDY,
+  SHADOW_ISOLATED,
+  SHADOW_PCP,
+} from '../mm/page.ts';
 import { freePages, meminfo, pcpPages } from '../procfs.ts';
 import { guestConfig, testGuest, type TestGuest } from '../testing-guest.ts';
 import { LINE_BALLOON, MMIO_BASE } from './virtio-guest.ts';
@@ -57,7 +70,8 @@ class Script implements VirtioDevice {
 
   constructor(bits: readonly number[]) {
     this.offered = Features.of(...bits, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1);
-    if (this.queueMax.length === 0) this.queueMax = Array.from({ length: 2 + bits.filter((b) => [1, 3, 5].includes(b)).length }, () => 128);
+    if (this.queueMax.length === 0)
+      this.queueMax = Array.from({ length: 2 + bits.filter((b) => [1, 3, 5].includes(b)).length }, () => 128);
   }
   attach(host: DeviceHost): void {
     this.host = host;
@@ -71,11 +85,16 @@ class Script implements VirtioDevice {
     return this.features.has(VIRTIO_BALLOON_F_STATS_VQ) ? 2 : -1;
   }
   kick(queue: number): void {
-    for (let chain = this.#queues[queue]?.pop() ?? null; chain !== null; chain = this.#queues[queue]?.pop() ?? null) {
+    for (
+      let chain = this.#queues[queue]?.pop() ?? null;
+      chain !== null;
+      chain = this.#queues[queue]?.pop() ?? null
+    ) {
       const readable = new Uint8Array(chain.readableBytes);
       chain.read(0, readable);
       const ranges: [number, number][] = [];
-      for (let i = chain.readableSegments; i < chain.segments; i++) ranges.push([chain.gpas[i] / 4096, chain.lengths[i] / 4096]);
+      for (let i = chain.readableSegments; i < chain.segments; i++)
+        ranges.push([chain.gpas[i] / 4096, chain.lengths[i] / 4096]);
       const pages = queue < 2 ? [...new Uint32Array(readable.buffer)] : ranges.map(([pfn]) => pfn);
       this.seen.push({ queue, readable, ranges, states: pages.map((pfn) => this.state(pfn)) });
       if (queue === this.statsQueue) this.#stats = chain;
@@ -136,7 +155,11 @@ function bringDevice(device: Script, poison = false): Brought {
     pump: () => device.pump(),
     // The device sees guest memory as a stranger would: one plain buffer.
     onBoot(ram, registers) {
-      transport = new MmioTransport({ device, memory: new FlatGuestMemory(ram), interrupt: () => void (registers.lines |= 1 << LINE_BALLOON) });
+      transport = new MmioTransport({
+        device,
+        memory: new FlatGuestMemory(ram),
+        interrupt: () => void (registers.lines |= 1 << LINE_BALLOON),
+      });
     },
   });
   device.guest = guest;
@@ -177,7 +200,9 @@ describe('bring-up', () => {
   test('The driver MUST populate the poison_val configuration data before setting the DRIVER_OK bit, and MUST NOT modify it after', () => {
     const { device, run } = bring(ALL, true);
     run(5);
-    expect(device.writes.filter((w) => w.offset === 12)).toEqual([{ offset: 12, value: 0xaaaaaaaa, driverOk: false }]);
+    expect(device.writes.filter((w) => w.offset === 12)).toEqual([
+      { offset: 12, value: 0xaaaaaaaa, driverOk: false },
+    ]);
   });
   test('a reporting queue smaller than 32 fails the probe (ENOSPC), a smaller stats queue does not', () => {
     const probe = (queueMax: readonly number[], bits: readonly number[]): boolean => {
@@ -298,7 +323,9 @@ describe('statistics', () => {
     run(1);
     const [a, b] = device.of(2).map((s) => {
       const view = new DataView(s.readable.buffer);
-      return Array.from({ length: s.readable.length / BALLOON_STAT_BYTES }, (_, i) => view.getUint16(i * BALLOON_STAT_BYTES, true));
+      return Array.from({ length: s.readable.length / BALLOON_STAT_BYTES }, (_, i) =>
+        view.getUint16(i * BALLOON_STAT_BYTES, true),
+      );
     });
     expect(device.of(2).length).toBe(2);
     expect(b).toEqual(a);
@@ -374,7 +401,11 @@ describe('free page reporting', () => {
     kernel.parts.pcp.drain(0);
     kernel.leave();
     run(10);
-    const reported = new Set(device.of(2).flatMap((r) => r.ranges.flatMap(([pfn, n]) => Array.from({ length: n }, (_, i) => pfn + i))));
+    const reported = new Set(
+      device
+        .of(2)
+        .flatMap((r) => r.ranges.flatMap(([pfn, n]) => Array.from({ length: n }, (_, i) => pfn + i))),
+    );
     const ours = pfns.filter((pfn) => reported.has(pfn));
     expect(ours.length).toBeGreaterThan(1000);
     kernel.enter();

@@ -33,10 +33,27 @@ import {
 import type { Arena } from '../arena.ts';
 import { H_BALLOON_MUTEX, H_NR_FILE_PAGES, T_BALLOON } from '../layout.ts';
 import { EV, EVENT_NAMES, eventRow, eventSum } from '../mm/events.ts';
-import { P_FLAGS, P_NEXT, P_ZONE, PG_OFFLINE, SHADOW_ALLOCATED, SHADOW_BALLOON, shadowMove } from '../mm/page.ts';
+import {
+  P_FLAGS,
+  P_NEXT,
+  P_ZONE,
+  PG_OFFLINE,
+  SHADOW_ALLOCATED,
+  SHADOW_BALLOON,
+  shadowMove,
+} from '../mm/page.ts';
 import { GFP_NOWAIT, GFP_NO_KSWAPD, GFP_NORETRY, type PageAllocator } from '../mm/page-alloc.ts';
 import { MIGRATE_MOVABLE, Z_FREE, Z_LOW, Z_MANAGED } from '../mm/zone.ts';
-import { LINE_BALLOON, PAGE_REPORTING_CAPACITY, Q_DEFLATE, Q_HINT, Q_INFLATE, Q_REPORTING, Q_STATS, VirtioGuest } from './virtio-guest.ts';
+import {
+  LINE_BALLOON,
+  PAGE_REPORTING_CAPACITY,
+  Q_DEFLATE,
+  Q_HINT,
+  Q_INFLATE,
+  Q_REPORTING,
+  Q_STATS,
+  VirtioGuest,
+} from './virtio-guest.ts';
 
 const V_READY = 0;
 const V_FEATURES_LOW = 1;
@@ -85,7 +102,14 @@ export class BalloonDriver {
   readonly #poison: boolean;
   #features: Features | null = null;
 
-  constructor(arena: Arena, vcpu: Vcpu, alloc: PageAllocator, zones: readonly number[], poison: boolean, inWait: () => void) {
+  constructor(
+    arena: Arena,
+    vcpu: Vcpu,
+    alloc: PageAllocator,
+    zones: readonly number[],
+    poison: boolean,
+    inWait: () => void,
+  ) {
     this.#w = arena.w;
     this.#f64 = arena.f64;
     this.#arena = arena;
@@ -127,7 +151,10 @@ export class BalloonDriver {
         ),
       );
     driver.writeFeatures(all);
-    const features = all.without(VIRTIO_F_ACCESS_PLATFORM, ...(this.#poison ? [] : [VIRTIO_BALLOON_F_PAGE_POISON]));
+    const features = all.without(
+      VIRTIO_F_ACCESS_PLATFORM,
+      ...(this.#poison ? [] : [VIRTIO_BALLOON_F_PAGE_POISON]),
+    );
     driver.writeFeatures(features);
     if (!driver.acceptFeatures(features).ok) return false;
     w[T_BALLOON + V_FEATURES_LOW] = features.low;
@@ -175,7 +202,10 @@ export class BalloonDriver {
   }
 
   get features(): Features {
-    this.#features ??= new Features(this.#w[T_BALLOON + V_FEATURES_LOW], this.#w[T_BALLOON + V_FEATURES_HIGH]);
+    this.#features ??= new Features(
+      this.#w[T_BALLOON + V_FEATURES_LOW],
+      this.#w[T_BALLOON + V_FEATURES_HIGH],
+    );
     return this.#features;
   }
 
@@ -185,7 +215,12 @@ export class BalloonDriver {
     const cached = this.#queues[number];
     if (cached !== undefined && cached !== null) return cached;
     const features = new Features(this.#w[T_BALLOON + V_FEATURES_LOW], this.#w[T_BALLOON + V_FEATURES_HIGH]);
-    const queue = this.#guest.queue(number, this.#w[T_BALLOON + V_SIZE + number], T_BALLOON + V_RINGS + 3 * number, features);
+    const queue = this.#guest.queue(
+      number,
+      this.#w[T_BALLOON + V_SIZE + number],
+      T_BALLOON + V_RINGS + 3 * number,
+      features,
+    );
     this.#queues[number] = queue;
     return queue;
   }
@@ -229,7 +264,11 @@ export class BalloonDriver {
   work(until: number): void {
     const w = this.#w;
     if (!this.ready) return;
-    while (w[T_BALLOON + V_WORK] !== 0 && this.#vcpu.clock < until && this.#f64[V_RETRY_F64] <= this.#vcpu.clock) {
+    while (
+      w[T_BALLOON + V_WORK] !== 0 &&
+      this.#vcpu.clock < until &&
+      this.#f64[V_RETRY_F64] <= this.#vcpu.clock
+    ) {
       if (!trySpinLock(w, H_BALLOON_MUTEX, this.#vcpu.id)) return;
       w[T_BALLOON + V_WORK] = 0;
       this.#hintRound();
@@ -397,7 +436,11 @@ export class BalloonDriver {
     this.#sendCommand(queue, id);
     const index = this.deviceQueue(Q_HINT);
     for (;;) {
-      const pfn = this.#alloc.alloc(HINT_ORDER, MIGRATE_MOVABLE, 3 | GFP_NORETRY | GFP_NOWAIT | GFP_NO_KSWAPD);
+      const pfn = this.#alloc.alloc(
+        HINT_ORDER,
+        MIGRATE_MOVABLE,
+        3 | GFP_NORETRY | GFP_NOWAIT | GFP_NO_KSWAPD,
+      );
       if (pfn < 0) break;
       w[this.#memmap + (pfn << 4) + P_NEXT] = w[T_BALLOON + V_HINT_LIST];
       w[T_BALLOON + V_HINT_LIST] = pfn;

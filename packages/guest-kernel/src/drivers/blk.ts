@@ -108,7 +108,12 @@ export class BlkDriver implements BlockIo {
     for (let done = 0; done < count; done += batch) {
       const n = Math.min(batch, count - done);
       for (let i = 0; i < n; i++) {
-        this.#fillSlot(i, write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN, blocks[done + i] * SECTORS_PER_PAGE, pfns[done + i]);
+        this.#fillSlot(
+          i,
+          write ? VIRTIO_BLK_T_OUT : VIRTIO_BLK_T_IN,
+          blocks[done + i] * SECTORS_PER_PAGE,
+          pfns[done + i],
+        );
         queue.addIndirect(this.#vcpu, this.#slotGpa(i), 3, i);
       }
       ok = this.#run(queue, n) && ok;
@@ -147,7 +152,8 @@ export class BlkDriver implements BlockIo {
       i32[d + 3] = flags | ((flags & VIRTQ_DESC_F_NEXT) !== 0 ? (index + 1) << 16 : 0);
     };
     desc(0, gpa + SLOT_HEADER, BLK_HEADER_BYTES, VIRTQ_DESC_F_NEXT);
-    if (pfn >= 0) desc(1, pfn * 4096, 4096, VIRTQ_DESC_F_NEXT | (type === VIRTIO_BLK_T_IN ? VIRTQ_DESC_F_WRITE : 0));
+    if (pfn >= 0)
+      desc(1, pfn * 4096, 4096, VIRTQ_DESC_F_NEXT | (type === VIRTIO_BLK_T_IN ? VIRTQ_DESC_F_WRITE : 0));
     desc(pfn >= 0 ? 2 : 1, gpa + SLOT_STATUS, 1, VIRTQ_DESC_F_WRITE);
     const header = at + SLOT_HEADER / 4;
     i32[header] = type;

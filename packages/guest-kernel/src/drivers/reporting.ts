@@ -14,7 +14,15 @@ import type { Buddy } from '../mm/buddy.ts';
 import { EV, eventRow } from '../mm/events.ts';
 import { P_FLAGS, P_NEXT, PG_REPORTED } from '../mm/page.ts';
 import { watermarkOk } from '../mm/page-alloc.ts';
-import { listAt, MAX_ORDER, MIGRATE_ISOLATE, MIGRATE_TYPES, PAGEBLOCK_ORDER, Z_LOW, Z_NR_FREE } from '../mm/zone.ts';
+import {
+  listAt,
+  MAX_ORDER,
+  MIGRATE_ISOLATE,
+  MIGRATE_TYPES,
+  PAGEBLOCK_ORDER,
+  Z_LOW,
+  Z_NR_FREE,
+} from '../mm/zone.ts';
 import type { BalloonDriver } from './balloon.ts';
 import { PAGE_REPORTING_CAPACITY, Q_REPORTING } from './virtio-guest.ts';
 
@@ -62,7 +70,9 @@ export class PageReporting {
 
   nextDue(): number {
     if (this.#balloon.deviceQueue(Q_REPORTING) < 0 || !this.#balloon.ready) return Number.POSITIVE_INFINITY;
-    return Atomics.load(this.#w, T_REPORTING + R_STATE) === REQUESTED ? this.#f64[R_DUE_F64] : Number.POSITIVE_INFINITY;
+    return Atomics.load(this.#w, T_REPORTING + R_STATE) === REQUESTED
+      ? this.#f64[R_DUE_F64]
+      : Number.POSITIVE_INFINITY;
   }
 
   /** One pass over all zones. On vCPU 0, when due. */
@@ -81,7 +91,8 @@ export class PageReporting {
 
   #zone(zone: number): void {
     const w = this.#w;
-    if (!watermarkOk(w, zone, 0, w[zone + Z_LOW] + (PAGE_REPORTING_CAPACITY << PAGE_REPORTING_ORDER), 0)) return;
+    if (!watermarkOk(w, zone, 0, w[zone + Z_LOW] + (PAGE_REPORTING_CAPACITY << PAGE_REPORTING_ORDER), 0))
+      return;
     let offset = PAGE_REPORTING_CAPACITY;
     for (let order = PAGE_REPORTING_ORDER; order <= MAX_ORDER; order++) {
       for (let migratetype = 0; migratetype < MIGRATE_TYPES; migratetype++) {
@@ -157,6 +168,7 @@ export class PageReporting {
 
   /** Puts reported blocks back on their lists. Needs the zone lock; the acknowledgement has come. */
   #drain(zone: number, from: number): void {
-    for (let i = from; i < PAGE_REPORTING_CAPACITY; i++) this.#buddy.putBack(zone, this.#pfns[i], this.#orders[i], true);
+    for (let i = from; i < PAGE_REPORTING_CAPACITY; i++)
+      this.#buddy.putBack(zone, this.#pfns[i], this.#orders[i], true);
   }
 }

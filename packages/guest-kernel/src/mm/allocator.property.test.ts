@@ -4,7 +4,17 @@ import { describe, expect, test as example } from 'vitest';
 import { freeByOrder, freePages, pcpPages } from '../procfs.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { P_FLAGS, P_ORDER, P_SHADOW, PG_BUDDY, SHADOW_BUDDY } from './page.ts';
-import { listAt, MAX_ORDER, MIGRATE_TYPES, minFreePages, pcpBatch, Z_END, Z_FREE, Z_LENGTHS, Z_START } from './zone.ts';
+import {
+  listAt,
+  MAX_ORDER,
+  MIGRATE_TYPES,
+  minFreePages,
+  pcpBatch,
+  Z_END,
+  Z_FREE,
+  Z_LENGTHS,
+  Z_START,
+} from './zone.ts';
 
 /** Walks every list and the whole memmap: counters equal lists, no two buddies unmerged, shadow agrees. */
 function audit(guest: TestGuest): void {
@@ -23,7 +33,10 @@ function audit(guest: TestGuest): void {
         for (let pfn = w[zone + listAt(order, mt)]; pfn >= 0; prev = pfn, pfn = w[memmap + (pfn << 4) + 2]) {
           const page = memmap + (pfn << 4);
           must(w[page + 3] === prev, `${pfn}: links`);
-          must((w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order, `${pfn}: flags and order`);
+          must(
+            (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order,
+            `${pfn}: flags and order`,
+          );
           must(pfn % (1 << order) === 0, `${pfn}: alignment`);
           must(w[layout.pageblocks + (pfn >> 9)] === mt, `${pfn}: pageblock type`);
           for (let i = 0; i < 1 << order; i++) {
@@ -34,16 +47,23 @@ function audit(guest: TestGuest): void {
           const buddy = pfn ^ (1 << order);
           if (order < MAX_ORDER && buddy >= w[zone + Z_START] && buddy < w[zone + Z_END]) {
             const twin = memmap + (buddy << 4);
-            must((w[twin + P_FLAGS] & PG_BUDDY) === 0 || w[twin + P_ORDER] !== order, `${pfn}: unmerged buddy`);
+            must(
+              (w[twin + P_FLAGS] & PG_BUDDY) === 0 || w[twin + P_ORDER] !== order,
+              `${pfn}: unmerged buddy`,
+            );
           }
           free += 1 << order;
           length++;
         }
-        must(w[zone + Z_LENGTHS + order * MIGRATE_TYPES + mt] === length, `order ${order}, type ${mt}: length`);
+        must(
+          w[zone + Z_LENGTHS + order * MIGRATE_TYPES + mt] === length,
+          `order ${order}, type ${mt}: length`,
+        );
       }
     }
     let shadow = 0;
-    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++) if (w[memmap + (pfn << 4) + P_SHADOW] === SHADOW_BUDDY) shadow++;
+    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++)
+      if (w[memmap + (pfn << 4) + P_SHADOW] === SHADOW_BUDDY) shadow++;
     must(w[zone + Z_FREE] === free, 'free count');
     must(shadow === free, 'shadow count');
   }
@@ -59,40 +79,43 @@ const op = fc.record({
 });
 
 describe('the allocator', () => {
-  test.prop([fc.array(op, { minLength: 1, maxLength: 400 })], { numRuns: 25 })('never hands out a page twice and gets every page back', (program) => {
-    const guest = testGuest(guestConfig(2 * SMALL));
-    const total = freePages(guest.arena) + pcpPages(guest.arena, 2);
-    const owner = new Map<number, number>();
-    const held: { pfn: number; order: number }[] = [];
-    let id = 0;
-    guest.vcpus.forEach((v) => v.enterGuest());
-    for (const { cpu, order, mt, free, pick } of program) {
-      const { alloc } = guest.kernels[cpu].parts;
-      if (free && held.length > 0) {
-        const [block] = held.splice(pick % held.length, 1);
-        for (let i = 0; i < 1 << block.order; i++) owner.delete(block.pfn + i);
-        alloc.free(block.pfn, block.order);
-        continue;
+  test.prop([fc.array(op, { minLength: 1, maxLength: 400 })], { numRuns: 25 })(
+    'never hands out a page twice and gets every page back',
+    (program) => {
+      const guest = testGuest(guestConfig(2 * SMALL));
+      const total = freePages(guest.arena) + pcpPages(guest.arena, 2);
+      const owner = new Map<number, number>();
+      const held: { pfn: number; order: number }[] = [];
+      let id = 0;
+      guest.vcpus.forEach((v) => v.enterGuest());
+      for (const { cpu, order, mt, free, pick } of program) {
+        const { alloc } = guest.kernels[cpu].parts;
+        if (free && held.length > 0) {
+          const [block] = held.splice(pick % held.length, 1);
+          for (let i = 0; i < 1 << block.order; i++) owner.delete(block.pfn + i);
+          alloc.free(block.pfn, block.order);
+          continue;
+        }
+        const pfn = alloc.alloc(order, mt, 3);
+        if (pfn < 0) continue;
+        expect(pfn % (1 << order)).toBe(0);
+        id++;
+        for (let i = 0; i < 1 << order; i++) {
+          expect(owner.has(pfn + i)).toBe(false);
+          owner.set(pfn + i, id);
+        }
+        held.push({ pfn, order });
       }
-      const pfn = alloc.alloc(order, mt, 3);
-      if (pfn < 0) continue;
-      expect(pfn % (1 << order)).toBe(0);
-      id++;
-      for (let i = 0; i < 1 << order; i++) {
-        expect(owner.has(pfn + i)).toBe(false);
-        owner.set(pfn + i, id);
-      }
-      held.push({ pfn, order });
-    }
-    audit(guest);
-    expect(freePages(guest.arena) + pcpPages(guest.arena, 2) + owner.size).toBe(total);
-    for (const { pfn, order } of held) guest.kernels[pfn & 1].parts.alloc.free(pfn, order);
-    expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(total);
-    guest.kernels[0].parts.pcp.drainAll(2);
-    audit(guest);
-    expect(freePages(guest.arena)).toBe(total);
-    expect(guest.log.total).toBe(0);
-  });
+      audit(guest);
+      expect(freePages(guest.arena) + pcpPages(guest.arena, 2) + owner.size).toBe(total);
+      for (const { pfn, order } of held) guest.kernels[pfn & 1].parts.alloc.free(pfn, order);
+      expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(total);
+      guest.kernels[0].parts.pcp.drainAll(2);
+      audit(guest);
+      expect(freePages(guest.arena)).toBe(total);
+      expect(guest.log.total).toBe(0);
+    },
+  );
 
   example('zeroes and stamps what it hands out, and checks the stamp when it comes back', () => {
     const guest = testGuest(guestConfig(SMALL));
@@ -133,30 +156,33 @@ describe('the allocator', () => {
     expect(guest.log.count('reported-reuse')).toBeGreaterThan(0);
   });
 
-  example('isolation is refused below the min watermark (L35) and an isolated page cannot be allocated (L25)', () => {
-    const guest = testGuest(guestConfig(SMALL));
-    const { buddy, zones, alloc } = guest.kernels[0].parts;
-    guest.vcpus[0].enterGuest();
-    const zone = zones[1];
-    const isolated: number[] = [];
-    for (;;) {
-      const pfn = guest.arena.w[zone + listAt(10, 1)];
-      if (pfn < 0) break;
+  example(
+    'isolation is refused below the min watermark (L35) and an isolated page cannot be allocated (L25)',
+    () => {
+      const guest = testGuest(guestConfig(SMALL));
+      const { buddy, zones, alloc } = guest.kernels[0].parts;
+      guest.vcpus[0].enterGuest();
+      const zone = zones[1];
+      const isolated: number[] = [];
+      for (;;) {
+        const pfn = guest.arena.w[zone + listAt(10, 1)];
+        if (pfn < 0) break;
+        buddy.lock(zone);
+        const ok = buddy.isolate(zone, pfn, 10);
+        buddy.unlock(zone);
+        if (!ok) break;
+        isolated.push(pfn);
+      }
+      expect(isolated.length).toBeGreaterThan(5);
+      for (let pfn = alloc.alloc(0, 1, 3); pfn >= 0; pfn = alloc.alloc(0, 1, 3)) {
+        for (const block of isolated) expect(pfn >= block && pfn < block + 1024).toBe(false);
+      }
       buddy.lock(zone);
-      const ok = buddy.isolate(zone, pfn, 10);
+      for (const block of isolated) buddy.putBack(zone, block, 10, true);
       buddy.unlock(zone);
-      if (!ok) break;
-      isolated.push(pfn);
-    }
-    expect(isolated.length).toBeGreaterThan(5);
-    for (let pfn = alloc.alloc(0, 1, 3); pfn >= 0; pfn = alloc.alloc(0, 1, 3)) {
-      for (const block of isolated) expect(pfn >= block && pfn < block + 1024).toBe(false);
-    }
-    buddy.lock(zone);
-    for (const block of isolated) buddy.putBack(zone, block, 10, true);
-    buddy.unlock(zone);
-    expect(guest.log.total).toBe(0);
-  });
+      expect(guest.log.total).toBe(0);
+    },
+  );
 
   example('another CPU’s list is drained when memory runs out', () => {
     const guest = testGuest(guestConfig(4 * SMALL));

@@ -8,7 +8,18 @@
 import { assert, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import { EV, eventRow } from './events.ts';
-import { P_FLAGS, P_NEXT, P_ORDER, P_PREV, P_ZONE, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, SHADOW_ISOLATED, shadowMove } from './page.ts';
+import {
+  P_FLAGS,
+  P_NEXT,
+  P_ORDER,
+  P_PREV,
+  P_ZONE,
+  PG_BUDDY,
+  PG_REPORTED,
+  SHADOW_BUDDY,
+  SHADOW_ISOLATED,
+  shadowMove,
+} from './page.ts';
 import {
   listAt,
   MAX_ORDER,
@@ -152,7 +163,11 @@ export class Buddy {
 
   #smallest(zone: number, order: number, migratetype: number): number {
     const w = this.w;
-    for (let o = order, list = zone + listAt(order, migratetype); o <= MAX_ORDER; o++, list += 2 * MIGRATE_TYPES) {
+    for (
+      let o = order, list = zone + listAt(order, migratetype);
+      o <= MAX_ORDER;
+      o++, list += 2 * MIGRATE_TYPES
+    ) {
       const pfn = w[list];
       if (pfn < 0) continue;
       this.#remove(zone, pfn, o, migratetype);
@@ -222,7 +237,8 @@ export class Buddy {
       return pfn;
     }
     const block = pfn - (pfn % PAGEBLOCK_PAGES);
-    if (block < w[zone + Z_START] || block + PAGEBLOCK_PAGES > w[zone + Z_END]) return this.#take(zone, pfn, have, want, from);
+    if (block < w[zone + Z_START] || block + PAGEBLOCK_PAGES > w[zone + Z_END])
+      return this.#take(zone, pfn, have, want, from);
     let free = 0;
     let alike = 0;
     for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
@@ -285,12 +301,14 @@ export class Buddy {
       const page = memmap + (buddy << 4);
       if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) break;
       const buddyType = w[this.pageblocks + (buddy >>> PAGEBLOCK_ORDER)];
-      if (buddyType !== migratetype && (migratetype >= MIGRATE_HIGHATOMIC || buddyType >= MIGRATE_HIGHATOMIC)) break;
+      if (buddyType !== migratetype && (migratetype >= MIGRATE_HIGHATOMIC || buddyType >= MIGRATE_HIGHATOMIC))
+        break;
       this.#remove(zone, buddy, o, buddyType);
       at &= ~(1 << o);
       o++;
     }
-    if (atTail || (o < MAX_ORDER && this.#mergeLikely(at, o, start, end))) this.#addTail(zone, at, o, this.#listType(at, o, migratetype));
+    if (atTail || (o < MAX_ORDER && this.#mergeLikely(at, o, start, end)))
+      this.#addTail(zone, at, o, this.#listType(at, o, migratetype));
     else this.#addHead(zone, at, o, this.#listType(at, o, migratetype));
     if (notify && o >= PAGEBLOCK_ORDER) this.onLargeFree(o);
   }
@@ -335,7 +353,8 @@ export class Buddy {
     const page = this.memmap + (pfn << 4);
     shadowMove(w, this.memmap, this.vcpu, pfn, 1 << order, SHADOW_ISOLATED, SHADOW_BUDDY);
     this.freeOne(zone, pfn, order, false);
-    if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order) w[page + P_FLAGS] |= PG_REPORTED;
+    if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order)
+      w[page + P_FLAGS] |= PG_REPORTED;
   }
 
   // ── Boot ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -39,10 +39,9 @@ export const EVENT_NAMES = [
 export type EventName = (typeof EVENT_NAMES)[number];
 
 /** Word offset of each event in a CPU's row. */
-export const EV: Record<EventName, number> = Object.fromEntries(EVENT_NAMES.map((name, i) => [name, i])) as Record<
-  EventName,
-  number
->;
+export const EV: Record<EventName, number> = Object.fromEntries(
+  EVENT_NAMES.map((name, i) => [name, i]),
+) as Record<EventName, number>;
 
 /** Word of a CPU's row that counts its allocations, for stamps. */
 export const EVENT_STAMP = 63;

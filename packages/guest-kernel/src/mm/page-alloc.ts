@@ -77,7 +77,13 @@ export interface AllocatorOptions {
 }
 
 /** Called for each allocation and free, as `kmem:mm_page_alloc` and `mm_page_free` would be. */
-export type AllocTrace = (event: 'alloc' | 'free', pfn: number, order: number, migratetype: number, gfp: number) => void;
+export type AllocTrace = (
+  event: 'alloc' | 'free',
+  pfn: number,
+  order: number,
+  migratetype: number,
+  gfp: number,
+) => void;
 
 export class PageAllocator {
   trace: AllocTrace | null = null;
@@ -95,7 +101,14 @@ export class PageAllocator {
   readonly #options: AllocatorOptions;
   readonly #events: number;
 
-  constructor(arena: Arena, vcpu: Vcpu, buddy: Buddy, pcp: PerCpuPages, zones: readonly number[], options: AllocatorOptions) {
+  constructor(
+    arena: Arena,
+    vcpu: Vcpu,
+    buddy: Buddy,
+    pcp: PerCpuPages,
+    zones: readonly number[],
+    options: AllocatorOptions,
+  ) {
     this.#w = arena.w;
     this.#memmap = arena.memmap;
     this.#vcpu = vcpu;
@@ -225,7 +238,8 @@ export class PageAllocator {
   // ── Slow path ────────────────────────────────────────────────────────────────────────────────────────────────────
 
   #slowPath(order: number, migratetype: number, gfp: number): number {
-    if ((gfp & GFP_NO_KSWAPD) === 0) for (const i of this.#zonelists[gfp & GFP_ZONE_MASK]) this.pressure.wakeKswapd(this.#zones[i]);
+    if ((gfp & GFP_NO_KSWAPD) === 0)
+      for (const i of this.#zonelists[gfp & GFP_ZONE_MASK]) this.pressure.wakeKswapd(this.#zones[i]);
     let pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN);
     if (pfn >= 0 || (gfp & (GFP_NOWAIT | GFP_ATOMIC | GFP_MEMALLOC)) !== 0) return pfn;
     const w = this.#w;
@@ -334,7 +348,13 @@ export class PageAllocator {
  * Whether taking 2^order pages leaves `zone` above `mark` plus what it keeps for requests of lower zones, with a block
  * large enough on its lists (`__zone_watermark_ok`). Read without the lock: a stale count only moves the decision.
  */
-export function watermarkOk(w: Int32Array, zone: number, order: number, mark: number, highestType: number): boolean {
+export function watermarkOk(
+  w: Int32Array,
+  zone: number,
+  order: number,
+  mark: number,
+  highestType: number,
+): boolean {
   if (w[zone + Z_FREE] - (1 << order) + 1 <= mark + w[zone + Z_RESERVE + highestType]) return false;
   if (order === 0) return true;
   for (let o = order; o <= MAX_ORDER; o++) if (w[zone + Z_NR_FREE + o] > 0) return true;

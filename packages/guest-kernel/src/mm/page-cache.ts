@@ -107,7 +107,11 @@ export class PageCache {
 
   #find(inode: number, index: number): number {
     const w = this.#w;
-    for (let pfn = w[this.#bucket(inode, index)]; pfn >= 0; pfn = w[this.#memmap + (pfn << 4) + P_HASH_NEXT]) {
+    for (
+      let pfn = w[this.#bucket(inode, index)];
+      pfn >= 0;
+      pfn = w[this.#memmap + (pfn << 4) + P_HASH_NEXT]
+    ) {
       const page = this.#memmap + (pfn << 4);
       if (w[page + P_INODE] === inode && w[page + P_INDEX] === index) return pfn;
     }
@@ -201,7 +205,10 @@ export class PageCache {
       this.#unlock();
       return 'gone';
     }
-    if ((w[page + P_FLAGS] & (PG_DIRTY | PG_WRITEBACK)) !== 0 || Atomics.compareExchange(w, page + P_REF, 2, 1) !== 2) {
+    if (
+      (w[page + P_FLAGS] & (PG_DIRTY | PG_WRITEBACK)) !== 0 ||
+      Atomics.compareExchange(w, page + P_REF, 2, 1) !== 2
+    ) {
       this.#unlock();
       return 'busy';
     }
@@ -239,7 +246,8 @@ export class PageCache {
   markDirty(pfn: number): void {
     this.#lock();
     const page = this.#memmap + (pfn << 4);
-    if (this.#w[page + P_INODE] >= 0 && (Atomics.or(this.#w, page + P_FLAGS, PG_DIRTY) & PG_DIRTY) === 0) this.#w[H_NR_DIRTY]++;
+    if (this.#w[page + P_INODE] >= 0 && (Atomics.or(this.#w, page + P_FLAGS, PG_DIRTY) & PG_DIRTY) === 0)
+      this.#w[H_NR_DIRTY]++;
     this.#unlock();
   }
 
@@ -249,7 +257,8 @@ export class PageCache {
       const found = this.lookup(inode, index);
       if (found >= 0) {
         // Another CPU may be reading it in.
-        while ((Atomics.load(this.#w, this.#memmap + (found << 4) + P_FLAGS) & PG_UPTODATE) === 0) this.#relax();
+        while ((Atomics.load(this.#w, this.#memmap + (found << 4) + P_FLAGS) & PG_UPTODATE) === 0)
+          this.#relax();
         return found;
       }
       const pfn = this.#alloc.alloc(0, MIGRATE_MOVABLE, FILE_GFP);
@@ -313,7 +322,8 @@ export class PageCache {
     for (let i = 0; i < n; i++) {
       const page = this.#memmap + (this.#pfns[i] << 4);
       Atomics.and(w, page + P_FLAGS, ~PG_WRITEBACK);
-      if (!ok && w[page + P_INODE] >= 0 && (Atomics.or(w, page + P_FLAGS, PG_DIRTY) & PG_DIRTY) === 0) w[H_NR_DIRTY]++;
+      if (!ok && w[page + P_INODE] >= 0 && (Atomics.or(w, page + P_FLAGS, PG_DIRTY) & PG_DIRTY) === 0)
+        w[H_NR_DIRTY]++;
     }
     w[H_NR_WRITEBACK] -= n;
     this.#unlock();

@@ -54,17 +54,33 @@ export const SHADOW_ALLOCATED = 3;
 export const SHADOW_ISOLATED = 4;
 export const SHADOW_BALLOON = 5;
 
-export const SHADOW_NAMES = ['absent', 'buddy', 'per-CPU list', 'allocated', 'isolated for reporting', 'balloon'] as const;
+export const SHADOW_NAMES = [
+  'absent',
+  'buddy',
+  'per-CPU list',
+  'allocated',
+  'isolated for reporting',
+  'balloon',
+] as const;
 
 /**
  * Moves `count` pages from `from` to `to` in the shadow, and reports each that was elsewhere. The shadow is not read by
  * the allocator: it is a second book.
  */
-export function shadowMove(w: Int32Array, memmap: number, vcpu: Vcpu, pfn: number, count: number, from: number, to: number): void {
+export function shadowMove(
+  w: Int32Array,
+  memmap: number,
+  vcpu: Vcpu,
+  pfn: number,
+  count: number,
+  from: number,
+  to: number,
+): void {
   let at = memmap + (pfn << 4) + P_SHADOW;
   for (let i = 0; i < count; i++, at += 16) {
     const found = w[at];
-    if (found !== from) vcpu.report(found === SHADOW_ISOLATED ? 'reported-reuse' : 'guest-page-state', pfn + i, from, found);
+    if (found !== from)
+      vcpu.report(found === SHADOW_ISOLATED ? 'reported-reuse' : 'guest-page-state', pfn + i, from, found);
     w[at] = to;
   }
 }

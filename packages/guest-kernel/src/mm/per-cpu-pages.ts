@@ -13,7 +13,17 @@ import { MAX_CPUS, PCP_BASE, PCP_WORDS } from '../layout.ts';
 import type { Buddy } from './buddy.ts';
 import { EV, eventRow } from './events.ts';
 import { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP, shadowMove } from './page.ts';
-import { MIGRATE_MOVABLE, Z_FLAGS, Z_FREE, Z_HIGH, Z_PCP_BATCH, Z_PCP_HIGH_MAX, Z_PCP_HIGH_MIN, ZF_BELOW_HIGH, ZF_RECLAIM_ACTIVE } from './zone.ts';
+import {
+  MIGRATE_MOVABLE,
+  Z_FLAGS,
+  Z_FREE,
+  Z_HIGH,
+  Z_PCP_BATCH,
+  Z_PCP_HIGH_MAX,
+  Z_PCP_HIGH_MIN,
+  ZF_BELOW_HIGH,
+  ZF_RECLAIM_ACTIVE,
+} from './zone.ts';
 
 /** Words of one (zone, CPU): then head and tail of each list. */
 const C_COUNT = 0;
@@ -266,7 +276,8 @@ export class PerCpuPages {
     const batch = w[zone + Z_PCP_BATCH];
     let freeHigh = false;
     if (order > 0 && order <= COSTLY_ORDER) {
-      freeHigh = w[pcp + C_FREE_COUNT] >= batch && (w[pcp + C_FLAGS] & PREV_FREE_HIGH_ORDER) !== 0 && count >= batch;
+      freeHigh =
+        w[pcp + C_FREE_COUNT] >= batch && (w[pcp + C_FLAGS] & PREV_FREE_HIGH_ORDER) !== 0 && count >= batch;
       w[pcp + C_FLAGS] |= PREV_FREE_HIGH_ORDER;
     } else w[pcp + C_FLAGS] &= ~PREV_FREE_HIGH_ORDER;
     if (w[pcp + C_FREE_COUNT] < batch << SCALE_MAX) w[pcp + C_FREE_COUNT] += 1 << order;
@@ -351,7 +362,11 @@ export class PerCpuPages {
       const min = w[zone + Z_PCP_HIGH_MIN];
       const batch = w[zone + Z_PCP_BATCH];
       if (w[pcp + C_HIGH] > min) {
-        w[pcp + C_HIGH] = Math.max(w[pcp + C_COUNT] - (batch << SCALE_MAX), w[pcp + C_HIGH] - (w[pcp + C_HIGH] >> 3), min);
+        w[pcp + C_HIGH] = Math.max(
+          w[pcp + C_COUNT] - (batch << SCALE_MAX),
+          w[pcp + C_HIGH] - (w[pcp + C_HIGH] >> 3),
+          min,
+        );
       }
       const excess = w[pcp + C_COUNT] - w[pcp + C_HIGH];
       if (excess > 0 && w[pcp + C_HIGH] > 0) this.#freeBulk(zone, pcp, excess, 0);

@@ -40,7 +40,14 @@ export class Reclaim {
   /** Reclaim does not enter itself (`PF_MEMALLOC`). */
   #inside = false;
 
-  constructor(arena: Arena, vcpu: Vcpu, lru: Lru, cache: PageCache, alloc: PageAllocator, zones: readonly number[]) {
+  constructor(
+    arena: Arena,
+    vcpu: Vcpu,
+    lru: Lru,
+    cache: PageCache,
+    alloc: PageAllocator,
+    zones: readonly number[],
+  ) {
     this.#w = arena.w;
     this.#memmap = arena.memmap;
     this.#vcpu = vcpu;
@@ -72,7 +79,8 @@ export class Reclaim {
     if (this.#inside) return 0;
     let freed = this.#shrink(node, CLUSTER * 2, EV.pgscan_direct, EV.pgsteal_direct);
     for (const other of this.#nodes()) {
-      if (freed === 0 && other !== node) freed = this.#shrink(other, CLUSTER * 2, EV.pgscan_direct, EV.pgsteal_direct);
+      if (freed === 0 && other !== node)
+        freed = this.#shrink(other, CLUSTER * 2, EV.pgscan_direct, EV.pgsteal_direct);
     }
     if (freed > 0) this.#w[T_KSWAPD + node * 16 + K_FAILURES] = 0;
     return freed;
@@ -168,7 +176,8 @@ export class Reclaim {
       let dirty = 0;
       for (let i = 0; i < n; i++) {
         const flags = Atomics.load(w, this.#memmap + (this.#batch[i] << 4) + P_FLAGS);
-        if ((flags & (PG_DIRTY | PG_WRITEBACK)) === PG_DIRTY && (flags & PG_REFERENCED) === 0) this.#dirty[dirty++] = this.#batch[i];
+        if ((flags & (PG_DIRTY | PG_WRITEBACK)) === PG_DIRTY && (flags & PG_REFERENCED) === 0)
+          this.#dirty[dirty++] = this.#batch[i];
       }
       if (dirty > 0) this.#cache.writePages(this.#dirty, dirty);
       for (let i = 0; i < n; i++) if (this.#decide(node, this.#batch[i])) freed++;

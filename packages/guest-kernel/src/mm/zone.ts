@@ -125,7 +125,11 @@ export function setupWatermarks(w: Int32Array, bases: readonly number[], nrCpus:
     for (let type = 0; type < 4; type++) {
       let above = 0;
       for (const other of bases) {
-        if (w[other + Z_NODE] === w[z + Z_NODE] && w[other + Z_TYPE] > w[z + Z_TYPE] && w[other + Z_TYPE] <= type) {
+        if (
+          w[other + Z_NODE] === w[z + Z_NODE] &&
+          w[other + Z_TYPE] > w[z + Z_TYPE] &&
+          w[other + Z_TYPE] <= type
+        ) {
           above += w[other + Z_MANAGED];
         }
       }

@@ -1,6 +1,14 @@
 /** The benchmarks: each returns figures of one run; `main.ts` repeats them, pairs them with their counterparts, and prints. */
 import { arch } from 'node:os';
-import { Arena, Buddy, freePages, PerCpuPages, zoneBases, bootMemory, type GuestConfig } from '@ebb/guest-kernel';
+import {
+  Arena,
+  Buddy,
+  freePages,
+  PerCpuPages,
+  zoneBases,
+  bootMemory,
+  type GuestConfig,
+} from '@ebb/guest-kernel';
 import { gfn, GiB, MiB, NS_PER_S, PAGE_SIZE, Prng, type Vcpu } from '@ebb/machine';
 import { loadTrace } from '../compare/options.ts';
 import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
@@ -29,7 +37,10 @@ export async function ring(batch: number, chains: boolean, total: number): Promi
     let rate = 0;
     for (const n of [total / 10, total]) {
       new Uint8Array(buffer).fill(0);
-      const sides = Promise.all([driver.api.driver(buffer, n, batch, chains), device.api.device(buffer, n, batch, chains)]);
+      const sides = Promise.all([
+        driver.api.driver(buffer, n, batch, chains),
+        device.api.device(buffer, n, batch, chains),
+      ]);
       [rate] = await Promise.race([sides, driver.died, device.died]);
     }
     return rate;
@@ -136,7 +147,12 @@ export function access(): AccessFigures {
       vcpu.u8.set(from, vcpu.at);
     }
   });
-  return { runs: rawStore / runs, word: rawStore / word, random: rawRandom / vcpuRandom, copy: rawCopy / guestCopy };
+  return {
+    runs: rawStore / runs,
+    word: rawStore / word,
+    random: rawRandom / vcpuRandom,
+    copy: rawCopy / guestCopy,
+  };
 }
 
 function rawSequential(raw: Int32Array, words: number): void {
@@ -237,7 +253,14 @@ export async function replay(schedule: 'threads' | 'inline'): Promise<number> {
   const spec: RunSpec = {
     hostFrames: (640 * MiB) / PAGE_SIZE,
     backing: 'thp',
-    vms: [{ bootAtNs: 0, guest: guestOf(trace, { vcpus: 2, balloon: false }), program: { kind: 'replay', plan }, diskBytes: REPLAY_DISK_BYTES }],
+    vms: [
+      {
+        bootAtNs: 0,
+        guest: guestOf(trace, { vcpus: 2, balloon: false }),
+        program: { kind: 'replay', plan },
+        diskBytes: REPLAY_DISK_BYTES,
+      },
+    ],
     vcpusPerVm: 2,
     workers: 2,
     sampleNs: NS_PER_S,

@@ -17,7 +17,13 @@ import { MemFile, type HugePolicy } from '@ebb/memfs';
 
 export interface BenchMachine {
   readonly memory: HostMemory;
-  readonly buffers: { dram: SharedArrayBuffer; ledger: SharedArrayBuffer; violations: SharedArrayBuffer; control: SharedArrayBuffer; runControl: SharedArrayBuffer };
+  readonly buffers: {
+    dram: SharedArrayBuffer;
+    ledger: SharedArrayBuffer;
+    violations: SharedArrayBuffer;
+    control: SharedArrayBuffer;
+    runControl: SharedArrayBuffer;
+  };
   readonly vm: Vm;
   readonly tasks: HostTasks;
   poll(): boolean;
@@ -56,7 +62,14 @@ export function benchMachine(ramBytes: number, huge: HugePolicy): BenchMachine {
     frameFlags: new Uint8Array(memory.frames),
   });
   const file = new MemFile({ name: 'ram', nrBlocks: ramBytes / PAGE_SIZE, vm: 0, frames: pool, huge });
-  const setup = vm.setUserMemoryRegion({ slot: 0, flags: 0, guestPhysAddr: 0, memorySize: ramBytes, file, fileOffset: 0 });
+  const setup = vm.setUserMemoryRegion({
+    slot: 0,
+    flags: 0,
+    guestPhysAddr: 0,
+    memorySize: ramBytes,
+    file,
+    fileOffset: 0,
+  });
   while (setup.next().done !== true);
   const poll = (): boolean => {
     const found = vm.scanExits();

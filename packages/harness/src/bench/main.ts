@@ -60,14 +60,38 @@ async function pair(
   const mine = median(ours);
   const other = c === null ? null : median(theirs);
   const ratio = other === null ? null : higherIsBetter ? mine / other : other / mine;
-  rows.push({ name, unit, ebb: mine, other, ratio, target: `≥ ${target}`, met: ratio === null ? null : ratio >= target });
-  process.stderr.write(`${name}: ${mine.toFixed(2)} ${unit}${ratio === null ? '' : `, ${ratio.toFixed(2)} of C`}\n`);
+  rows.push({
+    name,
+    unit,
+    ebb: mine,
+    other,
+    ratio,
+    target: `≥ ${target}`,
+    met: ratio === null ? null : ratio >= target,
+  });
+  process.stderr.write(
+    `${name}: ${mine.toFixed(2)} ${unit}${ratio === null ? '' : `, ${ratio.toFixed(2)} of C`}\n`,
+  );
 }
 
 const c = (...args: string[]): (() => number) | null => (twin === null ? null : () => twin(...args));
 
-await pair('split queue, batch 64', 'M buffers/s', true, () => cases.ring(64, false, 8_000_000), c('ring', '64'), 0.5);
-await pair('split queue, indirect chains of 3, validated', 'M buffers/s', true, () => cases.ring(64, true, 1_500_000), c('ring', '64'), 0.25);
+await pair(
+  'split queue, batch 64',
+  'M buffers/s',
+  true,
+  () => cases.ring(64, false, 8_000_000),
+  c('ring', '64'),
+  0.5,
+);
+await pair(
+  'split queue, indirect chains of 3, validated',
+  'M buffers/s',
+  true,
+  () => cases.ring(64, true, 1_500_000),
+  c('ring', '64'),
+  0.25,
+);
 for (const what of ['bulk', 'random', 'mixed'] as const) {
   await pair(`buddy, ${what}`, 'ns/op', false, () => cases.buddy(what), c('buddy', what), 0.35);
 }
@@ -84,7 +108,15 @@ await pair('demand-zero fault, inline', 'ns', false, cases.demandZero, c('fault'
     ['copy', 'bulk copy by guest-physical address ÷ raw set', 0.7],
   ] as const) {
     const ratio = median(runs.map((r) => r[key]));
-    rows.push({ name, unit: 'ratio', ebb: ratio, other: null, ratio, target: `≥ ${target}`, met: ratio >= target });
+    rows.push({
+      name,
+      unit: 'ratio',
+      ebb: ratio,
+      other: null,
+      ratio,
+      target: `≥ ${target}`,
+      met: ratio >= target,
+    });
     process.stderr.write(`${name}: ${ratio.toFixed(2)}\n`);
   }
 }
@@ -99,23 +131,74 @@ await pair('demand-zero fault, inline', 'ns', false, cases.demandZero, c('fault'
   const mine = median(ours);
   const other = twin === null ? null : median(theirs);
   const slower = other === null ? null : mine / other;
-  rows.push({ name: 'exit round trip, threads (times slower than C spin)', unit: 'ns', ebb: mine, other, ratio: slower, target: '≤ 2', met: slower === null ? null : slower <= 2 });
-  rows.push({ name: 'exit, inline', unit: 'ns', ebb: cases.exitInline(300_000), other: null, ratio: null, target: '', met: null });
-  rows.push({ name: 'demand fault, threads', unit: 'ns', ebb: await cases.exitThreads(60_000, true), other: null, ratio: null, target: '', met: null });
+  rows.push({
+    name: 'exit round trip, threads (times slower than C spin)',
+    unit: 'ns',
+    ebb: mine,
+    other,
+    ratio: slower,
+    target: '≤ 2',
+    met: slower === null ? null : slower <= 2,
+  });
+  rows.push({
+    name: 'exit, inline',
+    unit: 'ns',
+    ebb: cases.exitInline(300_000),
+    other: null,
+    ratio: null,
+    target: '',
+    met: null,
+  });
+  rows.push({
+    name: 'demand fault, threads',
+    unit: 'ns',
+    ebb: await cases.exitThreads(60_000, true),
+    other: null,
+    ratio: null,
+    target: '',
+    met: null,
+  });
 }
 for (const schedule of ['threads', 'inline'] as const) {
   const rate = await cases.replay(schedule);
-  rows.push({ name: `trace replay, two vCPUs, ledger on, ${schedule}`, unit: 'M events/s', ebb: rate, other: null, ratio: null, target: '≥ 1', met: rate >= 1 });
+  rows.push({
+    name: `trace replay, two vCPUs, ledger on, ${schedule}`,
+    unit: 'M events/s',
+    ebb: rate,
+    other: null,
+    ratio: null,
+    target: '≥ 1',
+    met: rate >= 1,
+  });
   process.stderr.write(`replay ${schedule}: ${rate.toFixed(2)} M events/s\n`);
 }
 for (const name of ['balloon', 'reporting'] as const) {
   const rate = cases.returned(name);
-  rows.push({ name: `${name} scenario, memory zapped, flushed and freed`, unit: 'GiB/s', ebb: rate, other: null, ratio: null, target: '', met: null });
+  rows.push({
+    name: `${name} scenario, memory zapped, flushed and freed`,
+    unit: 'GiB/s',
+    ebb: rate,
+    other: null,
+    ratio: null,
+    target: '',
+    met: null,
+  });
 }
 
-const table = new Table({ head: ['benchmark', 'Ebb', 'C', 'unit', 'ratio', 'first step', ''], style: { head: [], border: [] } });
+const table = new Table({
+  head: ['benchmark', 'Ebb', 'C', 'unit', 'ratio', 'first step', ''],
+  style: { head: [], border: [] },
+});
 for (const r of rows) {
-  table.push([r.name, r.ebb.toFixed(2), r.other?.toFixed(2) ?? '', r.unit, r.ratio?.toFixed(2) ?? '', r.target, r.met === null ? '' : r.met ? 'met' : 'MISSED']);
+  table.push([
+    r.name,
+    r.ebb.toFixed(2),
+    r.other?.toFixed(2) ?? '',
+    r.unit,
+    r.ratio?.toFixed(2) ?? '',
+    r.target,
+    r.met === null ? '' : r.met ? 'met' : 'MISSED',
+  ]);
 }
 process.stdout.write(`${table.toString()}\n`);
 mkdirSync('out', { recursive: true });

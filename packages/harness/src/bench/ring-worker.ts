@@ -14,7 +14,13 @@ export class RingWorker {
   /** The device: takes what is there, returns it, until `total` buffers have passed. */
   device(buffer: SharedArrayBuffer, total: number, batch: number, chains: boolean): number {
     const memory = new FlatGuestMemory(buffer);
-    const queue = new SplitDeviceQueue({ size: SIZE, rings: RINGS, memory, eventIdx: false, indirect: chains });
+    const queue = new SplitDeviceQueue({
+      size: SIZE,
+      rings: RINGS,
+      memory,
+      eventIdx: false,
+      indirect: chains,
+    });
     const heads = new Int32Array(batch);
     const gpas = new Float64Array(batch);
     const lengths = new Int32Array(batch);
@@ -41,7 +47,14 @@ export class RingWorker {
   /** The driver: adds batches, reaps when fewer than half the entries are free. Returns million buffers per second. */
   driver(buffer: SharedArrayBuffer, total: number, batch: number, chains: boolean): number {
     const memory = new FlatGuestMemory(buffer);
-    const queue = new SplitDriverQueue({ size: SIZE, rings: RINGS, state: new Int32Array(driverQueueWords(SIZE)), stateBase: 0, eventIdx: false, indirect: chains });
+    const queue = new SplitDriverQueue({
+      size: SIZE,
+      rings: RINGS,
+      state: new Int32Array(driverQueueWords(SIZE)),
+      stateBase: 0,
+      eventIdx: false,
+      indirect: chains,
+    });
     queue.reset(memory);
     const gpas = Float64Array.from({ length: batch }, (_, i) => 0x20000 + 256 * i);
     const tokens = new Int32Array(SIZE);

@@ -2,7 +2,17 @@
  * A vCPU that does nothing but store to random pages of its VM, in its own thread, while the host takes pages away.
  * Each store writes a value that names vCPU and sequence, so a write that lands where it may not can be traced.
  */
-import { FrameLedger, gfn, HostMemory, Prng, RC_STOP, RunStopped, ThreadExitPort, Vcpu, ViolationLog } from '@ebb/machine';
+import {
+  FrameLedger,
+  gfn,
+  HostMemory,
+  Prng,
+  RC_STOP,
+  RunStopped,
+  ThreadExitPort,
+  Vcpu,
+  ViolationLog,
+} from '@ebb/machine';
 import { exposeToParent, turn } from '../run/worker-port.ts';
 
 export interface HammerSpec {

@@ -2,12 +2,15 @@ import { describe, expect, test } from 'vitest';
 import { hammer } from './hammer.ts';
 
 describe('vCPUs hammer pages while the host takes them away, in threads', () => {
-  test.each(['never', 'always'] as const)('huge pages %s: no stale write lands in a freed frame, no dirty bit is lost', async (huge) => {
-    const result = await hammer({ discards: 4000, huge, seed: 7 });
-    expect(result.kinds).toEqual([]);
-    expect(result.violations).toBe(0);
-    expect(result.discards).toBe(4000);
-    expect(result.flushWaits).toBeGreaterThan(10);
-    expect(result.stores).toBeGreaterThan(10_000);
-  });
+  test.each(['never', 'always'] as const)(
+    'huge pages %s: no stale write lands in a freed frame, no dirty bit is lost',
+    async (huge) => {
+      const result = await hammer({ discards: 4000, huge, seed: 7 });
+      expect(result.kinds).toEqual([]);
+      expect(result.violations).toBe(0);
+      expect(result.discards).toBe(4000);
+      expect(result.flushWaits).toBeGreaterThan(10);
+      expect(result.stores).toBeGreaterThan(10_000);
+    },
+  );
 });

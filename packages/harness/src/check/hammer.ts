@@ -35,7 +35,11 @@ export interface HammerResult {
 }
 
 /** Runs `discards` invalidations of random ranges against two hammering vCPUs. */
-export async function hammer(options: { readonly discards: number; readonly huge: HugePolicy; readonly seed: number }): Promise<HammerResult> {
+export async function hammer(options: {
+  readonly discards: number;
+  readonly huge: HugePolicy;
+  readonly seed: number;
+}): Promise<HammerResult> {
   const memory = new HostMemory(new SharedArrayBuffer(48 * MiB));
   const ledgerBuffer = new SharedArrayBuffer(ledgerBytes(memory.frames));
   const ledger = new FrameLedger(ledgerBuffer, memory.frames);
@@ -70,7 +74,19 @@ export async function hammer(options: { readonly discards: number; readonly huge
         if ((frameFlags[f] & FRAME_DIRTY) !== 0) continue;
         for (let w = 0; w < 1024; w++) {
           if (memory.i32[f * 1024 + w] === 0) continue;
-          log.record({ kind: 'lost-dirty', actor: 'kvm', vm: 0, vcpu: -1, gfn: -1, hfn: f, expected: 0, found: memory.i32[f * 1024 + w], owner: ledger.owner[f], stepTaken: ledger.stepTaken[f], stepReleased: 0 });
+          log.record({
+            kind: 'lost-dirty',
+            actor: 'kvm',
+            vm: 0,
+            vcpu: -1,
+            gfn: -1,
+            hfn: f,
+            expected: 0,
+            found: memory.i32[f * 1024 + w],
+            owner: ledger.owner[f],
+            stepTaken: ledger.stepTaken[f],
+            stepReleased: 0,
+          });
           break;
         }
       }
@@ -83,7 +99,14 @@ export async function hammer(options: { readonly discards: number; readonly huge
   let done = 0;
   let finished = false;
   const body = function* (): TaskBody {
-    yield* vm.setUserMemoryRegion({ slot: 0, flags: 0, guestPhysAddr: 0, memorySize: 16 * MiB, file, fileOffset: 0 });
+    yield* vm.setUserMemoryRegion({
+      slot: 0,
+      flags: 0,
+      guestPhysAddr: 0,
+      memorySize: 16 * MiB,
+      file,
+      fileOffset: 0,
+    });
     yield () => vm.counters.eptViolations > 5;
     for (; done < options.discards; done++) {
       const count = random.below(4) === 0 ? 512 : 1 + random.below(8);
@@ -99,7 +122,19 @@ export async function hammer(options: { readonly discards: number; readonly huge
   const words = new Int32Array(runControl);
   const workers = [0, 1].map((i) => spawnWorker<HammerWorker>('../check/hammer-worker.ts', `hammer${i}`));
   const runs = workers.map((worker, vcpu) =>
-    Promise.race([worker.api.run({ dram: memory.buffer, ledger: ledgerBuffer, violations, control, runControl, pages, vcpu, seed: options.seed }), worker.died]),
+    Promise.race([
+      worker.api.run({
+        dram: memory.buffer,
+        ledger: ledgerBuffer,
+        violations,
+        control,
+        runControl,
+        pages,
+        vcpu,
+        seed: options.seed,
+      }),
+      worker.died,
+    ]),
   );
   try {
     // The host serves from the first touch on; a discard may wait for a vCPU that is in guest mode.

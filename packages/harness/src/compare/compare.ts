@@ -4,8 +4,12 @@
  * For one seed: guests start one by one on one host until the run fails; then runs of exactly N, downward, until one
  * succeeds. That N is the count. `vmsFit` is the median over the seeds; the other figures are the median run's.
  */
-import { VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ } from '@ebb/virtio/uapi';
-import { COST_TABLE, costTableHash, NS_PER_S, PAGE_SIZE, Prng } from '@ebb/machine';
+import {
+  VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
+  VIRTIO_BALLOON_F_REPORTING,
+  VIRTIO_BALLOON_F_STATS_VQ,
+} from '@ebb/virtio/uapi';
+import { COST_TABLE, costTableHash, GiB, NS_PER_S, PAGE_SIZE, Prng } from '@ebb/machine';
 import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
 import { fileStorage } from '../run/file-storage.ts';
 import { guestOf, REPLAY_DISK_BYTES } from '../run/guest-of.ts';
@@ -58,43 +62,86 @@ const LOWER_BOUNDS: Record<Technique, string[]> = {
   reporting: [],
 };
 
-export async function compare(options: CompareOptions, onProgress: (p: CompareProgress) => void, traceOut: boolean): Promise<CompareOutcome> {
+/**
+ * A lane runs one machine at a time: its own host memory and threads. On a small trace one machine keeps little more than
+ * one core busy, so two lanes share the work of a comparison where host memory allows.
+ */
+class Lane {
+  readonly host: HostBuffers;
+  readonly pool: ThreadPool | null;
+
+  constructor(options: CompareOptions) {
+    this.host = hostBuffers(options.hostMemory);
+    this.pool = options.schedule === 'threads' ? new ThreadPool(workersFor(options.vcpus)) : null;
+  }
+}
+
+/** Host memory of all lanes together stays below this. */
+const LANE_BYTES: number = 4.5 * GiB;
+
+interface Job {
+  readonly technique: Technique;
+  readonly seed: number;
+}
+
+export async function compare(
+  options: CompareOptions,
+  onProgress: (p: CompareProgress) => void,
+  traceOut: boolean,
+): Promise<CompareOutcome> {
   const plan = makePlan(options.trace, options.vcpus);
-  const host = hostBuffers(options.hostMemory);
-  const pool = options.schedule === 'threads' ? new ThreadPool(workersFor(options.vcpus)) : null;
   const seeds = Array.from({ length: options.repeat }, (_, i) => options.seed + i);
-  const runs: TechniqueRun[] = [];
+  const jobs: Job[] = options.techniques.flatMap((technique) => seeds.map((seed) => ({ technique, seed })));
+  const nrLanes =
+    options.schedule === 'threads' && jobs.length > 1 && 2 * options.hostMemory <= LANE_BYTES && !traceOut
+      ? 2
+      : 1;
+  const lanes = Array.from({ length: nrLanes }, () => new Lane(options));
+  const done = new Map<string, SeedRun & { readonly wallMs: number }>();
   const notes: string[] = [];
-  const results: CompareJson['results'] = [];
   const deviceTrace: string[] = [];
   const allocTrace: string[] = [];
-  try {
-    for (const technique of options.techniques) {
-      const began = performance.now();
-      const seedRuns: SeedRun[] = [];
-      for (const seed of seeds) {
-        const one = async (vms: number, exact: boolean): Promise<RunResult> => {
-          const spec = specOf(options, plan, technique, vms, seed, traceOut);
-          const { result, alloc } = await execute(spec, host, pool, (nowNs, hostUsedBytes, started, finished) =>
-            onProgress({ technique, seed, vms: started, exact, nowNs, hostUsedBytes, finished }),
-          );
-          if (traceOut) {
-            deviceTrace.splice(0, deviceTrace.length, ...result.deviceTrace);
-            allocTrace.splice(0, allocTrace.length, ...alloc);
-          }
-          if (result.ledgerViolations > 0) notes.push(...result.violations.map((v) => `${technique}, seed ${seed}: ${v}`));
-          return result;
-        };
-        seedRuns.push(await countFor(options, seed, one));
+  const runJob = async ({ technique, seed }: Job, lane: Lane): Promise<void> => {
+    const began = performance.now();
+    const run = await countFor(options, seed, async (vms, exact) => {
+      const spec = specOf(options, plan, technique, vms, seed, traceOut);
+      const { result, alloc } = await execute(
+        spec,
+        lane.host,
+        lane.pool,
+        (nowNs, hostUsedBytes, up, finished) =>
+          onProgress({ technique, seed, vms: up, exact, nowNs, hostUsedBytes, finished }),
+      );
+      if (traceOut) {
+        deviceTrace.splice(0, deviceTrace.length, ...result.deviceTrace);
+        allocTrace.splice(0, allocTrace.length, ...alloc);
       }
-      const ordered = seedRuns.toSorted((a, b) => a.count - b.count);
-      const median = ordered[Math.floor((ordered.length - 1) / 2)];
-      if (options.vms !== undefined) for (const run of seedRuns) if (!run.ok) notes.push(`${technique}, seed ${run.seed}: ${run.result.why}`);
-      runs.push({ technique, vmsFit: median.count, result: median.result });
-      results.push(row(technique, median, [ordered[0].count, ordered[ordered.length - 1].count], Math.round(performance.now() - began)));
-    }
+      if (result.ledgerViolations > 0)
+        notes.push(...result.violations.map((v) => `${technique}, seed ${seed}: ${v}`));
+      return result;
+    });
+    if (options.vms !== undefined && !run.ok) notes.push(`${technique}, seed ${seed}: ${run.result.why}`);
+    done.set(`${technique}/${seed}`, { ...run, wallMs: performance.now() - began });
+  };
+  try {
+    const waiting = [...jobs];
+    const work = async (lane: Lane): Promise<void> => {
+      for (let job = waiting.shift(); job !== undefined; job = waiting.shift()) await runJob(job, lane);
+    };
+    await Promise.all(lanes.map(work));
   } finally {
-    await pool?.close();
+    await Promise.all(lanes.map(async (lane) => lane.pool?.close()));
+  }
+  const runs: TechniqueRun[] = [];
+  const results: CompareJson['results'] = [];
+  for (const technique of options.techniques) {
+    const ordered = seeds
+      .flatMap((seed) => done.get(`${technique}/${seed}`) ?? [])
+      .toSorted((a, b) => a.count - b.count);
+    const median = ordered[Math.floor((ordered.length - 1) / 2)];
+    const wallMs = Math.round(ordered.reduce((sum, run) => sum + run.wallMs, 0));
+    runs.push({ technique, vmsFit: median.count, result: median.result });
+    results.push(row(technique, median, [ordered[0].count, ordered[ordered.length - 1].count], wallMs));
   }
   const json: CompareJson = {
     schema: 1,
@@ -103,7 +150,12 @@ export async function compare(options: CompareOptions, onProgress: (p: ComparePr
     costTable: costTableHash(COST_TABLE),
     backing: options.backing === '4k' ? '4k' : 'thp',
     hugePages: options.backing === '4k' ? 'never' : 'always',
-    trace: { name: options.trace.name, hash: options.trace.hash, events: plan.count, guestMemoryBytes: options.guestMemory },
+    trace: {
+      name: options.trace.name,
+      hash: options.trace.hash,
+      events: plan.count,
+      guestMemoryBytes: options.guestMemory,
+    },
     host: { memoryBytes: options.hostMemory, cpus: workersFor(options.vcpus) },
     seeds,
     results,
@@ -138,8 +190,19 @@ function started(result: RunResult): number {
   return /has no memory to start/.test(result.why) ? on + 1 : on;
 }
 
-function specOf(options: CompareOptions, plan: ReplayPlan, technique: Technique, vms: number, seed: number, traceOut: boolean): RunSpec {
-  const guest = guestOf(options.trace, { guestMemoryBytes: options.guestMemory, vcpus: options.vcpus, balloon: technique !== 'none' });
+function specOf(
+  options: CompareOptions,
+  plan: ReplayPlan,
+  technique: Technique,
+  vms: number,
+  seed: number,
+  traceOut: boolean,
+): RunSpec {
+  const guest = guestOf(options.trace, {
+    guestMemoryBytes: options.guestMemory,
+    vcpus: options.vcpus,
+    balloon: technique !== 'none',
+  });
   const random = new Prng(seed);
   const vm = (k: number): VmSpec => ({
     // VM k boots at k · stagger plus a seeded jitter of at most one stagger.
@@ -173,7 +236,9 @@ async function execute(
 ): Promise<{ result: RunResult; alloc: string[] }> {
   const buffers = runBuffers(spec, host);
   if (pool !== null) {
-    const { result, allocTrace } = await runThreads(spec, buffers, pool, (p) => onProgress(p.nowNs, p.hostUsedBytes, p.vms, p.finished));
+    const { result, allocTrace } = await runThreads(spec, buffers, pool, (p) =>
+      onProgress(p.nowNs, p.hostUsedBytes, p.vms, p.finished),
+    );
     return { result, alloc: allocTrace.map((e) => e.line) };
   }
   const disks: { close(): void }[] = [];
@@ -196,9 +261,15 @@ async function execute(
   return { result, alloc: allocTrace.map((e) => e.line) };
 }
 
-function row(technique: Technique, run: SeedRun, range: [number, number], wallMs: number): CompareJson['results'][number] {
+function row(
+  technique: Technique,
+  run: SeedRun,
+  range: [number, number],
+  wallMs: number,
+): CompareJson['results'][number] {
   const { result } = run;
-  const sum = (pick: (vm: RunResult['vms'][number]) => number): number => result.vms.reduce((total, vm) => total + pick(vm), 0);
+  const sum = (pick: (vm: RunResult['vms'][number]) => number): number =>
+    result.vms.reduce((total, vm) => total + pick(vm), 0);
   return {
     technique,
     vmsFit: run.count,

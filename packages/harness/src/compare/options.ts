@@ -7,7 +7,7 @@ import { readTrace } from '../trace/ebbtrace.ts';
 import { UserError, type Trace } from '../trace/trace.ts';
 import type { Backing, Technique } from '../run/spec.ts';
 
-export const TECHNIQUES: readonly Technique[] = ['none', 'balloon', 'reporting'];
+const TECHNIQUES: readonly Technique[] = ['none', 'balloon', 'reporting'];
 export const SHIPPED_TRACES = ['build', 'hog', 'reporting'] as const;
 
 export interface CompareOptions {
@@ -43,15 +43,18 @@ export interface CompareFlags {
 }
 
 /** A shipped trace's file. */
-export function shippedTracePath(name: string): string {
+function shippedTracePath(name: string): string {
   return fileURLToPath(new URL(`../../traces/${name}.ebbtrace`, import.meta.url));
 }
 
 /** Loads a trace by shipped name, `.ebbtrace` file, tracefs text or capture folder. */
 export function loadTrace(nameOrPath: string): Trace {
-  if ((SHIPPED_TRACES as readonly string[]).includes(nameOrPath) && !existsSync(nameOrPath)) return readTrace(shippedTracePath(nameOrPath));
+  if ((SHIPPED_TRACES as readonly string[]).includes(nameOrPath) && !existsSync(nameOrPath))
+    return readTrace(shippedTracePath(nameOrPath));
   if (!existsSync(nameOrPath)) {
-    throw new UserError(`trace '${nameOrPath}': neither a file nor a folder nor a shipped trace; shipped are ${SHIPPED_TRACES.join(', ')}`);
+    throw new UserError(
+      `trace '${nameOrPath}': neither a file nor a folder nor a shipped trace; shipped are ${SHIPPED_TRACES.join(', ')}`,
+    );
   }
   if (nameOrPath.endsWith('.ebbtrace') && statSync(nameOrPath).isFile()) return readTrace(nameOrPath);
   return readCapture(nameOrPath);
@@ -60,29 +63,34 @@ export function loadTrace(nameOrPath: string): Trace {
 /** A whole number in a range, or the user's mistake. */
 export function wholeNumber(flag: string, text: string, min: number, max: number): number {
   const value = Number(text);
-  if (!Number.isInteger(value) || value < min || value > max) throw new UserError(`${flag} ${text}: give a whole number from ${min} to ${max}`);
+  if (!Number.isInteger(value) || value < min || value > max)
+    throw new UserError(`${flag} ${text}: give a whole number from ${min} to ${max}`);
   return value;
 }
 
-export function size(flag: string, text: string): number {
+function size(flag: string, text: string): number {
   const parsed = parseSize(text);
   if (!parsed.ok) throw new UserError(`${flag}: ${parsed.error}`);
   return parsed.value;
 }
 
 export function oneOf<T extends string>(flag: string, text: string, allowed: readonly T[]): T {
-  if (!(allowed as readonly string[]).includes(text)) throw new UserError(`${flag} ${text}: give ${allowed.join(' or ')}`);
+  if (!(allowed as readonly string[]).includes(text))
+    throw new UserError(`${flag} ${text}: give ${allowed.join(' or ')}`);
   return text as T;
 }
 
 export function checkCompare(flags: CompareFlags): CompareOptions {
   const hostMemory = size('--host-memory', flags.hostMemory);
   if (hostMemory < 64 * MiB || hostMemory > MAX_HOST_MEMORY || hostMemory % (2 * MiB) !== 0) {
-    throw new UserError(`--host-memory ${flags.hostMemory}: give 64M to ${formatBytes(MAX_HOST_MEMORY)} in steps of 2 MiB`);
+    throw new UserError(
+      `--host-memory ${flags.hostMemory}: give 64M to ${formatBytes(MAX_HOST_MEMORY)} in steps of 2 MiB`,
+    );
   }
   const techniques = flags.technique.split(',').map((t) => oneOf('--technique', t.trim(), TECHNIQUES));
   const staggerS = Number(flags.stagger);
-  if (!(staggerS >= 0 && staggerS <= 3600)) throw new UserError(`--stagger ${flags.stagger}: give seconds from 0 to 3600`);
+  if (!(staggerS >= 0 && staggerS <= 3600))
+    throw new UserError(`--stagger ${flags.stagger}: give seconds from 0 to 3600`);
   const repeat = wholeNumber('--repeat', flags.repeat, 1, 100);
   const maxVms = wholeNumber('--max-vms', flags.maxVms, 1, 64);
   const vms = flags.vms === undefined ? undefined : wholeNumber('--vms', flags.vms, 1, maxVms);
@@ -90,13 +98,29 @@ export function checkCompare(flags: CompareFlags): CompareOptions {
   const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
   const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
   const trace = loadTrace(flags.trace);
-  const vcpus = flags.vcpus === undefined ? Math.min(8, trace.nrCpus) : wholeNumber('--vcpus', flags.vcpus, 1, 8);
-  const guestMemory = flags.guestMemory === undefined ? trace.guestMemoryBytes : size('--guest-memory', flags.guestMemory);
+  const vcpus =
+    flags.vcpus === undefined ? Math.min(8, trace.nrCpus) : wholeNumber('--vcpus', flags.vcpus, 1, 8);
+  const guestMemory =
+    flags.guestMemory === undefined ? trace.guestMemoryBytes : size('--guest-memory', flags.guestMemory);
   if (guestMemory < trace.guestMemoryBytes) {
     throw new UserError(
       `--guest-memory ${flags.guestMemory}: the trace '${trace.name}' was captured with ${formatBytes(trace.guestMemoryBytes)}; give at least that`,
     );
   }
-  if (guestMemory % (2 * MiB) !== 0) throw new UserError(`--guest-memory ${flags.guestMemory}: give a multiple of 2 MiB`);
-  return { trace, techniques, hostMemory, guestMemory, vcpus, staggerNs: staggerS * 1e9, repeat, vms, maxVms, backing, schedule, seed };
+  if (guestMemory % (2 * MiB) !== 0)
+    throw new UserError(`--guest-memory ${flags.guestMemory}: give a multiple of 2 MiB`);
+  return {
+    trace,
+    techniques,
+    hostMemory,
+    guestMemory,
+    vcpus,
+    staggerNs: staggerS * 1e9,
+    repeat,
+    vms,
+    maxVms,
+    backing,
+    schedule,
+    seed,
+  };
 }

@@ -4,18 +4,20 @@ import { parseHTML } from 'linkedom';
 import { formatBytes, GiB, MiB, NS_PER_S } from '@ebb/machine';
 import type { CompareOutcome, TechniqueRun } from '../compare/compare.ts';
 
-type PlotDocument = NonNullable<Parameters<typeof Plot.plot>[0]>['document'];
-
 function svg(options: Parameters<typeof Plot.plot>[0]): string {
   const { document } = parseHTML('<html><body></body></html>');
-  const figure = Plot.plot({ ...options, document: document as unknown as NonNullable<PlotDocument> }) as unknown as { outerHTML: string };
+  const figure = Plot.plot({ ...options, document }) as unknown as { outerHTML: string };
   return figure.outerHTML;
 }
 
 /** Host memory over virtual time, a line per technique. */
 function hostPlot(outcome: CompareOutcome): string {
   const rows = outcome.runs.flatMap((run) =>
-    run.result.samples.map((s) => ({ technique: run.technique, seconds: s.atNs / NS_PER_S, GiB: s.hostUsed / GiB })),
+    run.result.samples.map((s) => ({
+      technique: run.technique,
+      seconds: s.atNs / NS_PER_S,
+      GiB: s.hostUsed / GiB,
+    })),
   );
   return svg({
     width: 920,
@@ -36,7 +38,12 @@ function hostPlot(outcome: CompareOutcome): string {
 function guestPlot(run: TechniqueRun): string {
   const rows = run.result.samples.flatMap((s) =>
     s.guests.flatMap((guest, vm) =>
-      (['used', 'cached', 'free'] as const).map((kind) => ({ vm: `VM ${vm}`, seconds: s.atNs / NS_PER_S, kind, MiB: guest[kind] / MiB })),
+      (['used', 'cached', 'free'] as const).map((kind) => ({
+        vm: `VM ${vm}`,
+        seconds: s.atNs / NS_PER_S,
+        kind,
+        MiB: guest[kind] / MiB,
+      })),
     ),
   );
   return svg({
@@ -48,7 +55,12 @@ function guestPlot(run: TechniqueRun): string {
     y: { label: 'MiB', ticks: 3, grid: true },
     fy: { label: null },
     color: { legend: true, domain: ['used', 'cached', 'free'], range: ['#4269d0', '#efb118', '#b8d8be'] },
-    marks: [Plot.areaY(rows, Plot.stackY({ x: 'seconds', y: 'MiB', fill: 'kind', fy: 'vm', order: ['used', 'cached', 'free'] }))],
+    marks: [
+      Plot.areaY(
+        rows,
+        Plot.stackY({ x: 'seconds', y: 'MiB', fill: 'kind', fy: 'vm', order: ['used', 'cached', 'free'] }),
+      ),
+    ],
   });
 }
 
@@ -64,7 +76,9 @@ export function renderReport(outcome: CompareOutcome): string {
         `<td>${formatBytes(r.returnedBytes)}</td><td>${r.eptViolations}</td><td>${r.tlbFlushes}</td><td>${(r.stallVirtualNs.total / 1e6).toFixed(1)} ms</td><td>${r.ledgerViolations}</td></tr>`,
     )
     .join('\n');
-  const guests = outcome.runs.map((run) => `<h3>${run.technique}: ${run.vmsFit} VMs</h3>${guestPlot(run)}`).join('\n');
+  const guests = outcome.runs
+    .map((run) => `<h3>${run.technique}: ${run.vmsFit} VMs</h3>${guestPlot(run)}`)
+    .join('\n');
   return `<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Ebb: ${escape(json.trace.name)} on ${formatBytes(json.host.memoryBytes)}</title>
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;width:100%}td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%}</style>

@@ -17,7 +17,9 @@ function sharedBuffer(bytes: number, what: string): SharedArrayBuffer {
   try {
     return new SharedArrayBuffer(bytes);
   } catch {
-    throw new UserError(`${what}: ${formatBytes(bytes)} of shared memory cannot be had on this machine; ask for less`);
+    throw new UserError(
+      `${what}: ${formatBytes(bytes)} of shared memory cannot be had on this machine; ask for less`,
+    );
   }
 }
 
@@ -29,7 +31,9 @@ export interface HostBuffers {
 
 export function hostBuffers(hostBytes: number): HostBuffers {
   if (hostBytes > MAX_HOST_MEMORY) {
-    throw new UserError(`--host-memory ${formatBytes(hostBytes)}: at most ${formatBytes(MAX_HOST_MEMORY)} can be simulated; see docs/not-modelled.md`);
+    throw new UserError(
+      `--host-memory ${formatBytes(hostBytes)}: at most ${formatBytes(MAX_HOST_MEMORY)} can be simulated; see docs/not-modelled.md`,
+    );
   }
   const dram = sharedBuffer(hostBytes, 'host memory');
   return { dram, ledger: sharedBuffer(ledgerBytes(hostBytes / PAGE_SIZE), 'frame ledger') };
@@ -44,6 +48,8 @@ export function runBuffers(spec: RunSpec, host: HostBuffers): RunBuffers {
     control: sharedBuffer(spec.vms.length * spec.vcpusPerVm * VCPU_BLOCK_BYTES, 'control blocks'),
     runControl: sharedBuffer(RUN_CONTROL_BYTES, 'run control'),
     arenas: spec.vms.map((vm) => sharedBuffer(Arena.bytes(vm.guest.maxPfn), 'guest kernel arena')),
-    handles: spec.vms.map((vm) => sharedBuffer(vm.program.kind === 'replay' ? handleBytes(vm.program.plan) : 4, 'handle table')),
+    handles: spec.vms.map((vm) =>
+      sharedBuffer(vm.program.kind === 'replay' ? handleBytes(vm.program.plan) : 4, 'handle table'),
+    ),
   };
 }

@@ -18,7 +18,15 @@ import { HostileProgram } from './hostile-program.ts';
 import { PressureProgram } from './pressure-program.ts';
 import type { Program } from './program.ts';
 import { ReplayProgram } from './replay-program.ts';
-import { RC_VM, RC_VM_EVENTS, VM_FAILED, VM_KILLED, workerOf, type RunBuffers, type RunSpec } from './spec.ts';
+import {
+  RC_VM,
+  RC_VM_EVENTS,
+  VM_FAILED,
+  VM_KILLED,
+  workerOf,
+  type RunBuffers,
+  type RunSpec,
+} from './spec.ts';
 import { TouchFreeProgram } from './touch-free-program.ts';
 import { traceWriter } from './trace-writer.ts';
 

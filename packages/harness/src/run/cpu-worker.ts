@@ -28,7 +28,12 @@ const SPINS_CROWDED = 300;
 
 export class CpuWorker {
   /** Runs windows until `stop`. Returns the allocation trace, if the run collects one. */
-  async run(spec: RunSpec, buffers: RunBuffers, worker: number, crowded: boolean): Promise<{ atNs: number; line: string }[]> {
+  async run(
+    spec: RunSpec,
+    buffers: RunBuffers,
+    worker: number,
+    crowded: boolean,
+  ): Promise<{ atNs: number; line: string }[]> {
     const runControl = sharedI32('run-control', buffers.runControl);
     const runF64 = sharedF64('run-control', buffers.runControl);
     const line = RC_WORKER + worker * RC_WORKER_STRIDE;

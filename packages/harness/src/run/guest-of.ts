@@ -17,7 +17,9 @@ export interface GuestOptions {
 export function guestOf(trace: Trace, options: GuestOptions): GuestConfig {
   const wanted = options.guestMemoryBytes ?? trace.guestMemoryBytes;
   if (wanted < trace.guestMemoryBytes) {
-    throw new UserError(`--guest-memory ${formatBytes(wanted)}: the trace '${trace.name}' was captured with ${formatBytes(trace.guestMemoryBytes)}; give at least that`);
+    throw new UserError(
+      `--guest-memory ${formatBytes(wanted)}: the trace '${trace.name}' was captured with ${formatBytes(trace.guestMemoryBytes)}; give at least that`,
+    );
   }
   const extra = (wanted - trace.guestMemoryBytes) / PAGE_SIZE;
   const maxPfn = trace.maxPfn + extra;

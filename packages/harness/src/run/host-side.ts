@@ -53,7 +53,15 @@ import { MemFile } from '@ebb/memfs';
 import { MmioTransport } from '@ebb/virtio/device';
 import { MMIO_REGION_BYTES } from '@ebb/virtio/uapi';
 import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
-import { RC_VM, RC_VM_EVENTS, VM_FAILED, VM_KILLED, type RunBuffers, type RunSpec, type VmSpec } from './spec.ts';
+import {
+  RC_VM,
+  RC_VM_EVENTS,
+  VM_FAILED,
+  VM_KILLED,
+  type RunBuffers,
+  type RunSpec,
+  type VmSpec,
+} from './spec.ts';
 
 /** Longest window while a guest has something to do. */
 const WINDOW_NS: number = 10 * NS_PER_MS;
@@ -63,7 +71,12 @@ const POLICY_NS: number = NS_PER_S;
 export interface Sample {
   readonly atNs: number;
   readonly hostUsed: number;
-  readonly guests: readonly { readonly free: number; readonly cached: number; readonly used: number; readonly host: number }[];
+  readonly guests: readonly {
+    readonly free: number;
+    readonly cached: number;
+    readonly used: number;
+    readonly host: number;
+  }[];
 }
 
 export interface VmResult {
@@ -94,7 +107,12 @@ export interface RunResult {
   readonly zeroedFrames: number;
   readonly ledgerViolations: number;
   readonly violations: readonly string[];
-  readonly stall: { readonly total: number; readonly p50: number; readonly p99: number; readonly max: number };
+  readonly stall: {
+    readonly total: number;
+    readonly p50: number;
+    readonly p99: number;
+    readonly max: number;
+  };
   readonly vms: readonly VmResult[];
   readonly samples: readonly Sample[];
   readonly deviceTrace: readonly string[];
@@ -189,7 +207,8 @@ export class HostSide {
     }
     this.#serveTimers(now);
     while (this.vms.length < this.#spec.vms.length && this.#spec.vms[this.vms.length].bootAtNs <= now) {
-      if (!this.#boot(this.vms.length)) return this.#end(`VM ${this.vms.length}: the host has no memory to start it`);
+      if (!this.#boot(this.vms.length))
+        return this.#end(`VM ${this.vms.length}: the host has no memory to start it`);
       // Nobody has asked on behalf of the new VM yet: it has something to do at once.
       due = now;
     }
@@ -228,7 +247,12 @@ export class HostSide {
     if (next !== undefined) at = Math.min(at, next.bootAtNs);
     if (this.#finishedAt >= 0) at = Math.min(at, this.#finishedAt + this.#spec.graceNs);
     for (const vm of this.vms) {
-      at = Math.min(at, vm.policyDue, vm.targets[0]?.[0] ?? Number.POSITIVE_INFINITY, vm.hints[0]?.at ?? Number.POSITIVE_INFINITY);
+      at = Math.min(
+        at,
+        vm.policyDue,
+        vm.targets[0]?.[0] ?? Number.POSITIVE_INFINITY,
+        vm.hints[0]?.at ?? Number.POSITIVE_INFINITY,
+      );
     }
     return at;
   }
@@ -238,7 +262,8 @@ export class HostSide {
     for (const vm of this.vms) {
       const { balloon } = vm;
       if (balloon === null) continue;
-      while (vm.targets.length > 0 && vm.targets[0][0] <= now) balloon.setTarget((vm.targets.shift() as readonly [number, number])[1]);
+      while (vm.targets.length > 0 && vm.targets[0][0] <= now)
+        balloon.setTarget((vm.targets.shift() as readonly [number, number])[1]);
       while (vm.hints.length > 0 && vm.hints[0].at <= now) {
         if ((vm.hints.shift() as { start: boolean }).start) balloon.startHinting();
         else vm.hintedPages = balloon.stopHinting().count();
@@ -247,7 +272,9 @@ export class HostSide {
         vm.policyDue = now + POLICY_NS;
         if (balloon.counters.statsUpdates > 0) {
           const ramBytes = vm.file.nrBlocks * PAGE_SIZE;
-          balloon.setTarget(this.#policy({ stats: balloon.stats, ramBytes, actualBytes: balloon.actual * PAGE_SIZE }));
+          balloon.setTarget(
+            this.#policy({ stats: balloon.stats, ramBytes, actualBytes: balloon.actual * PAGE_SIZE }),
+          );
         }
         balloon.requestStats();
       }
@@ -260,7 +287,8 @@ export class HostSide {
     const spec = this.#spec.vms[k];
     const id = k;
     // The VMM, the root table, and one frame to begin with must be there.
-    if (!this.pool.chargeVmm(id, Math.ceil(COST_TABLE.vmmBytesPerVm / PAGE_SIZE)) || this.pool.buddy.free < 2) return false;
+    if (!this.pool.chargeVmm(id, Math.ceil(COST_TABLE.vmmBytesPerVm / PAGE_SIZE)) || this.pool.buddy.free < 2)
+      return false;
     const vm = new Vm({
       id,
       nrVcpus: this.#spec.vcpusPerVm,
@@ -273,8 +301,10 @@ export class HostSide {
       tableLive: this.#tableLive,
       frameFlags: this.#frameFlags,
     });
-    const huge = this.#spec.backing === 'thp' ? 'always' : this.#spec.backing === 'hugetlb' ? 'hugetlb' : 'never';
-    const nrBlocks = this.#spec.backing === 'hugetlb' ? Math.ceil(spec.guest.maxPfn / 512) * 512 : spec.guest.maxPfn;
+    const huge =
+      this.#spec.backing === 'thp' ? 'always' : this.#spec.backing === 'hugetlb' ? 'hugetlb' : 'never';
+    const nrBlocks =
+      this.#spec.backing === 'hugetlb' ? Math.ceil(spec.guest.maxPfn / 512) * 512 : spec.guest.maxPfn;
     const file = new MemFile({ name: `vm${k}/ram0`, nrBlocks, vm: id, frames: this.pool, huge });
     // Two slots, so that the hole at 640 KiB is no memory.
     let slot = 0;
@@ -283,13 +313,24 @@ export class HostSide {
       [VGA_HOLE_END, nrBlocks],
     ] as const) {
       if (from >= to) continue;
-      const region = { slot: slot++, flags: 0, guestPhysAddr: from * PAGE_SIZE, memorySize: (to - from) * PAGE_SIZE, file, fileOffset: from };
+      const region = {
+        slot: slot++,
+        flags: 0,
+        guestPhysAddr: from * PAGE_SIZE,
+        memorySize: (to - from) * PAGE_SIZE,
+        file,
+        fileOffset: from,
+      };
       const done = runToEnd(vm.setUserMemoryRegion(region));
       assert(done.ok, 'a fresh VM takes its slots');
     }
     const arena = new Arena(this.#buffers.arenas[k], spec.guest.maxPfn);
     const transports: MmioTransport[] = [];
-    const port: DevicePort = { spawn: (name, body) => void this.tasks.spawn(`vm${k}/${name}`, body), now: () => vm.kickTime, costs: vm.costs };
+    const port: DevicePort = {
+      spawn: (name, body) => void this.tasks.spawn(`vm${k}/${name}`, body),
+      now: () => vm.kickTime,
+      costs: vm.costs,
+    };
     const attach = (line: number, device: BalloonDevice | BlockDevice): void => {
       const transport = new MmioTransport({
         device,
@@ -311,8 +352,17 @@ export class HostSide {
       balloon = new BalloonDevice({
         port,
         features: spec.balloonFeatures,
-        memory: { ramPages: nrBlocks, unitPages: file.granularity, discard: (runs, n) => vm.discard(runs, n) },
-        ...(this.#spec.traceOut ? { trace: (line: string) => this.#deviceTrace.push(`${k}@${(this.windowEnd / NS_PER_S).toFixed(6)}:${line}`) } : {}),
+        memory: {
+          ramPages: nrBlocks,
+          unitPages: file.granularity,
+          discard: (runs, n) => vm.discard(runs, n),
+        },
+        ...(this.#spec.traceOut
+          ? {
+              trace: (line: string) =>
+                this.#deviceTrace.push(`${k}@${(this.windowEnd / NS_PER_S).toFixed(6)}:${line}`),
+            }
+          : {}),
       });
       attach(LINE_BALLOON, balloon);
     }
@@ -366,7 +416,12 @@ export class HostSide {
       guests: this.vms.map(({ arena, file }) => {
         const free = (freePages(arena) + pcpPages(arena, this.#spec.vcpusPerVm)) * PAGE_SIZE;
         const cached = filePages(arena) * PAGE_SIZE;
-        return { free, cached, used: file.nrBlocks * PAGE_SIZE - free - cached, host: file.assigned * PAGE_SIZE };
+        return {
+          free,
+          cached,
+          used: file.nrBlocks * PAGE_SIZE - free - cached,
+          host: file.assigned * PAGE_SIZE,
+        };
       }),
     };
   }
@@ -377,16 +432,19 @@ export class HostSide {
     const total = Object.values(counts).reduce((sum, n) => sum + n, 0);
     const outside = this.pool.ledger.frames - this.pool.frames;
     if (total !== this.pool.ledger.frames) return `frames: ${total} accounted of ${this.pool.ledger.frames}`;
-    if (counts.free - outside !== this.pool.buddy.free) return `free frames: ledger ${counts.free - outside}, allocator ${this.pool.buddy.free}`;
+    if (counts.free - outside !== this.pool.buddy.free)
+      return `free frames: ledger ${counts.free - outside}, allocator ${this.pool.buddy.free}`;
     const assigned = this.vms.reduce((sum, { file }) => sum + file.assigned, 0);
     const ram = counts.guestAssigned + counts.memfsUnmapped;
     if (assigned !== ram) return `guest frames: files hold ${assigned}, ledger says ${ram}`;
     const tables = this.vms.reduce((sum, { vm }) => sum + vm.mmu.counters.tables, 0);
-    if (tables !== counts.pageTable) return `table frames: MMUs hold ${tables}, ledger says ${counts.pageTable}`;
+    if (tables !== counts.pageTable)
+      return `table frames: MMUs hold ${tables}, ledger says ${counts.pageTable}`;
     for (const { file } of this.vms) {
       let holes = 0;
       for (const frame of file.blocks) if (frame < 0) holes++;
-      if (holes + file.assigned !== file.nrBlocks) return `${file.name}: ${holes} holes and ${file.assigned} blocks are not ${file.nrBlocks}`;
+      if (holes + file.assigned !== file.nrBlocks)
+        return `${file.name}: ${holes} holes and ${file.assigned} blocks are not ${file.nrBlocks}`;
     }
     return '';
   }
@@ -394,7 +452,19 @@ export class HostSide {
   result(): RunResult {
     const audit = this.audit();
     if (audit !== '') {
-      this.violations.record({ kind: 'accounting', actor: 'kvm', vm: -1, vcpu: -1, gfn: -1, hfn: -1, expected: 0, found: 1, owner: 0, stepTaken: 0, stepReleased: 0 });
+      this.violations.record({
+        kind: 'accounting',
+        actor: 'kvm',
+        vm: -1,
+        vcpu: -1,
+        gfn: -1,
+        hfn: -1,
+        expected: 0,
+        found: 1,
+        owner: 0,
+        stepTaken: 0,
+        stepReleased: 0,
+      });
     }
     return {
       ok: this.why === '',
@@ -404,7 +474,10 @@ export class HostSide {
       hostEndBytes: this.pool.used * PAGE_SIZE,
       zeroedFrames: this.pool.zeroed,
       ledgerViolations: this.violations.total,
-      violations: [...this.violations.list().map((v) => describeViolation(v, describeOwner)), ...(audit === '' ? [] : [`accounting: ${audit}`])],
+      violations: [
+        ...this.violations.list().map((v) => describeViolation(v, describeOwner)),
+        ...(audit === '' ? [] : [`accounting: ${audit}`]),
+      ],
       stall: this.#stalls(),
       vms: this.#spec.vms.map((_, k) => this.#vmResult(k)),
       samples: this.samples,
@@ -436,9 +509,18 @@ export class HostSide {
     const { vm, balloon, block, arena, transports, file } = running;
     const status = this.#status(k);
     let reused = 0;
-    if (balloon !== null) for (let pfn = 0; pfn < file.nrBlocks; pfn++) if (balloon.ballooned.has(pfn) && file.blocks[pfn] >= 0) reused++;
+    if (balloon !== null)
+      for (let pfn = 0; pfn < file.nrBlocks; pfn++)
+        if (balloon.ballooned.has(pfn) && file.blocks[pfn] >= 0) reused++;
     return {
-      state: vm.killed || (status & VM_KILLED) !== 0 ? 'killed' : (status & VM_FAILED) !== 0 ? 'failed' : this.#finished(k) ? 'finished' : 'running',
+      state:
+        vm.killed || (status & VM_KILLED) !== 0
+          ? 'killed'
+          : (status & VM_FAILED) !== 0
+            ? 'failed'
+            : this.#finished(k)
+              ? 'finished'
+              : 'running',
       events,
       guestFreeBytes: freePages(arena) * PAGE_SIZE,
       returnedBytes: vm.counters.returnedBytes,
@@ -446,7 +528,9 @@ export class HostSide {
       faultRetries: vm.counters.faultRetries,
       tlbFlushes: vm.counters.tlbFlushes,
       kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
-      descriptors: (balloon?.counters.descriptors ?? 0) + (block === null ? 0 : 3 * (block.counters.reads + block.counters.writes)),
+      descriptors:
+        (balloon?.counters.descriptors ?? 0) +
+        (block === null ? 0 : 3 * (block.counters.reads + block.counters.writes)),
       balloonPages: balloon?.actual ?? 0,
       ballooned: balloon === null ? {} : { ...balloon.counters },
       block: block === null ? {} : { ...block.counters },
@@ -465,7 +549,8 @@ export class HostSide {
     for (let block = 0; block < this.vms.length * this.#spec.vcpusPerVm; block++) {
       total += f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_TOTAL_F64];
       max = Math.max(max, f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_MAX_F64]);
-      for (let b = 0; b < VC_STALL_BUCKETS; b++) histogram[b] += control[block * VCPU_BLOCK_WORDS + VC_STALL_HIST + b];
+      for (let b = 0; b < VC_STALL_BUCKETS; b++)
+        histogram[b] += control[block * VCPU_BLOCK_WORDS + VC_STALL_HIST + b];
     }
     const count = histogram.reduce((sum, n) => sum + n, 0);
     const percentile = (share: number): number => {

@@ -55,7 +55,8 @@ export class HostWorker {
     const allDone = (): boolean => {
       for (let w = 0; w < spec.workers; w++) {
         // Pairs with the worker's store of `done`, which follows its `nextDue`.
-        if (Atomics.load(runControl, RC_WORKER + w * RC_WORKER_STRIDE + RC_WORKER_DONE) !== window) return false;
+        if (Atomics.load(runControl, RC_WORKER + w * RC_WORKER_STRIDE + RC_WORKER_DONE) !== window)
+          return false;
       }
       return true;
     };
@@ -98,7 +99,12 @@ export class HostWorker {
   progress(): HostProgress {
     const host = this.#host;
     if (host === null) return { nowNs: 0, hostUsedBytes: 0, vms: 0, finished: 0 };
-    return { nowNs: host.windowEnd, hostUsedBytes: host.pool.used * 4096, vms: host.vms.length, finished: host.nrFinished };
+    return {
+      nowNs: host.windowEnd,
+      hostUsedBytes: host.pool.used * 4096,
+      vms: host.vms.length,
+      finished: host.nrFinished,
+    };
   }
 
   /** For tests of the run protocol: this worker throws where nobody catches. */

@@ -121,7 +121,8 @@ export class PressureProgram implements Program {
       }
     }
     for (const pfn of this.#hog) alloc.free(pfn, 0);
-    if (this.#kernel.vcpu.id === 0 && this.#hog.length < this.#spec.hogPages) this.#kernel.count('oom_kill', 1);
+    if (this.#kernel.vcpu.id === 0 && this.#hog.length < this.#spec.hogPages)
+      this.#kernel.count('oom_kill', 1);
     this.#hog.length = 0;
     this.#phase = 'sync';
   }
@@ -134,7 +135,8 @@ export class PressureProgram implements Program {
   #write(page: number): void {
     this.#versions[page]++;
     this.#pattern(page, this.#versions[page]);
-    if (!this.#kernel.parts.cache.write(this.#inode(page), this.#index(page), this.#buffer)) this.failure = `page ${page} could not be written`;
+    if (!this.#kernel.parts.cache.write(this.#inode(page), this.#index(page), this.#buffer))
+      this.failure = `page ${page} could not be written`;
   }
 
   #check(page: number): void {

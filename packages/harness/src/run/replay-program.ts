@@ -27,7 +27,14 @@ import {
   PLAN_SHARED,
   type ReplayPlan,
 } from '../trace/replay-plan.ts';
-import { TG_ATOMIC, TG_NORETRY, TG_NOWAIT, TG_NO_KSWAPD, TG_THISNODE, TG_ZONE_SHIFT } from '../trace/trace.ts';
+import {
+  TG_ATOMIC,
+  TG_NORETRY,
+  TG_NOWAIT,
+  TG_NO_KSWAPD,
+  TG_THISNODE,
+  TG_ZONE_SHIFT,
+} from '../trace/trace.ts';
 import { idle, type Program } from './program.ts';
 
 /** Words of a handle: page + 1 (0: not yet, −1: failed or gone), stamp, next ordinal. */
@@ -83,7 +90,9 @@ export class ReplayProgram implements Program {
 
   nextDue(): number {
     if (this.#deferred.length > 0) return this.#kernel.vcpu.clock;
-    return this.#next >= this.#end ? Number.POSITIVE_INFINITY : this.#base + this.#plan.timeNs[this.#plan.rows[this.#next]];
+    return this.#next >= this.#end
+      ? Number.POSITIVE_INFINITY
+      : this.#base + this.#plan.timeNs[this.#plan.rows[this.#next]];
   }
 
   step(untilNs: number): void {
@@ -166,7 +175,8 @@ export class ReplayProgram implements Program {
       return;
     }
     // The capture says this request succeeded: what does not wait there may wait here before it counts as failed.
-    if (pfn < 0 && (gfp & (NEVER_WAITS | TG_NORETRY)) !== 0) pfn = alloc.alloc(order, migratetype, gfp & ~(NEVER_WAITS | TG_NORETRY | TG_NO_KSWAPD));
+    if (pfn < 0 && (gfp & (NEVER_WAITS | TG_NORETRY)) !== 0)
+      pfn = alloc.alloc(order, migratetype, gfp & ~(NEVER_WAITS | TG_NORETRY | TG_NO_KSWAPD));
     if (pfn < 0) {
       this.#handles[at] = FAILED;
       this.failure = `allocation of order ${order} failed`;
@@ -181,7 +191,11 @@ export class ReplayProgram implements Program {
     const pages = new Int32Array(512);
     this.counters.thpFallback++;
     for (let i = 0; i < pages.length; i++) {
-      pages[i] = this.#kernel.parts.alloc.alloc(0, MIGRATE_MOVABLE, gfp & ~(NEVER_WAITS | TG_NORETRY | TG_NO_KSWAPD | TG_THISNODE));
+      pages[i] = this.#kernel.parts.alloc.alloc(
+        0,
+        MIGRATE_MOVABLE,
+        gfp & ~(NEVER_WAITS | TG_NORETRY | TG_NO_KSWAPD | TG_THISNODE),
+      );
       if (pages[i] < 0) {
         this.failure = 'allocation of a huge page, and of small ones in its place, failed';
         break;
@@ -196,7 +210,9 @@ export class ReplayProgram implements Program {
     if (pfn < 0) return -1;
     const { w, memmap } = this.#kernel.arena;
     const page = memmap + (pfn << 4);
-    const ours = this.#kernel.parts.alloc.stampOf(pfn) === this.#handles[at + 1] && w[page + P_SHADOW] === SHADOW_ALLOCATED;
+    const ours =
+      this.#kernel.parts.alloc.stampOf(pfn) === this.#handles[at + 1] &&
+      w[page + P_SHADOW] === SHADOW_ALLOCATED;
     return ours ? pfn : -1;
   }
 
@@ -217,7 +233,8 @@ export class ReplayProgram implements Program {
     }
     const { w, memmap } = this.#kernel.arena;
     // A page freed without a deletion event leaves the cache first.
-    if ((w[memmap + (pfn << 4) + P_FLAGS] & PG_CACHED) !== 0) this.#kernel.parts.cache.remove(pfn, this.#handles[at + 1]);
+    if ((w[memmap + (pfn << 4) + P_FLAGS] & PG_CACHED) !== 0)
+      this.#kernel.parts.cache.remove(pfn, this.#handles[at + 1]);
     alloc.free(pfn, w[memmap + (pfn << 4) + P_ORDER]);
   }
 
@@ -228,7 +245,8 @@ export class ReplayProgram implements Program {
     const { alloc, cache } = this.#kernel.parts;
     const dirty = (this.#plan.flags[row] & PLAN_DIRTY) !== 0;
     alloc.unstamp(pfn);
-    if (!cache.add(pfn, this.#plan.file[row], this.#plan.index[row], dirty ? PG_DIRTY | PG_UPTODATE : 0)) return;
+    if (!cache.add(pfn, this.#plan.file[row], this.#plan.index[row], dirty ? PG_DIRTY | PG_UPTODATE : 0))
+      return;
     if (dirty) return;
     alloc.get(pfn);
     this.#fill[this.#fillCount++] = pfn;
@@ -247,7 +265,8 @@ export class ReplayProgram implements Program {
   #delete(at: number): void {
     if (this.#fillCount > 0) this.#flushFill();
     const pfn = this.#alive(at);
-    if (pfn < 0 || !this.#kernel.parts.cache.remove(pfn, this.#handles[at + 1])) this.counters.reclaimedFirst++;
+    if (pfn < 0 || !this.#kernel.parts.cache.remove(pfn, this.#handles[at + 1]))
+      this.counters.reclaimedFirst++;
   }
 
   #freeStart(pfn: number, order: number): void {

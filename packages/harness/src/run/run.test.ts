@@ -41,17 +41,26 @@ test('an inline run is the same every time, byte for byte', async () => {
   const once = async (): Promise<string> => {
     const run = await runScenario(scenario, { schedule: 'inline', seed: 3, traceOut: true });
     const [arena] = run.outcome.arenas;
-    return JSON.stringify([run.outcome.result, run.allocTrace.length, run.allocTrace.at(-1), buddyinfo(arena), zoneinfo(arena, 2)]);
+    return JSON.stringify([
+      run.outcome.result,
+      run.allocTrace.length,
+      run.allocTrace.at(-1),
+      buddyinfo(arena),
+      zoneinfo(arena, 2),
+    ]);
   };
   expect(await once()).toBe(await once());
 });
 
 describe('replay', () => {
-  test.each(['reporting', 'hog', 'build'])('%s ends as the real kernel did: free and cached pages within 1 percent, large share within 0.05', (name) => {
-    const result = fidelity(loadTrace(name));
-    expect(result.agrees).toBe(true);
-    expect(result.ledgerViolations).toBe(0);
-  });
+  test.each(['reporting', 'hog', 'build'])(
+    '%s ends as the real kernel did: free and cached pages within 1 percent, large share within 0.05',
+    (name) => {
+      const result = fidelity(loadTrace(name));
+      expect(result.agrees).toBe(true);
+      expect(result.ledgerViolations).toBe(0);
+    },
+  );
 
   test('a guest larger than its capture has the difference free', () => {
     const trace = loadTrace('reporting');
@@ -66,7 +75,14 @@ describe('replay', () => {
     const spec: RunSpec = {
       hostFrames: (320 * MiB) / PAGE_SIZE,
       backing: 'thp',
-      vms: [{ bootAtNs: 0, guest: guestOf(trace, { vcpus: 2, balloon: false }), program: { kind: 'replay', plan }, diskBytes: REPLAY_DISK_BYTES }],
+      vms: [
+        {
+          bootAtNs: 0,
+          guest: guestOf(trace, { vcpus: 2, balloon: false }),
+          program: { kind: 'replay', plan },
+          diskBytes: REPLAY_DISK_BYTES,
+        },
+      ],
       vcpusPerVm: 2,
       workers: 1,
       sampleNs: NS_PER_S,
@@ -74,26 +90,39 @@ describe('replay', () => {
       traceOut: false,
       poison: 'edges',
     };
-    const { result } = runInline(spec, runBuffers(spec, hostBuffers(320 * MiB)), (_vm, bytes) => fileStorage(bytes));
-    expect([result.ok, result.why, result.vms[0].state, result.ledgerViolations]).toEqual([false, 'VM 0: no host frame was free', 'killed', 0]);
+    const { result } = runInline(spec, runBuffers(spec, hostBuffers(320 * MiB)), (_vm, bytes) =>
+      fileStorage(bytes),
+    );
+    expect([result.ok, result.why, result.vms[0].state, result.ledgerViolations]).toEqual([
+      false,
+      'VM 0: no host frame was free',
+      'killed',
+      0,
+    ]);
     expect(result.endNs).toBeLessThan(plan.durationNs);
   });
 });
 
 describe('the run protocol', () => {
-  const smallSpec = (): RunSpec => ({ ...(SCENARIOS.find((s) => s.name === 'pressure') as (typeof SCENARIOS)[number]).spec(1), workers: 2 });
-
-  test.each(['host', 'cpu0', 'cpu1'])('the death of %s mid-run is reported by name, never a hang', async (victim) => {
-    const spec = smallSpec();
-    const buffers = runBuffers(spec, hostBuffers(spec.hostFrames * PAGE_SIZE));
-    const pool = new ThreadPool(2);
-    const run = runThreads(spec, buffers, pool);
-    const worker = [pool.host, ...pool.cpus].find((w) => w.name === victim);
-    setTimeout(() => void worker?.api.crash().catch(() => undefined), 150);
-    await expect(run).rejects.toThrow(new RegExp(`worker '${victim}' died: crashed on request`));
-    await expect(run).rejects.toBeInstanceOf(WorkerDied);
-    await pool.close();
+  const smallSpec = (): RunSpec => ({
+    ...(SCENARIOS.find((s) => s.name === 'pressure') as (typeof SCENARIOS)[number]).spec(1),
+    workers: 2,
   });
+
+  test.each(['host', 'cpu0', 'cpu1'])(
+    'the death of %s mid-run is reported by name, never a hang',
+    async (victim) => {
+      const spec = smallSpec();
+      const buffers = runBuffers(spec, hostBuffers(spec.hostFrames * PAGE_SIZE));
+      const pool = new ThreadPool(2);
+      const run = runThreads(spec, buffers, pool);
+      const worker = [pool.host, ...pool.cpus].find((w) => w.name === victim);
+      setTimeout(() => void worker?.api.crash().catch(() => undefined), 150);
+      await expect(run).rejects.toThrow(new RegExp(`worker '${victim}' died: crashed on request`));
+      await expect(run).rejects.toBeInstanceOf(WorkerDied);
+      await pool.close();
+    },
+  );
 
   test('native formats: allocation events as tracefs text that our own import reads, device events as QEMU’s trace lines', async () => {
     const scenario = SCENARIOS.find((s) => s.name === 'balloon');
@@ -102,8 +131,16 @@ describe('the run protocol', () => {
     const { importTraceText } = await import('../trace/import.ts');
     const imported = importTraceText(run.allocTrace.join('\n'), 'own trace');
     expect(imported.events.count).toBe(run.allocTrace.length);
-    expect(run.outcome.result.deviceTrace.some((l) => /virtio_balloon_to_target balloon target: 0x10000000 num_pages: 65536$/.test(l))).toBe(true);
-    expect(run.outcome.result.deviceTrace.some((l) => /virtio_balloon_set_config actual: 256 oldactual: 0$/.test(l))).toBe(true);
+    expect(
+      run.outcome.result.deviceTrace.some((l) =>
+        l.endsWith('virtio_balloon_to_target balloon target: 0x10000000 num_pages: 65536'),
+      ),
+    ).toBe(true);
+    expect(
+      run.outcome.result.deviceTrace.some((l) =>
+        l.endsWith('virtio_balloon_set_config actual: 256 oldactual: 0'),
+      ),
+    ).toBe(true);
     expect(run.outcome.arenas[0]).toBeInstanceOf(Arena);
   });
 });

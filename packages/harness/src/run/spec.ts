@@ -9,9 +9,23 @@ export type Technique = 'none' | 'balloon' | 'reporting';
 export type ProgramSpec =
   | { readonly kind: 'replay'; readonly plan: ReplayPlan }
   /** Streams and rewrites files larger than memory and checks every byte; see `pressure-program.ts`. */
-  | { readonly kind: 'pressure'; readonly files: number; readonly pagesPerFile: number; readonly rounds: number; readonly seed: number; readonly hogPages: number }
+  | {
+      readonly kind: 'pressure';
+      readonly files: number;
+      readonly pagesPerFile: number;
+      readonly rounds: number;
+      readonly seed: number;
+      readonly hogPages: number;
+    }
   /** Allocates, touches and frees; then idles. */
-  | { readonly kind: 'touch-free'; readonly pages: number; readonly order: number; readonly rounds: number; readonly holdNs: number; readonly pauseNs: number }
+  | {
+      readonly kind: 'touch-free';
+      readonly pages: number;
+      readonly order: number;
+      readonly rounds: number;
+      readonly holdNs: number;
+      readonly pauseNs: number;
+    }
   /** Writes to pages the balloon or reporting holds (H33). */
   | { readonly kind: 'hostile-reuse'; readonly afterNs: number };
 
@@ -65,7 +79,6 @@ export interface RunBuffers {
 
 /** Per-VM status words in run control, from word 640: bits. */
 export const RC_VM = 640;
-export const RC_MAX_VMS = 64;
 /** Bit v: vCPU v's program has ended. */
 export const VM_FAILED: number = 1 << 16;
 export const VM_KILLED: number = 1 << 17;

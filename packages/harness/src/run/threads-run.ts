@@ -19,7 +19,9 @@ export class ThreadPool {
 
   constructor(workers: number) {
     this.host = spawnWorker<HostWorker>('./host-worker.ts', 'host');
-    this.cpus = Array.from({ length: workers }, (_, i) => spawnWorker<CpuWorker>('./cpu-worker.ts', `cpu${i}`));
+    this.cpus = Array.from({ length: workers }, (_, i) =>
+      spawnWorker<CpuWorker>('./cpu-worker.ts', `cpu${i}`),
+    );
   }
 
   get deaths(): Promise<never> {
@@ -68,8 +70,10 @@ export async function runThreads(
       ]),
       deaths,
     ]);
-    const allocTrace = (traces as { atNs: number; line: string }[][]).flat().toSorted((a, b) => a.atNs - b.atNs);
-    return { result: result as RunResult, allocTrace };
+    const allocTrace = (traces as { atNs: number; line: string }[][])
+      .flat()
+      .toSorted((a, b) => a.atNs - b.atNs);
+    return { result: result, allocTrace };
   } catch (error) {
     const runControl = new Int32Array(buffers.runControl);
     Atomics.store(runControl, RC_STOP, 1);

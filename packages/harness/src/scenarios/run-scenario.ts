@@ -20,7 +20,10 @@ export interface ScenarioRun {
 
 export function findScenario(name: string): Scenario {
   const scenario = SCENARIOS.find((s) => s.name === name);
-  if (scenario === undefined) throw new UserError(`scenario '${name}': no such scenario; there are ${SCENARIOS.map((s) => s.name).join(', ')}`);
+  if (scenario === undefined)
+    throw new UserError(
+      `scenario '${name}': no such scenario; there are ${SCENARIOS.map((s) => s.name).join(', ')}`,
+    );
   return scenario;
 }
 
@@ -56,5 +59,12 @@ export async function runScenario(
     allocTrace = run.allocTrace.map((e) => e.line);
   }
   const checks = scenario.checks(outcome);
-  return { scenario, outcome, checks, passed: checks.every((c) => c.ok), wallMs: Math.round(performance.now() - began), allocTrace };
+  return {
+    scenario,
+    outcome,
+    checks,
+    passed: checks.every((c) => c.ok),
+    wallMs: Math.round(performance.now() - began),
+    allocTrace,
+  };
 }

@@ -39,7 +39,10 @@ export interface Scenario {
 const second = (n: number): number => n * NS_PER_S;
 
 /** A freshly booted two-vCPU guest of `bytes`, on one node or two. */
-function freshGuest(bytes: number, options: { nodes?: 1 | 2; balloon?: boolean; blk?: boolean; poison?: boolean; pagesPerFile?: number } = {}): GuestConfig {
+function freshGuest(
+  bytes: number,
+  options: { nodes?: 1 | 2; balloon?: boolean; blk?: boolean; poison?: boolean; pagesPerFile?: number } = {},
+): GuestConfig {
   const maxPfn = bytes / PAGE_SIZE;
   const half = Math.floor(maxPfn / 2 / 1024) * 1024;
   const two = options.nodes === 2;
@@ -90,7 +93,8 @@ const clean = ({ result }: ScenarioOutcome): Check[] => [
 export const SCENARIOS: readonly Scenario[] = [
   {
     name: 'pressure',
-    about: 'less memory than files, two nodes, two vCPUs: kswapd, direct reclaim, write-back and the OOM notifier; every byte read back',
+    about:
+      'less memory than files, two nodes, two vCPUs: kswapd, direct reclaim, write-back and the OOM notifier; every byte read back',
     rows: 'K7, L43, G7; I15, I19',
     spec: (seed) =>
       spec(256 * MiB, [
@@ -98,7 +102,11 @@ export const SCENARIOS: readonly Scenario[] = [
           bootAtNs: 0,
           guest: freshGuest(96 * MiB, { nodes: 2, balloon: true, blk: true, pagesPerFile: 2048 }),
           program: { kind: 'pressure', files: 8, pagesPerFile: 2048, rounds: 1, seed, hogPages: 20000 },
-          balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_MUST_TELL_HOST],
+          balloonFeatures: [
+            VIRTIO_BALLOON_F_STATS_VQ,
+            VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
+            VIRTIO_BALLOON_F_MUST_TELL_HOST,
+          ],
           balloonTargets: [[second(0.05), 80 * MiB]],
           diskBytes: 256 * MiB,
         },
@@ -119,14 +127,22 @@ export const SCENARIOS: readonly Scenario[] = [
   },
   {
     name: 'balloon',
-    about: 'inflates a 512 MiB guest to 256 MiB and back; memory really returns, statistics arrive, deflated pages come back zeroed',
+    about:
+      'inflates a 512 MiB guest to 256 MiB and back; memory really returns, statistics arrive, deflated pages come back zeroed',
     rows: 'H33, L10; I3b, I5, I9',
     spec: () =>
       spec(1 * GiB, [
         {
           bootAtNs: 0,
           guest: freshGuest(512 * MiB, { balloon: true }),
-          program: { kind: 'touch-free', pages: 49152, order: 0, rounds: 2, holdNs: second(0.5), pauseNs: second(8) },
+          program: {
+            kind: 'touch-free',
+            pages: 49152,
+            order: 0,
+            rounds: 2,
+            holdNs: second(0.5),
+            pauseNs: second(8),
+          },
           balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_STATS_VQ],
           balloonTargets: [
             [second(2), 256 * MiB],
@@ -156,7 +172,14 @@ export const SCENARIOS: readonly Scenario[] = [
         {
           bootAtNs: 0,
           guest: freshGuest(512 * MiB, { balloon: true }),
-          program: { kind: 'touch-free', pages: 32768, order: 0, rounds: 2, holdNs: second(0.5), pauseNs: second(10) },
+          program: {
+            kind: 'touch-free',
+            pages: 32768,
+            order: 0,
+            rounds: 2,
+            holdNs: second(0.5),
+            pauseNs: second(10),
+          },
           balloonFeatures: [VIRTIO_BALLOON_F_REPORTING],
           diskBytes: 0,
         },
@@ -167,20 +190,32 @@ export const SCENARIOS: readonly Scenario[] = [
         ...clean(outcome),
         atLeast('pages reported', vm.ballooned['reportedPages'] ?? 0, 32768),
         atLeast('bytes returned to the host', vm.returnedBytes, 200 * MiB),
-        { what: 'requests of at most 32 ranges', value: vm.ballooned['reportRequests'] ?? 0, ok: (vm.ballooned['reportedRanges'] ?? 0) <= 32 * (vm.ballooned['reportRequests'] ?? 0) },
+        {
+          what: 'requests of at most 32 ranges',
+          value: vm.ballooned['reportRequests'] ?? 0,
+          ok: (vm.ballooned['reportedRanges'] ?? 0) <= 32 * (vm.ballooned['reportRequests'] ?? 0),
+        },
       ];
     },
   },
   {
     name: 'hinting',
-    about: 'a round of free page hinting: the host starts it, gets a bitmap of free pages, ends it; the guest keeps every page',
+    about:
+      'a round of free page hinting: the host starts it, gets a bitmap of free pages, ends it; the guest keeps every page',
     rows: 'G62; L9',
     spec: () =>
       spec(1 * GiB, [
         {
           bootAtNs: 0,
           guest: freshGuest(512 * MiB, { balloon: true }),
-          program: { kind: 'touch-free', pages: 8192, order: 0, rounds: 3, holdNs: second(0.5), pauseNs: second(1) },
+          program: {
+            kind: 'touch-free',
+            pages: 8192,
+            order: 0,
+            rounds: 3,
+            holdNs: second(0.5),
+            pauseNs: second(1),
+          },
           balloonFeatures: [VIRTIO_BALLOON_F_FREE_PAGE_HINT],
           hintRounds: [[second(0.7), second(1.2)]],
           diskBytes: 0,
@@ -198,14 +233,22 @@ export const SCENARIOS: readonly Scenario[] = [
   },
   {
     name: 'poison',
-    about: 'a guest that poisons freed pages: reporting is negotiated, nothing is discarded, and the poison survives',
+    about:
+      'a guest that poisons freed pages: reporting is negotiated, nothing is discarded, and the poison survives',
     rows: 'L28; poison_val',
     spec: () =>
       spec(512 * MiB, [
         {
           bootAtNs: 0,
           guest: freshGuest(256 * MiB, { balloon: true, poison: true }),
-          program: { kind: 'touch-free', pages: 8192, order: 0, rounds: 3, holdNs: second(0.1), pauseNs: second(3) },
+          program: {
+            kind: 'touch-free',
+            pages: 8192,
+            order: 0,
+            rounds: 3,
+            holdNs: second(0.1),
+            pauseNs: second(3),
+          },
           balloonFeatures: [VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_PAGE_POISON],
           diskBytes: 0,
         },
@@ -222,7 +265,8 @@ export const SCENARIOS: readonly Scenario[] = [
   },
   {
     name: 'hostile-balloon',
-    about: 'a guest writes to every page it has put in its balloon: it gets the memory again, and the host counts it (H33)',
+    about:
+      'a guest writes to every page it has put in its balloon: it gets the memory again, and the host counts it (H33)',
     rows: 'H1, H33; I5',
     spec: () =>
       spec(512 * MiB, [
@@ -246,7 +290,8 @@ export const SCENARIOS: readonly Scenario[] = [
   },
   {
     name: 'large-backing',
-    about: 'a balloon on 2 MiB host pages: a host page is freed only when all of its 4 KiB parts are in the balloon',
+    about:
+      'a balloon on 2 MiB host pages: a host page is freed only when all of its 4 KiB parts are in the balloon',
     rows: 'G10, H29; partial pages',
     spec: () =>
       spec(
@@ -255,7 +300,14 @@ export const SCENARIOS: readonly Scenario[] = [
           {
             bootAtNs: 0,
             guest: freshGuest(256 * MiB, { balloon: true }),
-            program: { kind: 'touch-free', pages: 4096, order: 0, rounds: 3, holdNs: second(1), pauseNs: second(1) },
+            program: {
+              kind: 'touch-free',
+              pages: 4096,
+              order: 0,
+              rounds: 3,
+              holdNs: second(1),
+              pauseNs: second(1),
+            },
             balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ],
             balloonTargets: [[second(0.5), 160 * MiB]],
             diskBytes: 0,
@@ -269,7 +321,11 @@ export const SCENARIOS: readonly Scenario[] = [
       return [
         ...clean(outcome),
         exactly('pages inflated', inflated, 24576),
-        { what: 'bytes returned, in whole 2 MiB pages', value: vm.returnedBytes, ok: vm.returnedBytes % (2 * MiB) === 0 && vm.returnedBytes <= inflated * PAGE_SIZE },
+        {
+          what: 'bytes returned, in whole 2 MiB pages',
+          value: vm.returnedBytes,
+          ok: vm.returnedBytes % (2 * MiB) === 0 && vm.returnedBytes <= inflated * PAGE_SIZE,
+        },
       ];
     },
   },
@@ -283,7 +339,14 @@ export const SCENARIOS: readonly Scenario[] = [
         Array.from({ length: 4 }, (_, k) => ({
           bootAtNs: second(6 * k),
           guest: freshGuest(256 * MiB, { balloon: true }),
-          program: { kind: 'touch-free', pages: 24576, order: 0, rounds: 1, holdNs: second(0.5), pauseNs: second(1) } as const,
+          program: {
+            kind: 'touch-free',
+            pages: 24576,
+            order: 0,
+            rounds: 1,
+            holdNs: second(0.5),
+            pauseNs: second(1),
+          } as const,
           balloonFeatures: [VIRTIO_BALLOON_F_REPORTING],
           diskBytes: 0,
         })),
@@ -291,7 +354,11 @@ export const SCENARIOS: readonly Scenario[] = [
     checks: (outcome) => [
       ...clean(outcome),
       exactly('VMs finished', outcome.result.vms.filter((vm) => vm.state === 'finished').length, 4),
-      { what: 'host peak below the sum of what was touched', value: outcome.result.hostPeakBytes, ok: outcome.result.hostPeakBytes <= 640 * MiB },
+      {
+        what: 'host peak below the sum of what was touched',
+        value: outcome.result.hostPeakBytes,
+        ok: outcome.result.hostPeakBytes <= 640 * MiB,
+      },
     ],
   },
 ];

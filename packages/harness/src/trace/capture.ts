@@ -6,7 +6,15 @@ import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs';
 import { basename, dirname, join } from 'node:path';
 import { gunzipSync } from 'node:zlib';
 import { MiB } from '@ebb/machine';
-import { START_ABSENT, START_FILE, START_FREE, START_MOVABLE, START_PCP, START_RESERVED, START_UNMOVABLE } from '@ebb/guest-kernel';
+import {
+  START_ABSENT,
+  START_FILE,
+  START_FREE,
+  START_MOVABLE,
+  START_PCP,
+  START_RESERVED,
+  START_UNMOVABLE,
+} from '@ebb/guest-kernel';
 import { importTraceText, type ImportedEvents } from './import.ts';
 import { VGA_HOLE_END, VGA_HOLE_START } from './vga-hole.ts';
 import { UserError, type Trace, type TraceEnd, type TraceStart } from './trace.ts';
@@ -35,17 +43,22 @@ function readMaybeGz(path: string): Buffer {
 }
 
 function findFile(folder: string, name: string): string | undefined {
-  for (const candidate of [name, `${name}.gz`]) if (existsSync(join(folder, candidate))) return join(folder, candidate);
+  for (const candidate of [name, `${name}.gz`])
+    if (existsSync(join(folder, candidate))) return join(folder, candidate);
   return undefined;
 }
 
 /** Reads a capture from a folder or from the trace file inside one (or alone). */
 export function readCapture(path: string): Trace {
-  if (!existsSync(path)) throw new UserError(`${path}: no such file or folder; give a tracefs text or a capture folder`);
+  if (!existsSync(path))
+    throw new UserError(`${path}: no such file or folder; give a tracefs text or a capture folder`);
   const isFolder = statSync(path).isDirectory();
   const folder = isFolder ? path : dirname(path);
   const file = isFolder ? (findFile(path, 'trace.txt') ?? findFile(path, 'trace')) : path;
-  if (file === undefined) throw new UserError(`${path}: has no trace.txt or trace.txt.gz (found: ${readdirSync(path).slice(0, 5).join(', ')})`);
+  if (file === undefined)
+    throw new UserError(
+      `${path}: has no trace.txt or trace.txt.gz (found: ${readdirSync(path).slice(0, 5).join(', ')})`,
+    );
   const imported = importTraceText(readMaybeGz(file).toString('latin1'), file);
   const base = basename(isFolder ? path : file).replace(/(\.txt)?(\.gz)?$/, '');
   const name = isFolder ? base : base === 'trace' ? basename(folder) : base;
@@ -72,7 +85,8 @@ export function readCapture(path: string): Trace {
 /** The state at `SNAP_start_END`: free, used by kind, on a per-CPU list; pageblock types adjusted to pagetypeinfo. */
 function readStart(folder: string, path: string, imported: ImportedEvents): TraceStart {
   const raw = readMaybeGz(path);
-  if (raw.length % 8 !== 0) throw new UserError(`${path}: ${raw.length} bytes are not whole 64-bit entries; is it truncated?`);
+  if (raw.length % 8 !== 0)
+    throw new UserError(`${path}: ${raw.length} bytes are not whole 64-bit entries; is it truncated?`);
   const maxPfnFile = findFile(folder, 'max_pfn');
   const told = maxPfnFile === undefined ? 0 : Number(readMaybeGz(maxPfnFile).toString('latin1').trim());
   const words = new Uint32Array(raw.buffer.slice(raw.byteOffset, raw.byteOffset + raw.length));
@@ -89,7 +103,8 @@ function readStart(folder: string, path: string, imported: ImportedEvents): Trac
     else if ((low & (KPF_LRU | KPF_ANON)) !== 0) {
       const isFile = (low & KPF_ANON) === 0;
       pages[pfn] = START_MOVABLE | (isFile ? START_FILE : 0);
-    } else if (low === 0 && high === 0 && imported.onPcpAtStart.has(pfn)) pages[pfn] = START_PCP + (imported.onPcpAtStart.get(pfn) ?? 0);
+    } else if (low === 0 && high === 0 && imported.onPcpAtStart.has(pfn))
+      pages[pfn] = START_PCP + (imported.onPcpAtStart.get(pfn) ?? 0);
     // Page cache of tmpfs may be swap-backed but off the LRU for a moment: it has SWAPBACKED and is not anonymous.
     else pages[pfn] = (low & KPF_SWAPBACKED) !== 0 ? START_MOVABLE | START_FILE : START_UNMOVABLE;
   }
@@ -114,10 +129,14 @@ function pageblockTypes(folder: string, pages: Uint8Array): Uint8Array {
   }
   const info = findFile(folder, 'start.pagetypeinfo');
   if (info === undefined) return types;
-  for (const match of readMaybeGz(info).toString('latin1').matchAll(/^Node\s+\d+, zone\s+(\w+)((?:\s+\d+){3,})\s*$/gm)) {
+  for (const match of readMaybeGz(info)
+    .toString('latin1')
+    .matchAll(/^Node\s+\d+, zone\s+(\w+)((?:\s+\d+){3,})\s*$/gm)) {
     const counts = match[2].trim().split(/\s+/).map(Number);
     const [from, to] = match[1] === 'DMA' ? [0, 8] : [8, nr];
-    const blocks = Array.from({ length: Math.min(to, nr) - from }, (_, i) => from + i).toSorted((a, b) => movableShare[a] - movableShare[b]);
+    const blocks = Array.from({ length: Math.min(to, nr) - from }, (_, i) => from + i).toSorted(
+      (a, b) => movableShare[a] - movableShare[b],
+    );
     // The least movable blocks are the unmovable ones; reclaimable follow.
     blocks.forEach((block, i) => {
       types[block] = i < counts[0] ? 0 : i < counts[0] + counts[2] ? 2 : 1;
@@ -131,7 +150,9 @@ function readEnd(folder: string): TraceEnd | undefined {
   const zone = findFile(folder, 'end.zoneinfo');
   if (buddy === undefined || zone === undefined) return undefined;
   const freeByOrder = new Array<number>(11).fill(0);
-  for (const match of readMaybeGz(buddy).toString('latin1').matchAll(/^Node\s+\d+, zone\s+\w+((?:\s+\d+)+)\s*$/gm)) {
+  for (const match of readMaybeGz(buddy)
+    .toString('latin1')
+    .matchAll(/^Node\s+\d+, zone\s+\w+((?:\s+\d+)+)\s*$/gm)) {
     match[1]
       .trim()
       .split(/\s+/)
@@ -139,8 +160,16 @@ function readEnd(folder: string): TraceEnd | undefined {
   }
   const text = readMaybeGz(zone).toString('latin1');
   const pcpPages = [...text.matchAll(/^\s+count:\s+(\d+)$/gm)].reduce((sum, m) => sum + Number(m[1]), 0);
-  const pageCachePages = [...text.matchAll(/^\s+nr_file_pages\s+(\d+)$/gm)].reduce((sum, m) => sum + Number(m[1]), 0);
-  return { freeByOrder, freePages: freeByOrder.reduce((sum, n, order) => sum + n * 2 ** order, 0), pcpPages, pageCachePages };
+  const pageCachePages = [...text.matchAll(/^\s+nr_file_pages\s+(\d+)$/gm)].reduce(
+    (sum, m) => sum + Number(m[1]),
+    0,
+  );
+  return {
+    freeByOrder,
+    freePages: freeByOrder.reduce((sum, n, order) => sum + n * 2 ** order, 0),
+    pcpPages,
+    pageCachePages,
+  };
 }
 
 /** The usable ranges of the capture's e820 map; one range from 0 without a dmesg. */
@@ -148,7 +177,9 @@ function readE820(folder: string, maxPfn: number): { start: number; end: number 
   const dmesg = findFile(folder, 'dmesg.txt');
   const ranges: { start: number; end: number }[] = [];
   if (dmesg !== undefined) {
-    for (const match of readMaybeGz(dmesg).toString('latin1').matchAll(/BIOS-e820: \[mem (0x[0-9a-f]+)-(0x[0-9a-f]+)\] usable/g)) {
+    for (const match of readMaybeGz(dmesg)
+      .toString('latin1')
+      .matchAll(/BIOS-e820: \[mem (0x[0-9a-f]+)-(0x[0-9a-f]+)\] usable/g)) {
       const start = Math.ceil(Number(match[1]) / 4096);
       const end = Math.min(maxPfn, Math.floor((Number(match[2]) + 1) / 4096));
       if (start < end) ranges.push({ start, end });

@@ -29,13 +29,28 @@ export function encodeTrace(trace: Trace): Buffer {
     deltas[i] = t - last;
     last = t;
   }
-  const header: Header = { trace: rest, count: events.count, pages: start?.pages.length ?? 0, pageblocks: start?.pageblocks.length ?? 0 };
+  const header: Header = {
+    trace: rest,
+    count: events.count,
+    pages: start?.pages.length ?? 0,
+    pageblocks: start?.pageblocks.length ?? 0,
+  };
   const json = Buffer.from(JSON.stringify(header));
   const length = Buffer.alloc(4);
   length.writeUInt32LE(json.length);
   const index = Int32Array.from(events.index);
   const parts: (Buffer | Uint8Array)[] = [Buffer.from(MAGIC), length, json];
-  for (const column of [deltas, events.pfn, events.file, index, events.gfp, events.op, events.cpu, events.order, events.migratetype]) {
+  for (const column of [
+    deltas,
+    events.pfn,
+    events.file,
+    index,
+    events.gfp,
+    events.op,
+    events.cpu,
+    events.order,
+    events.migratetype,
+  ]) {
     parts.push(planes(column));
   }
   if (start !== undefined) parts.push(start.pages, start.pageblocks);
@@ -65,7 +80,8 @@ export function decodeTrace(compressed: Uint8Array, source: string): Trace {
   } catch {
     throw new UserError(`${source}: not an .ebbtrace file, or damaged; make one with 'ebb trace import'`);
   }
-  if (bytes.toString('latin1', 0, 8) !== MAGIC) throw new UserError(`${source}: not an .ebbtrace file; make one with 'ebb trace import'`);
+  if (bytes.toString('latin1', 0, 8) !== MAGIC)
+    throw new UserError(`${source}: not an .ebbtrace file; make one with 'ebb trace import'`);
   const headerLength = bytes.readUInt32LE(8);
   const header = JSON.parse(bytes.toString('utf8', 12, 12 + headerLength)) as Header;
   let at = 12 + headerLength;
@@ -90,7 +106,8 @@ export function decodeTrace(compressed: Uint8Array, source: string): Trace {
   let t = 0;
   for (let i = 0; i < n; i++) timeUs[i] = t += deltas[i];
   const events: TraceEvents = { count: n, timeUs, op, cpu, pfn, order, migratetype, gfp, file, index };
-  const start = header.pages > 0 ? { pages: take(header.pages, 1), pageblocks: take(header.pageblocks, 1) } : undefined;
+  const start =
+    header.pages > 0 ? { pages: take(header.pages, 1), pageblocks: take(header.pageblocks, 1) } : undefined;
   return { ...header.trace, events, ...(start === undefined ? {} : { start }) };
 }
 

@@ -5,16 +5,25 @@ import { importTraceText } from './import.ts';
 import { makePlan, PLAN_FREE, PLAN_FREE_START, PLAN_SHARED } from './replay-plan.ts';
 import { OP_ALLOC, OP_CACHE_ADD, OP_FREE, TG_WRITE, TG_ZONE_SHIFT, UserError, type Trace } from './trace.ts';
 
-const alloc = 'mm_page_alloc: page=ffd4000000138200 pfn=0x4e08 order=1 migratetype=0 gfp_flags=GFP_KERNEL_ACCOUNT|__GFP_ZERO';
-const line = (event: string, cpu = 0, time = '4.640781', task = 'init-1', flags = '.....'): string => `            ${task}       [${String(cpu).padStart(3, '0')}] ${flags} ${time}: ${event}`;
+const alloc =
+  'mm_page_alloc: page=ffd4000000138200 pfn=0x4e08 order=1 migratetype=0 gfp_flags=GFP_KERNEL_ACCOUNT|__GFP_ZERO';
+const line = (event: string, cpu = 0, time = '4.640781', task = 'init-1', flags = '.....'): string =>
+  `            ${task}       [${String(cpu).padStart(3, '0')}] ${flags} ${time}: ${event}`;
 
 describe('the input grammar', () => {
   test('reads tracefs text as captured', () => {
     const { events } = importTraceText(line(alloc, 1), 't');
-    expect([events.count, events.op[0], events.pfn[0], events.order[0], events.cpu[0]]).toEqual([1, OP_ALLOC, 0x4e08, 1, 1]);
+    expect([events.count, events.op[0], events.pfn[0], events.order[0], events.cpu[0]]).toEqual([
+      1,
+      OP_ALLOC,
+      0x4e08,
+      1,
+      1,
+    ]);
   });
   test('reads trace-cmd report: no flags column, decimal pfn, page= with 0x', () => {
-    const text = '            bash-4242  [003]  1234.567890: mm_page_free: page=0xffffea0000138200 pfn=19976 order=0';
+    const text =
+      '            bash-4242  [003]  1234.567890: mm_page_free: page=0xffffea0000138200 pfn=19976 order=0';
     const { events } = importTraceText(text, 't');
     expect([events.op[0], events.pfn[0], events.cpu[0]]).toEqual([OP_FREE, 19976, 3]);
   });
@@ -23,23 +32,42 @@ describe('the input grammar', () => {
     expect(events.count).toBe(1);
   });
   test('a failed allocation is skipped and counted; other events too', () => {
-    const text = [line(alloc), line('mm_page_alloc: page=(null) pfn=0x0 order=3 migratetype=0 gfp_flags=GFP_NOWAIT'), line('mm_vmscan_wakeup_kswapd: nid=0')].join('\n');
-    expect(importTraceText(text, 't').skipped).toEqual({ 'failed allocation (page=(null))': 1, mm_vmscan_wakeup_kswapd: 1 });
+    const text = [
+      line(alloc),
+      line('mm_page_alloc: page=(null) pfn=0x0 order=3 migratetype=0 gfp_flags=GFP_NOWAIT'),
+      line('mm_vmscan_wakeup_kswapd: nid=0'),
+    ].join('\n');
+    expect(importTraceText(text, 't').skipped).toEqual({
+      'failed allocation (page=(null))': 1,
+      mm_vmscan_wakeup_kswapd: 1,
+    });
   });
   test('mm_page_free_batched and the allocator’s own events drive nothing', () => {
-    const text = [line(alloc), line('mm_page_free_batched: page=1 pfn=0x1 order=0'), line('mm_page_pcpu_drain: page=1 pfn=0x9 order=0 migratetype=1')].join('\n');
+    const text = [
+      line(alloc),
+      line('mm_page_free_batched: page=1 pfn=0x1 order=0'),
+      line('mm_page_pcpu_drain: page=1 pfn=0x9 order=0 migratetype=1'),
+    ].join('\n');
     const imported = importTraceText(text, 't');
     expect(imported.events.count).toBe(1);
     // Both pages of the order-1 allocation, and the drained one, sat on per-CPU lists.
     expect([...imported.onPcpAtStart.keys()]).toEqual([0x4e08, 0x4e09, 9]);
   });
   test('only the events between SNAP_start_END and SNAP_end_END are applied', () => {
-    const text = [line(alloc), line('tracing_mark_write: SNAP_start_END'), line('mm_page_free: page=1 pfn=0x7 order=0'), line('tracing_mark_write: SNAP_end_END'), line(alloc)].join('\n');
+    const text = [
+      line(alloc),
+      line('tracing_mark_write: SNAP_start_END'),
+      line('mm_page_free: page=1 pfn=0x7 order=0'),
+      line('tracing_mark_write: SNAP_end_END'),
+      line(alloc),
+    ].join('\n');
     const { events } = importTraceText(text, 't');
     expect([events.count, events.op[0]]).toEqual([1, OP_FREE]);
   });
   test('gfp flags: write, zone and waiting', () => {
-    const text = line('mm_page_alloc: page=1 pfn=0x5 order=0 migratetype=1 gfp_flags=GFP_HIGHUSER_MOVABLE|__GFP_COMP|__GFP_WRITE');
+    const text = line(
+      'mm_page_alloc: page=1 pfn=0x5 order=0 migratetype=1 gfp_flags=GFP_HIGHUSER_MOVABLE|__GFP_COMP|__GFP_WRITE',
+    );
     const { events } = importTraceText(text, 't');
     expect([events.gfp[0] & TG_WRITE, events.gfp[0] >> TG_ZONE_SHIFT]).toEqual([TG_WRITE, 3]);
   });
@@ -52,7 +80,11 @@ describe('a bad trace is one line with its number and text', () => {
     ['a truncated field', line('mm_page_alloc: page=1 pfn=0x'), /line 1: no valid (pfn|order)=/],
     ['an order that cannot be', line('mm_page_free: page=1 pfn=0x1 order=12'), /order 12 is above 10/],
     ['no events at all', '# tracer: nop\n', /no page events/],
-    ['a capture cut off before its end mark', `${line('tracing_mark_write: SNAP_start_END')}\n${line(alloc)}\n# SNAP_end_END`, /ends before SNAP_end_END/],
+    [
+      'a capture cut off before its end mark',
+      `${line('tracing_mark_write: SNAP_start_END')}\n${line(alloc)}\n# SNAP_end_END`,
+      /ends before SNAP_end_END/,
+    ],
   ])('%s', (_what, text, message) => {
     expect(() => importTraceText(text, 't')).toThrow(UserError);
     expect(() => importTraceText(text, 't')).toThrow(message);
@@ -61,23 +93,46 @@ describe('a bad trace is one line with its number and text', () => {
 
 const asTrace = (text: string): Trace => {
   const imported = importTraceText(text, 't');
-  return { name: 't', hash: imported.hash, nrCpus: imported.nrCpus, maxPfn: imported.maxPfn, guestMemoryBytes: 1 << 26, e820: [{ start: 0, end: 16384 }], events: imported.events, skipped: {}, marks: [] };
+  return {
+    name: 't',
+    hash: imported.hash,
+    nrCpus: imported.nrCpus,
+    maxPfn: imported.maxPfn,
+    guestMemoryBytes: 1 << 26,
+    e820: [{ start: 0, end: 16384 }],
+    events: imported.events,
+    skipped: {},
+    marks: [],
+  };
 };
 
 describe('.ebbtrace', () => {
-  prop.prop([fc.array(fc.tuple(fc.nat(16000), fc.boolean(), fc.nat(3)), { minLength: 1, maxLength: 50 })])('what is written is read back', (list) => {
-    const text = list
-      .map(([pfn, free, cpu], i) => line(free ? `mm_page_free: page=1 pfn=0x${pfn.toString(16)} order=0` : `mm_page_alloc: page=1 pfn=${pfn} order=0 migratetype=1 gfp_flags=GFP_KERNEL`, cpu, `${i}.000125`))
-      .join('\n');
-    const trace = asTrace(text);
-    const back = decodeTrace(encodeTrace(trace), 'x');
-    expect({ ...back, events: null }).toEqual({ ...trace, events: null });
-    expect([...back.events.pfn]).toEqual([...trace.events.pfn]);
-    expect([...back.events.timeUs]).toEqual([...trace.events.timeUs].map(Math.round));
-  });
+  prop.prop([fc.array(fc.tuple(fc.nat(16000), fc.boolean(), fc.nat(3)), { minLength: 1, maxLength: 50 })])(
+    'what is written is read back',
+    (list) => {
+      const text = list
+        .map(([pfn, free, cpu], i) =>
+          line(
+            free
+              ? `mm_page_free: page=1 pfn=0x${pfn.toString(16)} order=0`
+              : `mm_page_alloc: page=1 pfn=${pfn} order=0 migratetype=1 gfp_flags=GFP_KERNEL`,
+            cpu,
+            `${i}.000125`,
+          ),
+        )
+        .join('\n');
+      const trace = asTrace(text);
+      const back = decodeTrace(encodeTrace(trace), 'x');
+      expect({ ...back, events: null }).toEqual({ ...trace, events: null });
+      expect([...back.events.pfn]).toEqual([...trace.events.pfn]);
+      expect([...back.events.timeUs]).toEqual([...trace.events.timeUs].map(Math.round));
+    },
+  );
   test('a damaged file is the user’s mistake, in one line', () => {
     const bytes = encodeTrace(asTrace(line(alloc)));
-    expect(() => decodeTrace(bytes.subarray(0, 40), 'x.ebbtrace')).toThrow(/x.ebbtrace: (not an .ebbtrace file|truncated)/);
+    expect(() => decodeTrace(bytes.subarray(0, 40), 'x.ebbtrace')).toThrow(
+      /x.ebbtrace: (not an .ebbtrace file|truncated)/,
+    );
     expect(() => decodeTrace(new Uint8Array(10), 'y')).toThrow(UserError);
   });
 });
@@ -100,7 +155,11 @@ describe('the replay plan', () => {
     expect(plan.op[1]).toBe(PLAN_FREE);
     expect(plan.op[4]).toBe(PLAN_FREE_START);
     // The first allocation's events come from two CPUs and wait for one another.
-    expect([plan.flags[0] & PLAN_SHARED, plan.flags[2] & PLAN_SHARED, plan.ordinal[1]]).toEqual([PLAN_SHARED, 0, 1]);
+    expect([plan.flags[0] & PLAN_SHARED, plan.flags[2] & PLAN_SHARED, plan.ordinal[1]]).toEqual([
+      PLAN_SHARED,
+      0,
+      1,
+    ]);
     expect(plan.dropped).toEqual({ 'free of an unknown page': 1 });
   });
   test('page cache events refer to the page they name', () => {

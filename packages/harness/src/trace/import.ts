@@ -102,7 +102,9 @@ export function importTraceText(text: string, source: string): ImportedEvents {
   const hasStart = text.includes('SNAP_start_END');
   const hasEnd = text.includes('SNAP_end_END');
   const fail = (line: string, why: string): never => {
-    throw new UserError(`${source}: line ${lineNumber}: ${why}: '${line.length > 120 ? `${line.slice(0, 120)}…` : line}'`);
+    throw new UserError(
+      `${source}: line ${lineNumber}: ${why}: '${line.length > 120 ? `${line.slice(0, 120)}…` : line}'`,
+    );
   };
   for (let at = 0; at < text.length && !ended; ) {
     let eol = text.indexOf('\n', at);
@@ -130,7 +132,8 @@ export function importTraceText(text: string, source: string): ImportedEvents {
     };
     const number = (name: string): number => {
       const value = Number(field(name));
-      if (field(name) === undefined || field(name) === '' || !Number.isInteger(value) || value < 0) fail(line, `no valid ${name}=`);
+      if (field(name) === undefined || field(name) === '' || !Number.isInteger(value) || value < 0)
+        fail(line, `no valid ${name}=`);
       return value;
     };
     if (event === 'tracing_mark_write' || event === 'print') {
@@ -208,9 +211,11 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         skipped[event] = (skipped[event] ?? 0) + 1;
     }
   }
-  if (hasStart && hasEnd && !ended) throw new UserError(`${source}: ends before SNAP_end_END; is it truncated?`);
+  if (hasStart && hasEnd && !ended)
+    throw new UserError(`${source}: ends before SNAP_end_END; is it truncated?`);
   const events = columns.freeze();
-  if (events.count === 0) throw new UserError(`${source}: no page events in it; capture kmem:mm_page_alloc and kmem:mm_page_free`);
+  if (events.count === 0)
+    throw new UserError(`${source}: no page events in it; capture kmem:mm_page_alloc and kmem:mm_page_free`);
   return { events, nrCpus, maxPfn, hash: hashEvents(events), skipped, marks, onPcpAtStart: onPcp, windowed };
 }
 

@@ -75,7 +75,14 @@ export function makePlan(trace: Trace, nrVcpus: number): ReplayPlan {
   trace.start?.pages.forEach((state, pfn) => {
     startUsed[pfn] = state !== START_ABSENT && state !== START_FREE && state < START_PCP ? 1 : 0;
   });
-  const handles: { order: number; gfp: number; ordinal: number; cpu: number; shared: boolean; rows: number[] }[] = [];
+  const handles: {
+    order: number;
+    gfp: number;
+    ordinal: number;
+    cpu: number;
+    shared: boolean;
+    rows: number[];
+  }[] = [];
   const dropped: Record<string, number> = {};
   const drop = (why: string): void => {
     dropped[why] = (dropped[why] ?? 0) + 1;
@@ -110,7 +117,14 @@ export function makePlan(trace: Trace, nrVcpus: number): ReplayPlan {
       case OP_ALLOC: {
         if (live[pfn] >= 0) drop('allocated twice without a free');
         const id = handles.length;
-        handles.push({ order: events.order[i], gfp: events.gfp[i], ordinal: 0, cpu: events.cpu[i] % nrVcpus, shared: false, rows: [] });
+        handles.push({
+          order: events.order[i],
+          gfp: events.gfp[i],
+          ordinal: 0,
+          cpu: events.cpu[i] % nrVcpus,
+          shared: false,
+          rows: [],
+        });
         live[pfn] = id;
         use(i, PLAN_ALLOC, id);
         break;
@@ -152,7 +166,8 @@ export function makePlan(trace: Trace, nrVcpus: number): ReplayPlan {
       }
     }
   }
-  for (const handle of handles) if (handle.shared) for (const row of handle.rows) plan.flags[row] |= PLAN_SHARED;
+  for (const handle of handles)
+    if (handle.shared) for (const row of handle.rows) plan.flags[row] |= PLAN_SHARED;
   const order = shared(Int32Array, Math.max(1, rows) * 4);
   const from = shared(Int32Array, (nrVcpus + 1) * 4);
   let at = 0;

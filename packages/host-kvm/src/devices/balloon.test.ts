@@ -1,6 +1,14 @@
 /** The balloon device against recorded driver behaviour, over a VM's memory and over a plain buffer that is no VM. */
 import { beforeEach, describe, expect, test } from 'vitest';
-import { COST_TABLE, FlatGuestMemory, gfn, inlineSchedule, MiB, PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+import {
+  COST_TABLE,
+  FlatGuestMemory,
+  gfn,
+  inlineSchedule,
+  MiB,
+  PAGE_SIZE,
+  type GuestMemory,
+} from '@ebb/machine';
 import { MmioTransport } from '@ebb/virtio/device';
 import { MmioDriver } from '@ebb/virtio/driver';
 import { RawRing } from '@ebb/virtio/testing';
@@ -49,9 +57,18 @@ interface Bench {
 /** Where the guest's memory is: a VM of this host, or nobody's. */
 const worlds = ['a VM of this host', 'a plain buffer'] as const;
 
-function bench(world: (typeof worlds)[number], features: readonly number[] = ALL, unitPages = 1, accept = features, numbering: 'compact' | 'spec' = 'compact'): Bench {
+function bench(
+  world: (typeof worlds)[number],
+  features: readonly number[] = ALL,
+  unitPages = 1,
+  accept = features,
+  numbering: 'compact' | 'spec' = 'compact',
+): Bench {
   const discarded: [number, number][] = [];
-  const host = world === 'a VM of this host' ? testHost({ ramBytes: 16 * MiB, huge: unitPages > 1 ? 'hugetlb' : 'always' }) : null;
+  const host =
+    world === 'a VM of this host'
+      ? testHost({ ramBytes: 16 * MiB, huge: unitPages > 1 ? 'hugetlb' : 'always' })
+      : null;
   const tasks = host?.tasks ?? new HostTasks(inlineSchedule);
   const memory = host?.vm.memory ?? new FlatGuestMemory(new ArrayBuffer(16 * MiB));
   const port: DiscardPort = {
@@ -97,11 +114,20 @@ function bench(world: (typeof worlds)[number], features: readonly number[] = ALL
       const raw = ring[queue];
       let at = 0;
       if (bytes !== null) {
-        for (let i = 0; i < bytes.length; i += 4) raw.u32(BUFFER + i, new DataView(bytes.buffer).getUint32(i, true));
+        for (let i = 0; i < bytes.length; i += 4)
+          raw.u32(BUFFER + i, new DataView(bytes.buffer).getUint32(i, true));
         raw.desc(0, BUFFER, bytes.length, 0);
         at = 1;
       }
-      segments.forEach(([gpa, length], i) => raw.desc(at + i, gpa, length, VIRTQ_DESC_F_WRITE | (i < segments.length - 1 ? VIRTQ_DESC_F_NEXT : 0), at + i + 1));
+      segments.forEach(([gpa, length], i) =>
+        raw.desc(
+          at + i,
+          gpa,
+          length,
+          VIRTQ_DESC_F_WRITE | (i < segments.length - 1 ? VIRTQ_DESC_F_NEXT : 0),
+          at + i + 1,
+        ),
+      );
       raw.avail(0);
       driver.kick(queue);
       pump();
@@ -137,13 +163,19 @@ describe.each(worlds)('over %s', (world) => {
 
   test('a PFN twice, or beyond any RAM, is counted once and harmless', () => {
     b.send(0, pfns(600, 600, 0x7fffffff));
-    expect([b.device.counters.inflatedPages, b.device.counters.badPfns, b.transport.counters.needsReset]).toEqual([1, 1, 0]);
+    expect([
+      b.device.counters.inflatedPages,
+      b.device.counters.badPfns,
+      b.transport.counters.needsReset,
+    ]).toEqual([1, 1, 0]);
   });
 
   test('deflate frees nothing and takes the page out of the book', () => {
     b.send(0, pfns(600));
     b.send(1, pfns(600, 601));
-    expect([b.device.ballooned.count(), b.device.counters.deflatedPages, b.discarded.length]).toEqual([0, 1, 1]);
+    expect([b.device.ballooned.count(), b.device.counters.deflatedPages, b.discarded.length]).toEqual([
+      0, 1, 1,
+    ]);
   });
 
   test('Within an output buffer submitted to the statsq, the device MUST ignore entries with unknown tags, and MUST accept entries in any order', () => {
@@ -239,7 +271,11 @@ describe.each(worlds)('over %s', (world) => {
     b.driver.writeConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID, 77);
     b.driver.writeConfig32(BALLOON_CFG_ACTUAL, 5);
     b.transport.write(0x104, 1, 0xff);
-    expect([b.driver.readConfig32(BALLOON_CFG_NUM_PAGES), b.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID), b.device.actual]).toEqual([2048, 0, 5]);
+    expect([
+      b.driver.readConfig32(BALLOON_CFG_NUM_PAGES),
+      b.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID),
+      b.device.actual,
+    ]).toEqual([2048, 0, 5]);
   });
 
   test('a target above RAM size means no balloon', () => {
@@ -271,7 +307,8 @@ describe.each(worlds)('over %s', (world) => {
 describe('on 2 MiB host pages', () => {
   test('a host page is freed only when all its parts are in the balloon, and a reset forgets halves (QEMU 2019)', () => {
     const b = bench('a plain buffer', ALL, 512);
-    const parts = (from: number, n: number): Uint8Array => pfns(...Array.from({ length: n }, (_, i) => from + i));
+    const parts = (from: number, n: number): Uint8Array =>
+      pfns(...Array.from({ length: n }, (_, i) => from + i));
     b.send(0, parts(1024, 511));
     expect(b.discarded).toEqual([]);
     b.send(0, pfns(1535));
@@ -284,7 +321,8 @@ describe('on 2 MiB host pages', () => {
     b.driver.writeFeatures(Features.of(VIRTIO_F_VERSION_1));
     b.driver.acceptFeatures(Features.of(VIRTIO_F_VERSION_1));
     b.driver.setupQueue(0, QUEUE, rings(0));
-    for (const part of [rings(0).driver, rings(0).device]) for (let i = 0; i < 128; i += 4) b.ring[0].u32(part + i, 0);
+    for (const part of [rings(0).driver, rings(0).device])
+      for (let i = 0; i < 128; i += 4) b.ring[0].u32(part + i, 0);
     b.ring[0].availIdx(0);
     b.driver.driverOk();
     b.send(0, pfns(2559));
@@ -293,17 +331,26 @@ describe('on 2 MiB host pages', () => {
 });
 
 describe('queue numbering', () => {
-  const shape = (features: readonly number[], numbering: 'compact' | 'spec'): number[] => [...bench('a plain buffer', features, 1, features, numbering).device.queueMax];
+  const shape = (features: readonly number[], numbering: 'compact' | 'spec'): number[] => [
+    ...bench('a plain buffer', features, 1, features, numbering).device.queueMax,
+  ];
   test('compact: an optional queue that is not offered has no index (mvm#3478)', () => {
     expect(shape([VIRTIO_BALLOON_F_REPORTING], 'compact').length).toBe(3);
     expect(shape([VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_REPORTING], 'compact').length).toBe(4);
-    expect(shape([VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING], 'compact').length).toBe(5);
+    expect(
+      shape(
+        [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_FREE_PAGE_HINT, VIRTIO_BALLOON_F_REPORTING],
+        'compact',
+      ).length,
+    ).toBe(5);
   });
   test('spec: the numbers are fixed, and a missing queue has size 0', () => {
     expect(shape([VIRTIO_BALLOON_F_REPORTING], 'spec')).toEqual([128, 128, 0, 0, 128]);
   });
   test('a driver that declines a feature is still served on the others', () => {
-    const b = bench('a plain buffer', [VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING], 1, [VIRTIO_BALLOON_F_REPORTING]);
+    const b = bench('a plain buffer', [VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING], 1, [
+      VIRTIO_BALLOON_F_REPORTING,
+    ]);
     b.send(2, null, [[0x400000, 0x200000]]);
     expect(b.discarded).toEqual([[0x400, 0x200]]);
   });

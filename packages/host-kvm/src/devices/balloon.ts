@@ -187,7 +187,8 @@ export class BalloonDevice implements VirtioDevice {
       features.has(VIRTIO_BALLOON_F_FREE_PAGE_HINT) ? this.hintCommandId : 0,
       features.has(VIRTIO_BALLOON_F_PAGE_POISON) ? this.poisonValue : 0,
     ];
-    if (offset === 0) this.#trace?.(`virtio_balloon_get_config num_pages: ${this.numPages} actual: ${this.actual}`);
+    if (offset === 0)
+      this.#trace?.(`virtio_balloon_get_config num_pages: ${this.numPages} actual: ${this.actual}`);
     return (words[offset >> 2] >>> (8 * (offset & 3))) & (width === 4 ? 0xffffffff : (1 << (8 * width)) - 1);
   }
 
@@ -197,12 +198,16 @@ export class BalloonDevice implements VirtioDevice {
     if (offset === BALLOON_CFG_ACTUAL) {
       this.#trace?.(`virtio_balloon_set_config actual: ${value >>> 0} oldactual: ${this.actual}`);
       this.actual = value >>> 0;
-    } else if (offset === BALLOON_CFG_POISON_VAL && features.has(VIRTIO_BALLOON_F_PAGE_POISON)) this.poisonValue = value >>> 0;
+    } else if (offset === BALLOON_CFG_POISON_VAL && features.has(VIRTIO_BALLOON_F_PAGE_POISON))
+      this.poisonValue = value >>> 0;
   }
 
   /** Asks the guest for a logical size of `bytes`; sizes above RAM mean no balloon. Returns before anything is done. */
   setTarget(bytes: number): void {
-    const pages = Math.max(0, Math.min(this.#memory.ramPages, this.#memory.ramPages - Math.floor(bytes / 4096)));
+    const pages = Math.max(
+      0,
+      Math.min(this.#memory.ramPages, this.#memory.ramPages - Math.floor(bytes / 4096)),
+    );
     this.#trace?.(`virtio_balloon_to_target balloon target: 0x${bytes.toString(16)} num_pages: ${pages}`);
     if (pages === this.numPages) return;
     this.numPages = pages;
@@ -230,7 +235,10 @@ export class BalloonDevice implements VirtioDevice {
         // A reset while the discard ran took the buffer back.
         if (this.#queues[index] !== queue) return;
         queue.push(chain, 0);
-        this.#host?.queueInterrupt(index, this.#timeline.complete(kicked, cost + this.#port.costs.queueRoundTripNs));
+        this.#host?.queueInterrupt(
+          index,
+          this.#timeline.complete(kicked, cost + this.#port.costs.queueRoundTripNs),
+        );
       }
       if (queue.error !== null) {
         this.#host?.needsReset(queue.error.kind);
@@ -313,7 +321,9 @@ export class BalloonDevice implements VirtioDevice {
     }
     ranges.sort((a, b) => a[0] - b[0]);
     const runs: number[] = [];
-    for (const [gfn, count] of ranges) if (runs.length === 0 || gfn >= runs[runs.length - 2] + runs[runs.length - 1]) appendPage(runs, gfn, count);
+    for (const [gfn, count] of ranges)
+      if (runs.length === 0 || gfn >= runs[runs.length - 2] + runs[runs.length - 1])
+        appendPage(runs, gfn, count);
     return yield* this.#discard(runs);
   }
 
@@ -334,7 +344,8 @@ export class BalloonDevice implements VirtioDevice {
     const stats: BalloonStats = {};
     for (let at = 0; at + BALLOON_STAT_BYTES <= bytes.length; at += BALLOON_STAT_BYTES) {
       const name = BALLOON_STAT_NAMES[view.getUint16(at, true)];
-      if (name !== undefined) stats[name] = view.getUint32(at + 2, true) + view.getUint32(at + 6, true) * 0x1_0000_0000;
+      if (name !== undefined)
+        stats[name] = view.getUint32(at + 2, true) + view.getUint32(at + 6, true) * 0x1_0000_0000;
     }
     this.stats = stats;
     this.counters.statsUpdates++;

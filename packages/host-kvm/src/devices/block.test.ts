@@ -4,7 +4,13 @@ import { COST_TABLE, FlatGuestMemory, inlineSchedule, MiB } from '@ebb/machine';
 import { MmioTransport } from '@ebb/virtio/device';
 import { MmioDriver } from '@ebb/virtio/driver';
 import { RawRing } from '@ebb/virtio/testing';
-import { VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE } from '@ebb/virtio/uapi';
+import {
+  VIRTIO_BLK_S_IOERR,
+  VIRTIO_BLK_S_OK,
+  VIRTIO_BLK_S_UNSUPP,
+  VIRTQ_DESC_F_NEXT,
+  VIRTQ_DESC_F_WRITE,
+} from '@ebb/virtio/uapi';
 import { HostTasks } from '../host-tasks.ts';
 import { testHost } from '../kvm/testing-host.ts';
 import { BlockDevice, type BlockStorage } from './block.ts';
@@ -35,7 +41,11 @@ describe.each(['a VM of this host', 'a plain buffer'])('over %s', (world) => {
     const tasks = host?.tasks ?? new HostTasks(inlineSchedule);
     const memory = host?.vm.memory ?? new FlatGuestMemory(new ArrayBuffer(16 * MiB));
     const disk = storage(MiB);
-    const device = new BlockDevice(disk, { spawn: (n, b) => void tasks.spawn(n, b), now: () => 0, costs: COST_TABLE });
+    const device = new BlockDevice(disk, {
+      spawn: (n, b) => void tasks.spawn(n, b),
+      now: () => 0,
+      costs: COST_TABLE,
+    });
     const transport = new MmioTransport({ device, memory, interrupt: () => undefined });
     const driver = new MmioDriver(transport);
     driver.begin(2);
@@ -84,7 +94,8 @@ describe.each(['a VM of this host', 'a plain buffer'])('over %s', (world) => {
     expect(disk.data.every((v) => v === 0)).toBe(true);
     expect(device.counters.errors).toBe(3);
   });
-  test('an unknown type is unsupported', () => expect(setup().request(99, 0, 512, false)).toBe(VIRTIO_BLK_S_UNSUPP));
+  test('an unknown type is unsupported', () =>
+    expect(setup().request(99, 0, 512, false)).toBe(VIRTIO_BLK_S_UNSUPP));
   test('capacity is read in halves; the configuration is read-only', () => {
     const { driver, transport } = setup();
     transport.write(0x100, 4, 7);

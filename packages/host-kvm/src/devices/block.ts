@@ -46,10 +46,22 @@ const MAX_REQUEST_BYTES = 4 * 1024 * 1024;
 
 export class BlockDevice implements VirtioDevice {
   readonly deviceId: number = VIRTIO_ID_BLOCK;
-  readonly offered: Features = Features.of(VIRTIO_BLK_F_FLUSH, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1);
+  readonly offered: Features = Features.of(
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_VERSION_1,
+  );
   readonly configBytes = 8;
   readonly queueMax: readonly number[] = [256];
-  readonly counters: BlockCounters = { reads: 0, writes: 0, flushes: 0, bytesRead: 0, bytesWritten: 0, errors: 0 };
+  readonly counters: BlockCounters = {
+    reads: 0,
+    writes: 0,
+    flushes: 0,
+    bytesRead: 0,
+    bytesWritten: 0,
+    errors: 0,
+  };
   readonly #storage: BlockStorage;
   readonly #port: DevicePort;
   readonly #runner: QueueRunner;
@@ -116,14 +128,22 @@ export class BlockDevice implements VirtioDevice {
   #request(chain: DescriptorChain): { status: number; written: number; cost: number } {
     const { costs } = this.#port;
     const header = new Uint8Array(BLK_HEADER_BYTES);
-    const fail = (status: number): { status: number; written: number; cost: number } => ({ status, written: 0, cost: costs.exitNs });
-    if (chain.writableBytes === 0 || chain.read(0, header) !== BLK_HEADER_BYTES) return fail(VIRTIO_BLK_S_IOERR);
+    const fail = (status: number): { status: number; written: number; cost: number } => ({
+      status,
+      written: 0,
+      cost: costs.exitNs,
+    });
+    if (chain.writableBytes === 0 || chain.read(0, header) !== BLK_HEADER_BYTES)
+      return fail(VIRTIO_BLK_S_IOERR);
     const view = new DataView(header.buffer);
     const type = view.getUint32(0, true);
     const sector = view.getUint32(8, true) + view.getUint32(12, true) * 0x1_0000_0000;
-    const cost = (bytes: number): number => costs.diskRequestNs + Math.ceil(bytes / PAGE_SIZE) * costs.diskPageNs;
+    const cost = (bytes: number): number =>
+      costs.diskRequestNs + Math.ceil(bytes / PAGE_SIZE) * costs.diskPageNs;
     const inside = (bytes: number): boolean =>
-      bytes <= MAX_REQUEST_BYTES && bytes % SECTOR_BYTES === 0 && sector * SECTOR_BYTES + bytes <= this.#storage.bytes;
+      bytes <= MAX_REQUEST_BYTES &&
+      bytes % SECTOR_BYTES === 0 &&
+      sector * SECTOR_BYTES + bytes <= this.#storage.bytes;
     switch (type) {
       case VIRTIO_BLK_T_IN: {
         const bytes = chain.writableBytes - 1;

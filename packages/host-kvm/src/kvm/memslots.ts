@@ -35,7 +35,11 @@ export interface Memslot {
 }
 
 export type SlotError = 'EINVAL' | 'EEXIST';
-export type SlotChange = { readonly kind: 'create' | 'flags' | 'move' | 'delete'; readonly slot: Memslot; readonly old: Memslot | null };
+export type SlotChange = {
+  readonly kind: 'create' | 'flags' | 'move' | 'delete';
+  readonly slot: Memslot;
+  readonly old: Memslot | null;
+};
 
 export class Memslots {
   #slots: Memslot[] = [];
@@ -69,25 +73,41 @@ export class Memslots {
     const nrPages = memorySize / PAGE_SIZE;
     const baseGfn = guestPhysAddr / PAGE_SIZE;
     if (region.fileOffset < 0 || region.fileOffset + nrPages > region.file.nrBlocks) return err('EINVAL');
-    const slot: Memslot = { id, baseGfn, nrPages, flags, file: region.file, fileOffset: region.fileOffset, invalid: false };
+    const slot: Memslot = {
+      id,
+      baseGfn,
+      nrPages,
+      flags,
+      file: region.file,
+      fileOffset: region.fileOffset,
+      invalid: false,
+    };
     let kind: SlotChange['kind'] = 'create';
     if (old !== null) {
       // A live slot keeps its size, its backing and its read-only bit; a resize is delete and create.
       const changed = (old.flags ^ flags) & KVM_MEM_READONLY;
-      if (old.nrPages !== nrPages || old.file !== region.file || old.fileOffset !== region.fileOffset || changed !== 0) {
+      if (
+        old.nrPages !== nrPages ||
+        old.file !== region.file ||
+        old.fileOffset !== region.fileOffset ||
+        changed !== 0
+      ) {
         return err('EINVAL');
       }
       kind = old.baseGfn === baseGfn ? 'flags' : 'move';
     }
     for (const other of this.#slots) {
-      if (other.id !== id && baseGfn < other.baseGfn + other.nrPages && other.baseGfn < baseGfn + nrPages) return err('EEXIST');
+      if (other.id !== id && baseGfn < other.baseGfn + other.nrPages && other.baseGfn < baseGfn + nrPages)
+        return err('EEXIST');
     }
     return ok({ kind, slot, old });
   }
 
   /** Replaces the slot with the same id, adds it, or marks it invalid; bumps the generation. */
   install(slot: Memslot): void {
-    this.#slots = [...this.#slots.filter((s) => s.id !== slot.id), slot].toSorted((a, b) => a.baseGfn - b.baseGfn);
+    this.#slots = [...this.#slots.filter((s) => s.id !== slot.id), slot].toSorted(
+      (a, b) => a.baseGfn - b.baseGfn,
+    );
     this.generation++;
   }
 

@@ -31,7 +31,9 @@ export interface TestHost {
   addVm(): { vm: Vm; file: MemFile; vcpus: Vcpu[] };
 }
 
-export function testHost(options: { hostBytes?: number; ramBytes?: number; huge?: HugePolicy; vcpus?: number } = {}): TestHost {
+export function testHost(
+  options: { hostBytes?: number; ramBytes?: number; huge?: HugePolicy; vcpus?: number } = {},
+): TestHost {
   const hostBytes = options.hostBytes ?? 64 * MiB;
   const ramBytes = options.ramBytes ?? 16 * MiB;
   const nrVcpus = options.vcpus ?? 2;
@@ -65,10 +67,36 @@ export function testHost(options: { hostBytes?: number; ramBytes?: number; huge?
   };
   const addVm = (): { vm: Vm; file: MemFile; vcpus: Vcpu[] } => {
     const id = vms.length;
-    const vm = new Vm({ id, nrVcpus, control, firstBlock: id * nrVcpus, pool, tasks, violations: log, schedule: inlineSchedule, tableLive, frameFlags });
+    const vm = new Vm({
+      id,
+      nrVcpus,
+      control,
+      firstBlock: id * nrVcpus,
+      pool,
+      tasks,
+      violations: log,
+      schedule: inlineSchedule,
+      tableLive,
+      frameFlags,
+    });
     vms.push(vm);
-    const file = new MemFile({ name: `vm${id}`, nrBlocks: ramBytes / PAGE_SIZE, vm: id, frames: pool, huge: options.huge ?? 'always' });
-    finish(vm.setUserMemoryRegion({ slot: 0, flags: 0, guestPhysAddr: 0, memorySize: ramBytes, file, fileOffset: 0 }));
+    const file = new MemFile({
+      name: `vm${id}`,
+      nrBlocks: ramBytes / PAGE_SIZE,
+      vm: id,
+      frames: pool,
+      huge: options.huge ?? 'always',
+    });
+    finish(
+      vm.setUserMemoryRegion({
+        slot: 0,
+        flags: 0,
+        guestPhysAddr: 0,
+        memorySize: ramBytes,
+        file,
+        fileOffset: 0,
+      }),
+    );
     const vcpus = Array.from(
       { length: nrVcpus },
       (_, v) =>

@@ -70,7 +70,9 @@ describe('discard', () => {
     host.vcpus[0].leaveGuest();
     const gone = host.file.bmap(100);
     expect(host.finish(host.vm.discard(Int32Array.of(100, 1), 1))).toBe(1);
-    expect([host.vm.mmu.leafLevel(99), host.vm.mmu.leafLevel(100), host.vm.mmu.counters.splits]).toEqual([1, 0, 1]);
+    expect([host.vm.mmu.leafLevel(99), host.vm.mmu.leafLevel(100), host.vm.mmu.counters.splits]).toEqual([
+      1, 0, 1,
+    ]);
     host.vcpus[0].enterGuest();
     expect([host.vcpus[0].load32(page(99), 1), host.vcpus[0].load32(page(101), 1)]).toEqual([100, 102]);
     expect(host.vcpus[0].load32(page(100), 1)).toBe(0);
@@ -94,7 +96,9 @@ describe('discard', () => {
     const host = testHost();
     const check = (): void => {
       const c = host.pool.ledger.recount();
-      expect(c.free + c.guestAssigned + c.memfsUnmapped + c.pageTable + c.vmm + c.revoking + c.pinnedDetached).toBe(host.pool.frames);
+      expect(
+        c.free + c.guestAssigned + c.memfsUnmapped + c.pageTable + c.vmm + c.revoking + c.pinnedDetached,
+      ).toBe(host.pool.frames);
       expect(c.free).toBe(host.pool.buddy.free);
       expect(c.guestAssigned + c.memfsUnmapped).toBe(host.file.assigned);
       expect(c.pageTable).toBe(host.vm.mmu.counters.tables);
@@ -167,11 +171,13 @@ describe('isolation', () => {
     const host = testHost({ huge: 'never', hostBytes: 4 * MiB, ramBytes: 2 * MiB });
     const other = host.addVm();
     host.vcpus[0].enterGuest();
-    for (let p = 0; p < 512; p++) for (let w = 0; w < 1024; w += 100) host.vcpus[0].store32(page(p), w, 0x5ec2e7);
+    for (let p = 0; p < 512; p++)
+      for (let w = 0; w < 1024; w += 100) host.vcpus[0].store32(page(p), w, 0x5ec2e7);
     host.vcpus[0].leaveGuest();
     host.finish(host.vm.discard(Int32Array.of(0, 512), 1));
     other.vcpus[0].enterGuest();
-    for (let p = 0; p < 512; p++) for (let w = 0; w < 1024; w += 100) expect(other.vcpus[0].load32(page(p), w)).toBe(0);
+    for (let p = 0; p < 512; p++)
+      for (let w = 0; w < 1024; w += 100) expect(other.vcpus[0].load32(page(p), w)).toBe(0);
     expect(host.log.total).toBe(0);
   });
 });
@@ -179,13 +185,24 @@ describe('isolation', () => {
 describe('KVM_SET_USER_MEMORY_REGION', () => {
   const region = (host: ReturnType<typeof testHost>, over: object): unknown =>
     host.finish(
-      host.vm.setUserMemoryRegion({ slot: 1, flags: 0, guestPhysAddr: 32 * MiB, memorySize: MiB, file: host.file, fileOffset: 0, ...over }),
+      host.vm.setUserMemoryRegion({
+        slot: 1,
+        flags: 0,
+        guestPhysAddr: 32 * MiB,
+        memorySize: MiB,
+        file: host.file,
+        fileOffset: 0,
+        ...over,
+      }),
     );
   test('refuses what KVM refuses: alignment, overlap, unknown flags, slot numbers, deleting nothing, ranges outside the backing', () => {
     const host = testHost();
     expect(region(host, { guestPhysAddr: 100 })).toEqual({ ok: false, error: 'EINVAL' });
     expect(region(host, { memorySize: 100 })).toEqual({ ok: false, error: 'EINVAL' });
-    expect(region(host, { guestPhysAddr: 15 * MiB, memorySize: 2 * MiB })).toEqual({ ok: false, error: 'EEXIST' });
+    expect(region(host, { guestPhysAddr: 15 * MiB, memorySize: 2 * MiB })).toEqual({
+      ok: false,
+      error: 'EEXIST',
+    });
     expect(region(host, { flags: 8 })).toEqual({ ok: false, error: 'EINVAL' });
     expect(region(host, { slot: 32764 })).toEqual({ ok: false, error: 'EINVAL' });
     expect(region(host, { memorySize: 0 })).toEqual({ ok: false, error: 'EINVAL' });
@@ -221,7 +238,10 @@ describe('KVM_SET_USER_MEMORY_REGION', () => {
     host.vcpus[0].enterGuest();
     host.vcpus[0].store32(page(8192), 0, 3);
     host.vcpus[0].leaveGuest();
-    expect(region(host, { file, memorySize: 2 * MiB, guestPhysAddr: 64 * MiB })).toEqual({ ok: true, value: undefined });
+    expect(region(host, { file, memorySize: 2 * MiB, guestPhysAddr: 64 * MiB })).toEqual({
+      ok: true,
+      value: undefined,
+    });
     host.vcpus[0].enterGuest();
     expect([host.vcpus[0].load32(page(8192), 0), host.vcpus[0].load32(page(16384), 0)]).toEqual([-1, 3]);
   });

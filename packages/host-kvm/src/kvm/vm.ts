@@ -51,7 +51,13 @@ import {
 import type { InvalidationListener, MemFile } from '@ebb/memfs';
 import { HostTasks, PARK, TaskLock, type HostTask, type TaskBody, type TaskYield } from '../host-tasks.ts';
 import type { FramePool } from '../mm/frame-pool.ts';
-import { KVM_MEM_READONLY, Memslots, type Memslot, type SlotError, type UserMemoryRegion } from './memslots.ts';
+import {
+  KVM_MEM_READONLY,
+  Memslots,
+  type Memslot,
+  type SlotError,
+  type UserMemoryRegion,
+} from './memslots.ts';
 import { TdpMmu } from './tdp-mmu.ts';
 import { VmMemory } from './vm-memory.ts';
 
@@ -120,7 +126,6 @@ export class Vm implements InvalidationListener {
   readonly #regions: MmioRegion[] = [];
   /** Guards the EPT and the three fields below. Order: taken inside no other lock. */
   readonly #mmuLock = new TaskLock('mmu');
-  readonly #lockFree: () => boolean = () => !this.#mmuLock.held;
   #inProgress = 0;
   #sequence = 0;
   #rangeFrom = 0;
@@ -167,7 +172,10 @@ export class Vm implements InvalidationListener {
     let found = false;
     for (let v = 0; v < this.nrVcpus; v++) {
       const state = Atomics.load(this.#control, this.#base(v) + VC_EXIT_STATE);
-      if ((state === EXIT_REQUEST || state === EXIT_REQUEST_SLEEPING) && this.#exitTasks[v].state === 'parked') {
+      if (
+        (state === EXIT_REQUEST || state === EXIT_REQUEST_SLEEPING) &&
+        this.#exitTasks[v].state === 'parked'
+      ) {
         this.#tasks.wake(this.#exitTasks[v]);
         found = true;
       }
@@ -273,7 +281,7 @@ export class Vm implements InvalidationListener {
         return;
       }
       yield undefined;
-      while (!this.#mmuLock.tryAcquire()) yield this.#lockFree;
+      while (!this.#mmuLock.tryAcquire()) yield () => !this.#mmuLock.held;
       if (this.#mustRetry(gfn, sequence)) {
         this.#mmuLock.release();
         this.counters.faultRetries++;
@@ -291,7 +299,12 @@ export class Vm implements InvalidationListener {
         this.#complete(vcpu, RESULT_KILLED, 0, 0);
         return;
       }
-      this.#complete(vcpu, RESULT_RETRY, 0, this.costs.exitNs + this.costs.faultNs + zeroed * this.costs.hostZeroPageNs);
+      this.#complete(
+        vcpu,
+        RESULT_RETRY,
+        0,
+        this.costs.exitNs + this.costs.faultNs + zeroed * this.costs.hostZeroPageNs,
+      );
       return;
     }
   }
@@ -419,7 +432,8 @@ export class Vm implements InvalidationListener {
       const to = Math.floor((first + count) / unit) * unit;
       if (from >= to) continue;
       const list = perFile.get(slot.file) ?? [];
-      if (list.length > 0 && list[list.length - 2] + list[list.length - 1] === from) list[list.length - 1] += to - from;
+      if (list.length > 0 && list[list.length - 2] + list[list.length - 1] === from)
+        list[list.length - 1] += to - from;
       else list.push(from, to - from);
       perFile.set(slot.file, list);
     }

@@ -2,29 +2,32 @@ import { fc, test } from '@fast-check/vitest';
 import { expect } from 'vitest';
 import { HostBuddy } from './host-buddy.ts';
 
-test.prop([fc.integer({ min: 1, max: 3000 }), fc.array(fc.tuple(fc.integer({ min: 0, max: 10 }), fc.boolean()), { maxLength: 200 })], { numRuns: 100 })(
-  'blocks never overlap, are aligned, and merge back to the first state',
-  (frames, program) => {
-    const buddy = new HostBuddy(frames);
-    const fresh = Array.from({ length: 11 }, (_, o) => buddy.blocks(o));
-    const taken = new Uint8Array(frames);
-    const held: { frame: number; order: number }[] = [];
-    for (const [order, free] of program) {
-      if (free && held.length > 0) {
-        const { frame, order: o } = held.splice(order % held.length, 1)[0];
-        taken.fill(0, frame, frame + (1 << o));
-        buddy.freeRun(frame, 1 << o);
-      } else {
-        const frame = buddy.alloc(order);
-        if (frame < 0) continue;
-        expect(frame % (1 << order)).toBe(0);
-        expect(taken.subarray(frame, frame + (1 << order)).every((t) => t === 0)).toBe(true);
-        taken.fill(1, frame, frame + (1 << order));
-        held.push({ frame, order });
-      }
-      expect(buddy.free).toBe(taken.filter((t) => t === 0).length);
+test.prop(
+  [
+    fc.integer({ min: 1, max: 3000 }),
+    fc.array(fc.tuple(fc.integer({ min: 0, max: 10 }), fc.boolean()), { maxLength: 200 }),
+  ],
+  { numRuns: 100 },
+)('blocks never overlap, are aligned, and merge back to the first state', (frames, program) => {
+  const buddy = new HostBuddy(frames);
+  const fresh = Array.from({ length: 11 }, (_, o) => buddy.blocks(o));
+  const taken = new Uint8Array(frames);
+  const held: { frame: number; order: number }[] = [];
+  for (const [order, free] of program) {
+    if (free && held.length > 0) {
+      const { frame, order: o } = held.splice(order % held.length, 1)[0];
+      taken.fill(0, frame, frame + (1 << o));
+      buddy.freeRun(frame, 1 << o);
+    } else {
+      const frame = buddy.alloc(order);
+      if (frame < 0) continue;
+      expect(frame % (1 << order)).toBe(0);
+      expect(taken.subarray(frame, frame + (1 << order)).every((t) => t === 0)).toBe(true);
+      taken.fill(1, frame, frame + (1 << order));
+      held.push({ frame, order });
     }
-    for (const { frame, order } of held) buddy.freeRun(frame, 1 << order);
-    expect(Array.from({ length: 11 }, (_, o) => buddy.blocks(o))).toEqual(fresh);
-  },
-);
+    expect(buddy.free).toBe(taken.filter((t) => t === 0).length);
+  }
+  for (const { frame, order } of held) buddy.freeRun(frame, 1 << order);
+  expect(Array.from({ length: 11 }, (_, o) => buddy.blocks(o))).toEqual(fresh);
+});

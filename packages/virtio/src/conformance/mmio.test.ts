@@ -30,11 +30,14 @@ import {
 
 /** Registers by direction, from the table "MMIO Device Register Layout". */
 const READ_ONLY = [0x000, 0x004, 0x008, 0x00c, 0x010, 0x034, 0x060, 0x0fc];
-const WRITE_ONLY = [0x014, 0x020, 0x024, 0x030, 0x038, 0x050, 0x064, 0x080, 0x084, 0x090, 0x094, 0x0a0, 0x0a4];
+const WRITE_ONLY = [
+  0x014, 0x020, 0x024, 0x030, 0x038, 0x050, 0x064, 0x080, 0x084, 0x090, 0x094, 0x0a0, 0x0a4,
+];
 const READ_WRITE = [0x044, 0x070];
 
 describe('device', () => {
-  test('The device MUST return 0x74726976 in MagicValue', () => expect(rig().transport.read(0, 4)).toBe(0x74726976));
+  test('The device MUST return 0x74726976 in MagicValue', () =>
+    expect(rig().transport.read(0, 4)).toBe(0x74726976));
   test('The device MUST return value 0x2 in Version', () => expect(rig().transport.read(4, 4)).toBe(2));
 
   test('The device MUST present each event in InterruptStatus until the driver acknowledges it; bits of no event MUST be zero', () => {
@@ -53,7 +56,9 @@ describe('device', () => {
     r.device.host?.configChanged();
     r.transport.write(MMIO_STATUS, 4, 0);
     r.transport.write(MMIO_QUEUE_SEL, 4, 0);
-    expect([MMIO_INTERRUPT_STATUS, MMIO_QUEUE_READY, MMIO_STATUS].map((o) => r.transport.read(o, 4))).toEqual([0, 0, 0]);
+    expect([MMIO_INTERRUPT_STATUS, MMIO_QUEUE_READY, MMIO_STATUS].map((o) => r.transport.read(o, 4))).toEqual(
+      [0, 0, 0],
+    );
     expect(r.device.resets).toBeGreaterThan(0);
   });
 
@@ -137,7 +142,10 @@ describe('device', () => {
   test('a kick for a missing queue is counted and harmless', () => {
     const r = rig();
     r.transport.write(MMIO_QUEUE_NOTIFY, 4, 17);
-    expect([r.transport.counters.kicksForMissingQueue, r.transport.status & STATUS_DEVICE_NEEDS_RESET]).toEqual([1, 0]);
+    expect([
+      r.transport.counters.kicksForMissingQueue,
+      r.transport.status & STATUS_DEVICE_NEEDS_RESET,
+    ]).toEqual([1, 0]);
   });
 
   test('accesses of other widths, unaligned, or outside the layout read 0 and change nothing', () => {
@@ -237,19 +245,23 @@ describe('driver', () => {
   test('Before reading from DeviceFeatures, the driver MUST write a value to DeviceFeaturesSel', () => {
     const { log } = rig();
     log.forEach((line, i) => {
-      if (Number.parseInt(line.slice(4, 7), 16) === MMIO_DEVICE_FEATURES) expect(Number.parseInt(log[i - 1].slice(4, 7), 16)).toBe(MMIO_DEVICE_FEATURES_SEL);
+      if (Number.parseInt(line.slice(4, 7), 16) === MMIO_DEVICE_FEATURES)
+        expect(Number.parseInt(log[i - 1].slice(4, 7), 16)).toBe(MMIO_DEVICE_FEATURES_SEL);
     });
   });
   test('Before writing to the DriverFeatures register, the driver MUST write a value to the DriverFeaturesSel register', () => {
     const { log } = rig();
     log.forEach((line, i) => {
-      if (Number.parseInt(line.slice(4, 7), 16) === MMIO_DRIVER_FEATURES) expect(Number.parseInt(log[i - 1].slice(4, 7), 16)).toBe(MMIO_DRIVER_FEATURES_SEL);
+      if (Number.parseInt(line.slice(4, 7), 16) === MMIO_DRIVER_FEATURES)
+        expect(Number.parseInt(log[i - 1].slice(4, 7), 16)).toBe(MMIO_DRIVER_FEATURES_SEL);
     });
   });
   test('The driver MUST write a value to QueueSize which is less than or equal to the value presented by the device in QueueSizeMax', () => {
     const r = rig();
     r.transport.write(MMIO_QUEUE_SEL, 4, 0);
-    const written = Number(r.log.find((l) => l.startsWith(`W 0x0${MMIO_QUEUE_NUM.toString(16)}`))?.split('=')[1]);
+    const written = Number(
+      r.log.find((l) => l.startsWith(`W 0x0${MMIO_QUEUE_NUM.toString(16)}`))?.split('=')[1],
+    );
     expect(written).toBeLessThanOrEqual(r.transport.read(MMIO_QUEUE_NUM_MAX, 4));
   });
   test('When QueueReady is not zero, the driver MUST NOT access the queue registers', () => {

@@ -23,7 +23,14 @@ const plain = [] as const;
 describe('driver', () => {
   test('The driver MUST ensure that the physical address of the first byte of each virtqueue part is a multiple of the specified alignment value', () => {
     const make = (desc: number): SplitDriverQueue =>
-      new SplitDriverQueue({ size: 4, rings: { ...RINGS, desc }, state: new Int32Array(driverQueueWords(4)), stateBase: 0, eventIdx: false, indirect: false });
+      new SplitDriverQueue({
+        size: 4,
+        rings: { ...RINGS, desc },
+        state: new Int32Array(driverQueueWords(4)),
+        stateBase: 0,
+        eventIdx: false,
+        indirect: false,
+      });
     expect(() => make(0x10008)).toThrow(/page of its own/);
     expect(make(0x10000).rings.desc % 16).toBe(0);
   });
@@ -31,7 +38,11 @@ describe('driver', () => {
   test('The driver MUST place any device-writable descriptor elements after any device-readable descriptor elements', () => {
     const r = rig();
     r.queue.add(r.memory, [seg(0x20000, 8), seg(0x20100, 8)], [seg(0x20200, 8)], 7);
-    expect([0, 1, 2].map((i) => flagsOf(r, i))).toEqual([VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE]);
+    expect([0, 1, 2].map((i) => flagsOf(r, i))).toEqual([
+      VIRTQ_DESC_F_NEXT,
+      VIRTQ_DESC_F_NEXT,
+      VIRTQ_DESC_F_WRITE,
+    ]);
   });
 
   test('Drivers MUST NOT add a descriptor chain longer than 2^32 bytes in total; loops in the descriptor chain are forbidden', () => {
@@ -53,7 +64,9 @@ describe('driver', () => {
 
   test('A driver MUST NOT create a descriptor chain longer than the Queue Size of the device', () => {
     const r = rig();
-    expect(() => r.queue.addIndirect(r.memory, 0x20000, QUEUE_SIZE + 1, 0)).toThrow(/no longer than the queue/);
+    expect(() => r.queue.addIndirect(r.memory, 0x20000, QUEUE_SIZE + 1, 0)).toThrow(
+      /no longer than the queue/,
+    );
     const many = Array.from({ length: QUEUE_SIZE + 1 }, () => seg(0x20000, 8));
     expect(r.queue.add(r.memory, many, [], 0)).toBe(false);
   });
@@ -161,7 +174,10 @@ describe('driver', () => {
 });
 
 describe('device', () => {
-  const withChain = (write: (raw: RawRing) => void, bits?: readonly number[]): ReturnType<typeof rig> & { raw: RawRing } => {
+  const withChain = (
+    write: (raw: RawRing) => void,
+    bits?: readonly number[],
+  ): ReturnType<typeof rig> & { raw: RawRing } => {
     const r = rig(bits === undefined ? {} : { driverBits: bits });
     const raw = new RawRing(r.memory, QUEUE_SIZE, RINGS);
     write(raw);

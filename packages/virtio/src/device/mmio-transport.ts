@@ -83,7 +83,13 @@ export interface MmioTransportOptions {
 
 export class MmioTransport implements DeviceHost {
   readonly device: VirtioDevice;
-  readonly counters: TransportCounters = { kicks: 0, kicksForMissingQueue: 0, badAccesses: 0, rejectedWrites: 0, needsReset: 0 };
+  readonly counters: TransportCounters = {
+    kicks: 0,
+    kicksForMissingQueue: 0,
+    badAccesses: 0,
+    rejectedWrites: 0,
+    needsReset: 0,
+  };
   /** Why the device asked for a reset; empty while it has not. */
   brokenBecause = '';
   readonly #memory: GuestMemory;
@@ -127,7 +133,11 @@ export class MmioTransport implements DeviceHost {
   read(offset: number, width: number): number {
     if (offset >= MMIO_CONFIG) {
       const at = offset - MMIO_CONFIG;
-      if ((width !== 1 && width !== 2 && width !== 4) || at % width !== 0 || at + width > this.device.configBytes) {
+      if (
+        (width !== 1 && width !== 2 && width !== 4) ||
+        at % width !== 0 ||
+        at + width > this.device.configBytes
+      ) {
         return this.#bad();
       }
       return this.device.readConfig(at, width, this.negotiated) >>> 0;
@@ -167,7 +177,11 @@ export class MmioTransport implements DeviceHost {
   write(offset: number, width: number, value: number): void {
     if (offset >= MMIO_CONFIG) {
       const at = offset - MMIO_CONFIG;
-      if ((width !== 1 && width !== 2 && width !== 4) || at % width !== 0 || at + width > this.device.configBytes) {
+      if (
+        (width !== 1 && width !== 2 && width !== 4) ||
+        at % width !== 0 ||
+        at + width > this.device.configBytes
+      ) {
         this.#bad();
         return;
       }
@@ -284,7 +298,8 @@ export class MmioTransport implements DeviceHost {
     let added = value & ~this.#status & ~STATUS_DEVICE_NEEDS_RESET;
     if ((added & STATUS_FEATURES_OK) !== 0) {
       const features = this.negotiated;
-      if (!features.within(this.device.offered) || !features.has(VIRTIO_F_VERSION_1)) added &= ~STATUS_FEATURES_OK;
+      if (!features.within(this.device.offered) || !features.has(VIRTIO_F_VERSION_1))
+        added &= ~STATUS_FEATURES_OK;
     }
     if ((added & STATUS_DRIVER_OK) !== 0 && ((this.#status | added) & STATUS_FEATURES_OK) === 0) {
       added &= ~STATUS_DRIVER_OK;
@@ -334,7 +349,13 @@ export class MmioTransport implements DeviceHost {
     this.#queueSel = 0;
     this.#interruptStatus = 0;
     this.brokenBecause = '';
-    this.#registers = this.device.queueMax.map(() => ({ size: 0, ready: false, desc: [0, 0], driver: [0, 0], device: [0, 0] }));
+    this.#registers = this.device.queueMax.map(() => ({
+      size: 0,
+      ready: false,
+      desc: [0, 0],
+      driver: [0, 0],
+      device: [0, 0],
+    }));
   }
 
   #selected(): QueueRegisters | undefined {

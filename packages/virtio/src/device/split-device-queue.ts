@@ -183,13 +183,24 @@ export class SplitDeviceQueue {
     }
   }
 
-  #checkSegment(chain: DescriptorChain, gpa: number, length: number, writable: boolean, index: number): QueueError | null {
+  #checkSegment(
+    chain: DescriptorChain,
+    gpa: number,
+    length: number,
+    writable: boolean,
+    index: number,
+  ): QueueError | null {
     if (length === 0) return { kind: 'zero-length', gpa };
     if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };
-    if (chain.totalBytes + length > MAX_CHAIN_BYTES) return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
+    if (chain.totalBytes + length > MAX_CHAIN_BYTES)
+      return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
     // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched.
     const onePage = (gpa % PAGE_SIZE) + length <= PAGE_SIZE;
-    if (onePage ? !this.memory.window(gpa, length, writable) : !this.memory.window(gpa, 1, writable) || !this.memory.window(gpa + length - 1, 1, writable)) {
+    if (
+      onePage
+        ? !this.memory.window(gpa, length, writable)
+        : !this.memory.window(gpa, 1, writable) || !this.memory.window(gpa + length - 1, 1, writable)
+    ) {
       return { kind: 'buffer-not-in-ram', gpa };
     }
     chain.append(gpa, length, writable);
@@ -198,7 +209,9 @@ export class SplitDeviceQueue {
 
   /** Windows a 16-byte descriptor; tables need only 16-byte alignment, so one never straddles a page if it is kept. */
   #inOnePage(at: number): boolean {
-    return at % PAGE_SIZE <= PAGE_SIZE - DESC_BYTES && at % 4 === 0 && this.memory.window(at, DESC_BYTES, false);
+    return (
+      at % PAGE_SIZE <= PAGE_SIZE - DESC_BYTES && at % 4 === 0 && this.memory.window(at, DESC_BYTES, false)
+    );
   }
 
   /**

@@ -76,7 +76,10 @@ export class SplitDriverQueue {
   readonly #indirect: boolean;
 
   constructor(options: SplitDriverQueueOptions) {
-    assert(isPowerOfTwo(options.size) && options.size <= DRIVER_QUEUE_MAX, 'queue size is a power of two up to 256');
+    assert(
+      isPowerOfTwo(options.size) && options.size <= DRIVER_QUEUE_MAX,
+      'queue size is a power of two up to 256',
+    );
     for (const at of [options.rings.desc, options.rings.driver, options.rings.device]) {
       assert(at % PAGE_SIZE === 0, 'each ring part has a page of its own');
     }
@@ -185,7 +188,13 @@ export class SplitDriverQueue {
    * Adds up to `count` single-descriptor buffers of `length` bytes at `gpas[i]` and publishes them with one index
    * store. Returns how many fitted. Their tokens are the descriptor indices. The batch path: one window per ring part.
    */
-  addSingles(memory: GuestMemory, gpas: Float64Array, count: number, length: number, writable: boolean): number {
+  addSingles(
+    memory: GuestMemory,
+    gpas: Float64Array,
+    count: number,
+    length: number,
+    writable: boolean,
+  ): number {
     const s = this.#state;
     const base = this.#base;
     const n = Math.min(count, s[base + S_FREE]);
@@ -193,7 +202,7 @@ export class SplitDriverQueue {
     let desc = 0;
     let avail = 0;
     let section = 0;
-    do {
+    for (;;) {
       this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
       desc = memory.at;
       section = memory.section;
@@ -231,7 +240,7 @@ export class SplitDriverQueue {
       Atomics.store(u16, (avail + AVAIL_IDX) >> 1, idx);
       s[base + S_PUBLISHED] = idx;
       return n;
-    } while (true);
+    }
   }
 
   #pushAvail(memory: GuestMemory, head: number): void {
@@ -362,7 +371,11 @@ export class SplitDriverQueue {
   enableInterrupts(memory: GuestMemory): boolean {
     this.#window(memory, this.rings.driver, availBytes(this.size));
     if (this.#eventIdx) {
-      Atomics.store(memory.u16, (memory.at + usedEventOffset(this.size)) >> 1, this.#state[this.#base + S_LAST_USED]);
+      Atomics.store(
+        memory.u16,
+        (memory.at + usedEventOffset(this.size)) >> 1,
+        this.#state[this.#base + S_LAST_USED],
+      );
     } else {
       Atomics.store(memory.u16, memory.at >> 1, 0);
     }

@@ -6,9 +6,14 @@ import { rig } from '../testing/index.ts';
 
 type Step = { readonly kind: 'add' | 'publish' | 'pop' | 'push' | 'reap'; readonly n: number };
 
-const step = fc.record({ kind: fc.constantFrom('add', 'publish', 'pop', 'push', 'reap'), n: fc.integer({ min: 1, max: 5 }) });
+const step = fc.record({
+  kind: fc.constantFrom('add', 'publish', 'pop', 'push', 'reap'),
+  n: fc.integer({ min: 1, max: 5 }),
+});
 
-test.prop([fc.array(step as fc.Arbitrary<Step>, { maxLength: 300 }), fc.boolean(), fc.boolean()], { numRuns: 60 })(
+test.prop([fc.array(step as fc.Arbitrary<Step>, { maxLength: 300 }), fc.boolean(), fc.boolean()], {
+  numRuns: 60,
+})(
   'every buffer added is popped once in order, returned once, and its descriptors come back (I21)',
   (program, eventIdx, batch) => {
     const r = rig({ driverBits: eventIdx ? [29] : [] });
@@ -25,7 +30,12 @@ test.prop([fc.array(step as fc.Arbitrary<Step>, { maxLength: 300 }), fc.boolean(
       for (const { kind, n } of program) {
         if (kind === 'add') {
           const free = r.queue.free;
-          const ok = r.queue.add(r.memory, Array.from({ length: n }, (_, i) => ({ gpa: 0x20000 + i * 64, length: 8 })), [], token);
+          const ok = r.queue.add(
+            r.memory,
+            Array.from({ length: n }, (_, i) => ({ gpa: 0x20000 + i * 64, length: 8 })),
+            [],
+            token,
+          );
           expect(ok).toBe(free >= n);
           if (!ok) continue;
           lengths.set(token, n);
@@ -65,14 +75,15 @@ function passes(event: number, newIndex: number, oldIndex: number): boolean {
   return false;
 }
 
-test.prop([fc.integer({ min: 0, max: 65535 }), fc.integer({ min: 0, max: 65535 }), fc.integer({ min: 0, max: 300 })])(
-  'needEvent agrees with walking the indices, across the wrap',
-  (event, oldIndex, distance) => {
-    const newIndex = (oldIndex + distance) & 0xffff;
-    expect(needEvent(event, newIndex, oldIndex)).toBe(passes(event, newIndex, oldIndex));
-    expect(needEvent(oldIndex, newIndex, oldIndex)).toBe(distance > 0);
-  },
-);
+test.prop([
+  fc.integer({ min: 0, max: 65535 }),
+  fc.integer({ min: 0, max: 65535 }),
+  fc.integer({ min: 0, max: 300 }),
+])('needEvent agrees with walking the indices, across the wrap', (event, oldIndex, distance) => {
+  const newIndex = (oldIndex + distance) & 0xffff;
+  expect(needEvent(event, newIndex, oldIndex)).toBe(passes(event, newIndex, oldIndex));
+  expect(needEvent(oldIndex, newIndex, oldIndex)).toBe(distance > 0);
+});
 
 test('the batch path agrees with the single path', () => {
   const r = rig();

@@ -48,7 +48,14 @@ export class RawRing {
   }
 
   /** Writes a descriptor anywhere: index `index` of the table at `table` (default: the ring's). */
-  desc(index: number, gpa: number, length: number, flags: number, next = 0, table: number = this.rings.desc): void {
+  desc(
+    index: number,
+    gpa: number,
+    length: number,
+    flags: number,
+    next = 0,
+    table: number = this.rings.desc,
+  ): void {
     const at = table + index * DESC_BYTES;
     this.u32(at, gpa | 0);
     this.u32(at + 4, Math.floor(gpa / 0x1_0000_0000));

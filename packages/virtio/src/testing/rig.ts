@@ -2,7 +2,13 @@
 import { FlatGuestMemory, type GuestMemory } from '@ebb/machine';
 import { MmioTransport, type DeviceHost, type SplitDeviceQueue, type VirtioDevice } from '../device/index.ts';
 import { MmioDriver, SplitDriverQueue, driverQueueWords, type MmioBus } from '../driver/index.ts';
-import { Features, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1, type RingAddresses } from '../uapi/index.ts';
+import {
+  Features,
+  VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_INDIRECT_DESC,
+  VIRTIO_F_VERSION_1,
+  type RingAddresses,
+} from '../uapi/index.ts';
 
 export const RINGS: RingAddresses = { desc: 0x10000, driver: 0x11000, device: 0x12000 };
 export const QUEUE_SIZE = 64;
@@ -20,7 +26,10 @@ export class ProbeDevice implements VirtioDevice {
   resets = 0;
   host: DeviceHost | null = null;
 
-  constructor(bits: readonly number[] = [VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX], queueMax: readonly number[] = [QUEUE_SIZE]) {
+  constructor(
+    bits: readonly number[] = [VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX],
+    queueMax: readonly number[] = [QUEUE_SIZE],
+  ) {
     this.offered = Features.of(...bits, VIRTIO_F_VERSION_1);
     this.queueMax = queueMax;
   }
@@ -61,7 +70,13 @@ export interface Rig {
 
 /** Builds the system; `bringUp` false leaves the device in reset. */
 export function rig(
-  options: { bits?: readonly number[]; driverBits?: readonly number[]; bringUp?: boolean; memory?: GuestMemory; size?: number } = {},
+  options: {
+    bits?: readonly number[];
+    driverBits?: readonly number[];
+    bringUp?: boolean;
+    memory?: GuestMemory;
+    size?: number;
+  } = {},
 ): Rig {
   const memory = options.memory ?? new FlatGuestMemory(new ArrayBuffer(1 << 20));
   const device = new ProbeDevice(options.bits);
@@ -80,7 +95,10 @@ export function rig(
   };
   const driver = new MmioDriver(bus);
   const size = options.size ?? QUEUE_SIZE;
-  const features = options.driverBits === undefined ? device.offered : Features.of(...options.driverBits, VIRTIO_F_VERSION_1);
+  const features =
+    options.driverBits === undefined
+      ? device.offered
+      : Features.of(...options.driverBits, VIRTIO_F_VERSION_1);
   const queue = new SplitDriverQueue({
     size,
     rings: RINGS,

@@ -43,7 +43,7 @@ export class Features {
   }
 
   has(bit: number): boolean {
-    return (((bit < 32 ? this.low >>> bit : this.high >>> (bit - 32)) & 1) as number) === 1;
+    return ((bit < 32 ? this.low >>> bit : this.high >>> (bit - 32)) & 1) === 1;
   }
 
   and(other: Features): Features {
