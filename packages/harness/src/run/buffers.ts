@@ -1,5 +1,5 @@
 /** Allocates a run's shared memory, and turns what cannot be had into the user's one line. */
-import { Arena } from '@ebb/guest-kernel';
+import { Arena, H_NR_ZONES } from '@ebb/guest-kernel';
 import {
   ledgerBytes,
   MAX_HOST_MEMORY,
@@ -27,6 +27,29 @@ function sharedBuffer(bytes: number, what: string): SharedArrayBuffer {
 export interface HostBuffers {
   readonly dram: SharedArrayBuffer;
   readonly ledger: SharedArrayBuffer;
+  /** Buffers of earlier runs by name, emptied and used again: memory shared with workers is freed only at their leisure. */
+  readonly kept: Map<string, SharedArrayBuffer>;
+}
+
+/**
+ * A zeroed shared buffer, the one an earlier run had under this name if it has the size. `used`: that run wrote to it;
+ * one that nobody touched has no memory behind it yet, and must not get any.
+ */
+function keptBuffer(
+  host: HostBuffers,
+  name: string,
+  bytes: number,
+  what: string,
+  used: boolean,
+): SharedArrayBuffer {
+  const have = host.kept.get(name);
+  if (have !== undefined && have.byteLength === bytes) {
+    if (used) new Uint8Array(have).fill(0);
+    return have;
+  }
+  const fresh = sharedBuffer(bytes, what);
+  host.kept.set(name, fresh);
+  return fresh;
 }
 
 export function hostBuffers(hostBytes: number): HostBuffers {
@@ -36,20 +59,34 @@ export function hostBuffers(hostBytes: number): HostBuffers {
     );
   }
   const dram = sharedBuffer(hostBytes, 'host memory');
-  return { dram, ledger: sharedBuffer(ledgerBytes(hostBytes / PAGE_SIZE), 'frame ledger') };
+  return { dram, ledger: sharedBuffer(ledgerBytes(hostBytes / PAGE_SIZE), 'frame ledger'), kept: new Map() };
 }
 
 /** Everything else of one run. The ledger is emptied; DRAM keeps its bytes, which nobody may see. */
 export function runBuffers(spec: RunSpec, host: HostBuffers): RunBuffers {
   new Int32Array(host.ledger).fill(0);
+  // A guest that booted has written its zones' number into its arena.
+  const booted = spec.vms.map((_, k) => {
+    const arena = host.kept.get(`arena ${k}`);
+    return arena !== undefined && new Int32Array(arena, 0, 16)[H_NR_ZONES] !== 0;
+  });
   return {
-    ...host,
+    dram: host.dram,
+    ledger: host.ledger,
     violations: sharedBuffer(VIOLATION_BYTES, 'violation log'),
     control: sharedBuffer(spec.vms.length * spec.vcpusPerVm * VCPU_BLOCK_BYTES, 'control blocks'),
     runControl: sharedBuffer(RUN_CONTROL_BYTES, 'run control'),
-    arenas: spec.vms.map((vm) => sharedBuffer(Arena.bytes(vm.guest.maxPfn), 'guest kernel arena')),
-    handles: spec.vms.map((vm) =>
-      sharedBuffer(vm.program.kind === 'replay' ? handleBytes(vm.program.plan) : 4, 'handle table'),
+    handles: spec.vms.map((vm, k) =>
+      keptBuffer(
+        host,
+        `handles ${k}`,
+        vm.program.kind === 'replay' ? handleBytes(vm.program.plan) : 4,
+        'handle table',
+        booted[k],
+      ),
+    ),
+    arenas: spec.vms.map((vm, k) =>
+      keptBuffer(host, `arena ${k}`, Arena.bytes(vm.guest.maxPfn), 'guest kernel arena', booted[k]),
     ),
   };
 }

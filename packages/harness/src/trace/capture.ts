@@ -64,7 +64,8 @@ export function readCapture(path: string): Trace {
   const name = isFolder ? base : base === 'trace' ? basename(folder) : base;
   const flags = imported.windowed ? findFile(folder, 'start.kpageflags') : undefined;
   const start = flags === undefined ? undefined : readStart(folder, flags, imported);
-  const maxPfn = Math.max(imported.maxPfn, start?.pages.length ?? 0);
+  // Pages beyond the start state (hot-plugged later) have no place of their own; events on them are counted as unknown.
+  const maxPfn = start?.pages.length ?? imported.maxPfn;
   const end = imported.windowed && start !== undefined ? readEnd(folder) : undefined;
   const e820 = readE820(folder, maxPfn);
   return {

@@ -70,8 +70,10 @@ export function makePlan(trace: Trace, nrVcpus: number): ReplayPlan {
     file: shared(Int32Array, n * 4),
     index: shared(Int32Array, n * 4),
   };
-  const live = new Int32Array(trace.maxPfn + 1024).fill(-1);
-  const startUsed = new Uint8Array(trace.maxPfn + 1024);
+  let highest = trace.maxPfn;
+  for (const pfn of events.pfn) if (pfn > highest) highest = pfn;
+  const live = new Int32Array(highest + 1025).fill(-1);
+  const startUsed = new Uint8Array(highest + 1025);
   trace.start?.pages.forEach((state, pfn) => {
     startUsed[pfn] = state !== START_ABSENT && state !== START_FREE && state < START_PCP ? 1 : 0;
   });
