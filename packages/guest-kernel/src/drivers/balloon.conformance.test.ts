@@ -48,6 +48,8 @@ interface Seen {
   readonly ranges: readonly [number, number][];
   /** Shadow states of the pages named, while the device holds the buffer. */
   readonly states: readonly number[];
+  /** The same, just before the device answers. */
+  readonly atAnswer: number[];
 }
 
 /** A balloon device that records what it is sent and answers on the next pump. */
@@ -66,7 +68,7 @@ class Script implements VirtioDevice {
   host: DeviceHost | null = null;
   #queues: readonly (SplitDeviceQueue | null)[] = [];
   #stats: DescriptorChain | null = null;
-  #pending: { queue: number; chain: DescriptorChain }[] = [];
+  #pending: { queue: number; chain: DescriptorChain; seen: Seen; pages: readonly number[] }[] = [];
 
   constructor(bits: readonly number[]) {
     this.offered = Features.of(...bits, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1);
@@ -96,9 +98,10 @@ class Script implements VirtioDevice {
       for (let i = chain.readableSegments; i < chain.segments; i++)
         ranges.push([chain.gpas[i] / 4096, chain.lengths[i] / 4096]);
       const pages = queue < 2 ? [...new Uint32Array(readable.buffer)] : ranges.map(([pfn]) => pfn);
-      this.seen.push({ queue, readable, ranges, states: pages.map((pfn) => this.state(pfn)) });
+      this.seen.push({ queue, readable, ranges, states: pages.map((pfn) => this.state(pfn)), atAnswer: [] });
+      const seen = this.seen[this.seen.length - 1];
       if (queue === this.statsQueue) this.#stats = chain;
-      else this.#pending.push({ queue, chain });
+      else this.#pending.push({ queue, chain, seen, pages });
     }
     // With EVENT_IDX a device that wants the next kick must say so.
     this.#queues[queue]?.enableKicks();
@@ -109,7 +112,8 @@ class Script implements VirtioDevice {
   }
   /** Answers everything that is held. */
   pump(): void {
-    for (const { queue, chain } of this.#pending.splice(0)) {
+    for (const { queue, chain, seen, pages } of this.#pending.splice(0)) {
+      seen.atAnswer.push(...pages.map((pfn) => this.state(pfn)));
       this.#queues[queue]?.push(chain, 0);
       this.host?.queueInterrupt(queue);
     }
@@ -243,7 +247,8 @@ describe('inflate and deflate', () => {
     run(1);
     expect(device.of(1).length).toBe(2);
     // While the device held the buffer, every page was still the balloon's.
-    for (const s of device.of(1)) expect(s.states.every((state) => state === SHADOW_BALLOON)).toBe(true);
+    for (const s of device.of(1))
+      expect([...s.states, ...s.atAnswer].every((state) => state === SHADOW_BALLOON)).toBe(true);
     const pages = device.of(1).flatMap((s) => [...new Uint32Array(s.readable.buffer)]);
     expect(pages.every((pfn) => [SHADOW_BUDDY, SHADOW_PCP].includes(device.state(pfn)))).toBe(true);
   });
@@ -372,6 +377,8 @@ describe('free page reporting', () => {
     for (const r of reports) {
       expect(r.ranges.length).toBeLessThanOrEqual(32);
       expect(r.states.every((s) => s === SHADOW_ISOLATED)).toBe(true);
+      expect(r.atAnswer.length).toBe(r.ranges.length);
+      expect(r.atAnswer.every((s) => s === SHADOW_ISOLATED)).toBe(true);
       expect(r.ranges.every(([pfn, pages]) => pages >= 512 && pfn % pages === 0)).toBe(true);
     }
     expect(reports.flatMap((r) => r.ranges).every(([pfn]) => device.state(pfn) === SHADOW_BUDDY)).toBe(true);

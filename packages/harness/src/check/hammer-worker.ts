@@ -13,6 +13,7 @@ import {
   Vcpu,
   ViolationLog,
 } from '@ebb/machine';
+import { HOT_PAGES } from './hot-pages.ts';
 import { exposeToParent, turn } from '../run/worker-port.ts';
 
 export interface HammerSpec {
@@ -49,7 +50,8 @@ export class HammerWorker {
       while (Atomics.load(runControl, RC_STOP) === 0) {
         vcpu.enterGuest();
         for (let i = 0; i < 2000; i++) {
-          const page = gfn(random.below(spec.pages));
+          // Mostly a few hot pages, so that what the host takes is in a TLB at that moment.
+          const page = gfn(random.below(random.below(4) > 0 ? HOT_PAGES : spec.pages));
           const word = random.below(1024);
           // Sometimes only a read, so that A without D occurs too.
           if ((stores & 7) === 7) vcpu.load32(page, word);

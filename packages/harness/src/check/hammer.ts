@@ -21,6 +21,7 @@ import { MemFile, type FrameSource, type HugePolicy } from '@ebb/memfs';
 import { FRAME_DIRTY, FramePool, HostTasks, Vm, type TaskBody } from '@ebb/host-kvm';
 import { spawnWorker } from '../run/worker-endpoint.ts';
 import { turn } from '../run/worker-port.ts';
+import { HOT_PAGES } from './hot-pages.ts';
 import type { HammerWorker } from './hammer-worker.ts';
 
 export interface HammerResult {
@@ -109,12 +110,14 @@ export async function hammer(options: {
     });
     yield () => vm.counters.eptViolations > 5;
     for (; done < options.discards; done++) {
-      const count = random.below(4) === 0 ? 512 : 1 + random.below(8);
-      const first = count === 512 ? 512 * random.below(pages / 512) : random.below(pages - count);
+      const hot = random.below(4) > 0;
+      const count = !hot && random.below(2) === 0 ? 512 : 1 + random.below(4);
+      const first =
+        count === 512 ? 512 * random.below(pages / 512) : random.below((hot ? HOT_PAGES : pages) - count);
       yield* vm.discard(Int32Array.of(first, count), 1);
       // Until a vCPU has touched something again: there is always a mapping to take away, and somebody using it.
       const before = vm.counters.eptViolations;
-      yield () => vm.counters.eptViolations > before + (options.huge === 'never' ? 8 : 0);
+      yield () => vm.counters.eptViolations > before + (options.huge === 'never' ? 2 : 0);
     }
     finished = true;
   };

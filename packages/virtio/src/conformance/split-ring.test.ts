@@ -1,5 +1,6 @@
 /** One test per MUST of the split virtqueue (virtio 1.4 § 2.7), the sentence in its name. Over a plain buffer. */
 import { describe, expect, test } from 'vitest';
+import { FlatGuestMemory } from '@ebb/machine';
 import { RawRing, rig, RINGS, QUEUE_SIZE } from '../testing/index.ts';
 import {
   VIRTIO_F_EVENT_IDX,
@@ -163,13 +164,29 @@ describe('driver', () => {
     expect(r.queue.publish(r.memory)).toBe(true);
   });
 
-  test('The driver MUST perform a suitable memory barrier before the idx update, and before reading flags or avail_event', () => {
-    // Both are Atomics on the same words that the device uses: nothing is visible before publish, everything after it.
+  test('The driver MUST perform a suitable memory barrier before the idx update', () => {
     const r = rig();
     r.queue.add(r.memory, [seg(0x20000, 8)], [], 0);
     expect(r.device.queue?.hasAvail()).toBe(false);
     r.queue.publish(r.memory);
     expect(r.device.queue?.hasAvail()).toBe(true);
+  });
+
+  test('The driver MUST perform a suitable memory barrier before reading flags or avail_event: idx is visible by then', () => {
+    // Memory that looks, whenever the driver reads the device's ring, whether the new index is out already.
+    class Watching extends FlatGuestMemory {
+      readonly idxAtEventRead: number[] = [];
+      override window(gpa: number, length: number, write: boolean): boolean {
+        if (gpa === RINGS.device) this.idxAtEventRead.push(Atomics.load(this.u16, (RINGS.driver + 2) >> 1));
+        return super.window(gpa, length, write);
+      }
+    }
+    const memory = new Watching(new ArrayBuffer(1 << 20));
+    const r = rig({ memory });
+    r.queue.add(memory, [seg(0x20000, 8)], [], 0);
+    memory.idxAtEventRead.length = 0;
+    r.queue.publish(memory);
+    expect(memory.idxAtEventRead).toEqual([1]);
   });
 });
 
