@@ -40,7 +40,7 @@ export function gpaOf(frame: Gfn): Gpa {
 export function hpaOf(frame: Hfn): Hpa {
   return (frame * PAGE_SIZE) as Hpa;
 }
-/** Byte offset of `address` inside its page, `0 … 4095`. */
+/** Byte offset of `address` (below 2⁵³) inside its page, `0 … 4095`. `%` on a double is a slow library call; this is not. */
 export function pageOffset(address: number): number {
-  return address % PAGE_SIZE;
+  return address - Math.floor(address * (1 / PAGE_SIZE)) * PAGE_SIZE;
 }

@@ -5,6 +5,7 @@
  * A *window* covers bytes of one 4 KiB page. It is valid until the next call that may leave the section: another
  * `window` that faults, an exit, a wait, a task's yield. `section` counts those; compare it after locating several.
  */
+import { pageOffset } from './address.ts';
 import { PAGE_SIZE } from './units.ts';
 
 export interface GuestMemory {
@@ -26,7 +27,7 @@ export interface GuestMemory {
 export function readGuest(memory: GuestMemory, gpa: number, out: Uint8Array): boolean {
   let done = 0;
   while (done < out.length) {
-    const n = Math.min(out.length - done, PAGE_SIZE - ((gpa + done) % PAGE_SIZE));
+    const n = Math.min(out.length - done, PAGE_SIZE - pageOffset(gpa + done));
     if (!memory.window(gpa + done, n, false)) return false;
     out.set(memory.u8.subarray(memory.at, memory.at + n), done);
     done += n;
@@ -38,7 +39,7 @@ export function readGuest(memory: GuestMemory, gpa: number, out: Uint8Array): bo
 export function writeGuest(memory: GuestMemory, gpa: number, bytes: Uint8Array): boolean {
   let done = 0;
   while (done < bytes.length) {
-    const n = Math.min(bytes.length - done, PAGE_SIZE - ((gpa + done) % PAGE_SIZE));
+    const n = Math.min(bytes.length - done, PAGE_SIZE - pageOffset(gpa + done));
     if (!memory.window(gpa + done, n, true)) return false;
     memory.u8.set(done === 0 && n === bytes.length ? bytes : bytes.subarray(done, done + n), memory.at);
     done += n;

@@ -292,7 +292,7 @@ export class Vcpu implements GuestMemory {
   // ── Windows and page runs ────────────────────────────────────────────────────────────────────────────────────────
 
   window(gpa: number, length: number, write: boolean): boolean {
-    const page = Math.floor(gpa / PAGE_SIZE);
+    const page = Math.floor(gpa * (1 / PAGE_SIZE));
     const offset = gpa - page * PAGE_SIZE;
     if (offset + length > PAGE_SIZE || page < 0 || page > 0x7fff_ffff) return false;
     const frame = this.runFrame(toGfn(page), write);

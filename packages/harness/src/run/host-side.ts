@@ -63,8 +63,10 @@ import {
   type VmSpec,
 } from './spec.ts';
 
-/** Longest window while a guest has something to do. */
+/** Longest window while vCPUs that may interact have something to do. */
 const WINDOW_NS: number = 10 * NS_PER_MS;
+/** Longest window while the vCPUs of only one worker have: what they wake on another waits no longer than this. */
+const LONE_WINDOW_NS: number = 100 * NS_PER_MS;
 const POLICY_NS: number = NS_PER_S;
 
 /** One point of the timeline: bytes. */
@@ -192,11 +194,13 @@ export class HostSide {
 
   /**
    * Every worker has reached `windowEnd`; the earliest thing any vCPU still has to do is at `nextDue`. Does what the
-   * host has due and opens the next window. False: the run is over (`why` says whether it failed).
+   * host has due and opens the next window. `othersDue`: the same for all workers but the one with the earliest; until
+   * then nobody can interact with it. False: the run is over (`why` says whether it failed).
    */
-  advance(nextDue: number): boolean {
+  advance(nextDue: number, othersDue: number = nextDue): boolean {
     const now = this.windowEnd;
     let due = nextDue;
+    let others = othersDue;
     for (const { vm } of this.vms) if (vm.killed) return this.#end(`VM ${vm.id}: no host frame was free`);
     for (let k = 0; k < this.vms.length; k++) {
       if ((this.#status(k) & VM_FAILED) !== 0) return this.#end(`VM ${k}: an allocation failed in the guest`);
@@ -211,12 +215,16 @@ export class HostSide {
         return this.#end(`VM ${this.vms.length}: the host has no memory to start it`);
       // Nobody has asked on behalf of the new VM yet: it has something to do at once.
       due = now;
+      others = now;
     }
     const allDone = this.vms.length === this.#spec.vms.length && this.vms.every((_, k) => this.#finished(k));
     if (allDone && this.#finishedAt < 0) this.#finishedAt = now;
     if (allDone && now >= this.#finishedAt + this.#spec.graceNs) return this.#end('');
     let end = this.#nextHostEvent();
-    if (due < end) end = Math.min(end, Math.max(due, now) + WINDOW_NS);
+    if (due < end) {
+      const from = Math.max(due, now);
+      end = Math.min(end, Math.max(from + WINDOW_NS, Math.min(others, from + LONE_WINDOW_NS)));
+    }
     this.windowEnd = Math.max(end, now + 1);
     Atomics.store(this.#runControl, RC_VMS_ON, this.vms.length);
     return true;

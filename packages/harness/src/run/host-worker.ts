@@ -51,6 +51,7 @@ export class HostWorker {
     const spins = crowded ? SPINS_CROWDED : SPINS_SPARE_CORES;
     let window = 0;
     let nextDue = Number.POSITIVE_INFINITY;
+    let othersDue = Number.POSITIVE_INFINITY;
     let lastTurn = performance.now();
     const allDone = (): boolean => {
       for (let w = 0; w < spec.workers; w++) {
@@ -60,7 +61,7 @@ export class HostWorker {
       }
       return true;
     };
-    while (host.advance(nextDue)) {
+    while (host.advance(nextDue, othersDue)) {
       window++;
       runF64[RC_WINDOW_UNTIL_F64] = host.windowEnd;
       Atomics.store(runControl, RC_WINDOW, window);
@@ -82,8 +83,13 @@ export class HostWorker {
         lastTurn = performance.now();
       }
       nextDue = Number.POSITIVE_INFINITY;
+      othersDue = Number.POSITIVE_INFINITY;
       for (let w = 0; w < spec.workers; w++) {
-        nextDue = Math.min(nextDue, runF64[(RC_WORKER + w * RC_WORKER_STRIDE) / 2 + RC_WORKER_NEXT_DUE_F64]);
+        const due = runF64[(RC_WORKER + w * RC_WORKER_STRIDE) / 2 + RC_WORKER_NEXT_DUE_F64];
+        if (due < nextDue) {
+          othersDue = nextDue;
+          nextDue = due;
+        } else if (due < othersDue) othersDue = due;
       }
       if (performance.now() - lastTurn > TURN_EVERY_MS) {
         await turn();

@@ -2,13 +2,15 @@
  * One popped buffer: the segments as they were copied and checked, and the device's *lease* on their bytes (I16). A
  * device reads and writes guest memory only through a chain, only within its segments, and not after `end`.
  */
-import { PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+import { PAGE_SIZE, pageOffset, type GuestMemory } from '@ebb/machine';
 
 export class DescriptorChain {
   head = 0;
   /** Segment addresses and lengths; the first `readableSegments` are device-readable. */
   readonly gpas: number[] = [];
   readonly lengths: number[] = [];
+  /** Segments in use; the arrays may hold leftovers of an earlier buffer behind them. */
+  segments = 0;
   readableSegments = 0;
   readableBytes = 0;
   writableBytes = 0;
@@ -24,27 +26,24 @@ export class DescriptorChain {
   /** Starts the lease on the buffer whose first descriptor is `head`; empties what an earlier buffer left. */
   begin(head: number): void {
     this.head = head;
-    this.gpas.length = 0;
-    this.lengths.length = 0;
+    this.segments = 0;
     this.readableSegments = 0;
     this.readableBytes = 0;
     this.writableBytes = 0;
     this.#live = true;
   }
 
-  get segments(): number {
-    return this.gpas.length;
-  }
   get writableSegments(): number {
-    return this.gpas.length - this.readableSegments;
+    return this.segments - this.readableSegments;
   }
   get totalBytes(): number {
     return this.readableBytes + this.writableBytes;
   }
 
   append(gpa: number, length: number, writable: boolean): void {
-    this.gpas.push(gpa);
-    this.lengths.push(length);
+    this.gpas[this.segments] = gpa;
+    this.lengths[this.segments] = length;
+    this.segments++;
     if (writable) this.writableBytes += length;
     else {
       this.readableSegments++;
@@ -69,7 +68,7 @@ export class DescriptorChain {
 
   /** Copies `bytes` into the writable part at `offset`; returns how many fitted. */
   write(offset: number, bytes: Uint8Array): number {
-    return this.#copy(this.readableSegments, this.gpas.length, offset, bytes, true);
+    return this.#copy(this.readableSegments, this.segments, offset, bytes, true);
   }
 
   #copy(first: number, end: number, offset: number, bytes: Uint8Array, toGuest: boolean): number {
@@ -84,7 +83,7 @@ export class DescriptorChain {
       let left = Math.min(this.lengths[i] - skip, bytes.length - done);
       skip = 0;
       while (left > 0) {
-        const n = Math.min(left, PAGE_SIZE - (gpa % PAGE_SIZE));
+        const n = Math.min(left, PAGE_SIZE - pageOffset(gpa));
         if (!this.#live) {
           this.#onLeaseBroken(gpa);
           return done;

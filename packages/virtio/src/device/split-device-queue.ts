@@ -5,7 +5,7 @@
  *
  * All state is private to the device. `lastAvail` and `usedIdx` are free-running 16-bit numbers.
  */
-import { PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+import { PAGE_SIZE, pageOffset, type GuestMemory } from '@ebb/machine';
 import {
   AVAIL_IDX,
   AVAIL_RING,
@@ -152,7 +152,7 @@ export class SplitDeviceQueue {
       const word = memory.i32[d + 3];
       const flags = word & 0xffff;
       const next = word >>> 16;
-      const gpa = high * 0x1_0000_0000 + low;
+      const gpa = high === 0 ? low : high * 0x1_0000_0000 + low;
       if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
         const bad: QueueError | null = !this.#indirect
           ? { kind: 'indirect-not-negotiated' }
@@ -195,7 +195,7 @@ export class SplitDeviceQueue {
     if (chain.totalBytes + length > MAX_CHAIN_BYTES)
       return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
     // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched.
-    const onePage = (gpa % PAGE_SIZE) + length <= PAGE_SIZE;
+    const onePage = pageOffset(gpa) + length <= PAGE_SIZE;
     if (
       onePage
         ? !this.memory.window(gpa, length, writable)
@@ -209,8 +209,9 @@ export class SplitDeviceQueue {
 
   /** Windows a 16-byte descriptor; tables need only 16-byte alignment, so one never straddles a page if it is kept. */
   #inOnePage(at: number): boolean {
+    const offset = pageOffset(at);
     return (
-      at % PAGE_SIZE <= PAGE_SIZE - DESC_BYTES && at % 4 === 0 && this.memory.window(at, DESC_BYTES, false)
+      offset <= PAGE_SIZE - DESC_BYTES && (offset & 3) === 0 && this.memory.window(at, DESC_BYTES, false)
     );
   }
 
@@ -225,8 +226,8 @@ export class SplitDeviceQueue {
     const size = this.size;
     const mask = size - 1;
     if (
-      (this.rings.desc % PAGE_SIZE) + size * DESC_BYTES > PAGE_SIZE ||
-      (this.rings.driver % PAGE_SIZE) + availEventOffset(0) + 2 * size > PAGE_SIZE
+      pageOffset(this.rings.desc) + size * DESC_BYTES > PAGE_SIZE ||
+      pageOffset(this.rings.driver) + availEventOffset(0) + 2 * size > PAGE_SIZE
     ) {
       return 0;
     }
@@ -249,7 +250,10 @@ export class SplitDeviceQueue {
       const flags = i32[d + 3] & 0xffff;
       if ((flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT)) !== 0 || length <= 0) break;
       heads[taken] = head;
-      gpas[taken] = (i32[d + 1] >>> 0) * 0x1_0000_0000 + (i32[d] >>> 0);
+      const low = i32[d];
+      const high = i32[d + 1];
+      // Addresses below 2 GiB, nearly all of them, need no arithmetic on doubles.
+      gpas[taken] = high === 0 && low >= 0 ? low : (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
       lengths[taken] = (flags & VIRTQ_DESC_F_WRITE) !== 0 ? -length : length;
       idx = (idx + 1) & 0xffff;
     }
@@ -276,7 +280,7 @@ export class SplitDeviceQueue {
   pushSingles(heads: Int32Array, count: number, written: number): void {
     const memory = this.memory;
     const mask = this.size - 1;
-    if ((this.rings.device % PAGE_SIZE) + USED_RING + this.size * USED_ELEM_BYTES > PAGE_SIZE) {
+    if (pageOffset(this.rings.device) + USED_RING + this.size * USED_ELEM_BYTES > PAGE_SIZE) {
       for (let i = 0; i < count; i++) this.#writeUsed(heads[i], written);
     } else {
       if (!memory.window(this.rings.device, USED_RING + this.size * USED_ELEM_BYTES, true)) return;
@@ -298,7 +302,7 @@ export class SplitDeviceQueue {
   #writeUsed(head: number, written: number): boolean {
     const at = this.rings.device + USED_RING + USED_ELEM_BYTES * (this.#usedIdx & (this.size - 1));
     const memory = this.memory;
-    if ((at % PAGE_SIZE) + USED_ELEM_BYTES <= PAGE_SIZE) {
+    if (pageOffset(at) + USED_ELEM_BYTES <= PAGE_SIZE) {
       if (!memory.window(at, USED_ELEM_BYTES, true)) {
         this.#fail({ kind: 'ring-not-in-ram', gpa: at });
         return false;

@@ -224,7 +224,7 @@ export class SplitDriverQueue {
         const at = d + head * 4;
         const gpa = gpas[i];
         i32desc[at] = gpa | 0;
-        i32desc[at + 1] = (gpa / 0x1_0000_0000) | 0;
+        i32desc[at + 1] = gpa < 0x1_0000_0000 ? 0 : Math.floor(gpa / 0x1_0000_0000);
         i32desc[at + 2] = length;
         i32desc[at + 3] = flags;
         u16[ring + (idx & mask)] = head;
