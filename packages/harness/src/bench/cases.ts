@@ -30,8 +30,8 @@ export const ARCH: string = arch();
 /** Million buffers per second across two workers. */
 export async function ring(batch: number, chains: boolean, total: number): Promise<number> {
   const buffer = new SharedArrayBuffer(MiB);
-  const device = spawnWorker<RingWorker>('../bench/ring-worker.ts', 'ring-device');
-  const driver = spawnWorker<RingWorker>('../bench/ring-worker.ts', 'ring-driver');
+  const device = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-device');
+  const driver = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-driver');
   try {
     // The driver resets the ring first; both are warm after a short round.
     let rate = 0;
@@ -52,7 +52,7 @@ export async function ring(batch: number, chains: boolean, total: number): Promi
 /** Nanoseconds per exit round trip, or per demand fault, between two threads. */
 export async function exitThreads(count: number, faults: boolean): Promise<number> {
   const machine = benchMachine(256 * MiB, 'never');
-  const worker = spawnWorker<ExitWorker>('../bench/exit-worker.ts', 'exits');
+  const worker = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
   try {
     let result = -1;
     const call = Promise.race([worker.api.run(machine.buffers, count, faults), worker.died]).then((ns) => {

@@ -123,7 +123,7 @@ export async function hammer(options: {
   };
   tasks.spawn('discards', body());
   const words = new Int32Array(runControl);
-  const workers = [0, 1].map((i) => spawnWorker<HammerWorker>('../check/hammer-worker.ts', `hammer${i}`));
+  const workers = [0, 1].map((i) => spawnWorker<HammerWorker>('../check/hammer-worker', `hammer${i}`));
   const runs = workers.map((worker, vcpu) =>
     Promise.race([
       worker.api.run({

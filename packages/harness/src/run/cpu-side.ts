@@ -36,7 +36,6 @@ interface VcpuSeat {
   readonly vcpu: Vcpu;
   readonly kernel: GuestKernel;
   program: Program | null;
-  stopped: boolean;
 }
 
 export class CpuSide {
@@ -51,6 +50,8 @@ export class CpuSide {
   readonly #mine: (vm: number, vcpu: number) => boolean;
   readonly #seats: VcpuSeat[] = [];
   #vmsSeated = 0;
+  /** A VM of this side was killed: nothing more is stepped, since it may hold locks for ever. */
+  #dead = false;
   /** Allocation events as tracefs text, when asked for: time and line. */
   readonly allocTrace: { readonly atNs: number; readonly line: string }[] = [];
 
@@ -71,7 +72,7 @@ export class CpuSide {
   runWindow(untilNs: number): number {
     this.#seatNewVms();
     let nextDue = Number.POSITIVE_INFINITY;
-    for (const seat of this.#seats) if (!seat.stopped) nextDue = Math.min(nextDue, this.#step(seat, untilNs));
+    for (const seat of this.#seats) if (!this.#dead) nextDue = Math.min(nextDue, this.#step(seat, untilNs));
     return nextDue;
   }
 
@@ -94,7 +95,7 @@ export class CpuSide {
           schedule: this.#schedule,
         });
         const kernel = new GuestKernel(this.#spec.vms[vm].guest, this.#buffers.arenas[vm], vcpu);
-        this.#seats.push({ vm, id, vcpu, kernel, program: null, stopped: false });
+        this.#seats.push({ vm, id, vcpu, kernel, program: null });
       }
     }
   }
@@ -127,7 +128,7 @@ export class CpuSide {
     } catch (error) {
       if (!(error instanceof VmKilled)) throw error;
       // The run ends here: nothing of this guest is unwound.
-      seat.stopped = true;
+      this.#dead = true;
       Atomics.or(this.#runControl, RC_VM + vm, VM_KILLED);
       return untilNs;
     }

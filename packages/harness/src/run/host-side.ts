@@ -190,6 +190,12 @@ export class HostSide {
     return this.tasks.step() || worked;
   }
 
+  /** True once a VM met a host without a free frame: the run is over, whatever its vCPUs hold. */
+  get anyKilled(): boolean {
+    for (let i = 0; i < this.vms.length; i++) if (this.vms[i].vm.killed) return true;
+    return false;
+  }
+
   // ── Coordinator ──────────────────────────────────────────────────────────────────────────────────────────────────
 
   /**
@@ -201,7 +207,8 @@ export class HostSide {
     const now = this.windowEnd;
     let due = nextDue;
     let others = othersDue;
-    for (const { vm } of this.vms) if (vm.killed) return this.#end(`VM ${vm.id}: no host frame was free`);
+    const dead = this.vms.find(({ vm }) => vm.killed);
+    if (dead !== undefined) return this.#end(`VM ${dead.vm.id}: no host frame was free`);
     for (let k = 0; k < this.vms.length; k++) {
       if ((this.#status(k) & VM_FAILED) !== 0) return this.#end(`VM ${k}: an allocation failed in the guest`);
     }

@@ -69,6 +69,8 @@ export class HostWorker {
       for (let idle = 0; ; ) {
         if (host.poll()) idle = 0;
         else if (allDone() && host.tasks.idle) break;
+        // A dead VM's locks are held for ever: its siblings are stopped, not waited for.
+        else if (host.anyKilled) break;
         else idle++;
         if (Atomics.load(runControl, RC_STOP) !== 0) {
           host.why = 'the run was stopped';

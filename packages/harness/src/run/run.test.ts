@@ -124,6 +124,23 @@ describe('the run protocol', () => {
     },
   );
 
+  test('a VM killed in the middle of a device wait ends the run at once, in threads too: its siblings are not waited for', async () => {
+    // The balloon inflates into memory that the host does not have: vCPU 0 dies holding the balloon mutex.
+    const base = (SCENARIOS.find((s) => s.name === 'balloon') as (typeof SCENARIOS)[number]).spec(1);
+    const spec: RunSpec = { ...base, hostFrames: (420 * MiB) / PAGE_SIZE, workers: 2 };
+    const pool = new ThreadPool(2);
+    try {
+      const { result } = await runThreads(spec, runBuffers(spec, hostBuffers(420 * MiB)), pool);
+      expect([result.ok, result.vms[0].state]).toEqual([false, 'killed']);
+    } finally {
+      await pool.close();
+    }
+    const inline = runInline(spec, runBuffers(spec, hostBuffers(420 * MiB)), (_vm, bytes) =>
+      fileStorage(bytes),
+    );
+    expect([inline.result.ok, inline.result.vms[0].state]).toEqual([false, 'killed']);
+  });
+
   test('native formats: allocation events as tracefs text that our own import reads, device events as QEMU’s trace lines', async () => {
     const scenario = SCENARIOS.find((s) => s.name === 'balloon');
     if (scenario === undefined) throw new Error('balloon');

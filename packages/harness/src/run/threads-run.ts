@@ -18,10 +18,8 @@ export class ThreadPool {
   readonly cpus: SpawnedWorker<CpuWorker>[];
 
   constructor(workers: number) {
-    this.host = spawnWorker<HostWorker>('./host-worker.ts', 'host');
-    this.cpus = Array.from({ length: workers }, (_, i) =>
-      spawnWorker<CpuWorker>('./cpu-worker.ts', `cpu${i}`),
-    );
+    this.host = spawnWorker<HostWorker>('./host-worker', 'host');
+    this.cpus = Array.from({ length: workers }, (_, i) => spawnWorker<CpuWorker>('./cpu-worker', `cpu${i}`));
   }
 
   get deaths(): Promise<never> {

@@ -44,9 +44,12 @@ function endpointOf(worker: Worker): Endpoint {
   };
 }
 
-/** Starts the worker whose module is `file` (next to this one) under `name`. */
+/** Sources run as they are, published packages from their build. */
+const EXTENSION = import.meta.url.endsWith('.ts') ? '.ts' : '.js';
+
+/** Starts the worker whose module is `file` (relative to this one, no extension) under `name`. */
 export function spawnWorker<Api>(file: string, name: string): SpawnedWorker<Api> {
-  const worker = new Worker(new URL(file, import.meta.url), { name });
+  const worker = new Worker(new URL(file + EXTENSION, import.meta.url), { name });
   let closing = false;
   const died = new Promise<never>((_, reject) => {
     worker.once('error', (error: Error) => {
