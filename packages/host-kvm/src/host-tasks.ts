@@ -65,18 +65,24 @@ export class HostTasks {
 
   /** Runs every ready task for one step. Returns true if any ran. */
   step(): boolean {
-    this.#unblock();
-    if (this.#next.length === 0) return false;
+    if (this.#blocked.length > 0) this.#unblock();
+    const { length } = this.#next;
+    if (length === 0) return false;
+    if (length === 1) {
+      // The common case, a lone fault or register access: no round to swap.
+      const only = this.#next.pop();
+      if (only !== undefined) this.#resume(only, true);
+      return true;
+    }
     const round = this.#next;
     this.#next = this.#ready;
     this.#ready = round;
-    for (const task of round) this.#resume(task);
+    for (const task of round) this.#resume(task, false);
     round.length = 0;
     return true;
   }
 
   #unblock(): void {
-    if (this.#blocked.length === 0) return;
     const still: HostTask[] = [];
     for (const task of this.#blocked) {
       if (task.condition?.() === true) {
@@ -88,12 +94,13 @@ export class HostTasks {
     this.#blocked = still;
   }
 
-  #resume(task: HostTask): void {
+  /** `alone`: no other task was ready when this one was chosen. */
+  #resume(task: HostTask, alone: boolean): void {
     if (this.#schedule.controlled) this.#schedule.point('task-yield', 0);
     task.state = 'running';
     let { done, value } = task.body.next();
     // With nobody else ready a yield is only a point: go on at once.
-    while (done !== true && value === undefined && this.#next.length === 0 && this.#ready.length === 1) {
+    while (alone && done !== true && value === undefined && this.#next.length === 0) {
       if (this.#schedule.controlled) this.#schedule.point('task-yield', 0);
       ({ done, value } = task.body.next());
     }

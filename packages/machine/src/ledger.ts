@@ -91,6 +91,13 @@ export class FrameLedger {
   take(first: Hfn, count: number, owner: number): void {
     const end = first + count;
     const step = this.#nextStep();
+    if (count === 1) {
+      assert(this.state[first] === FRAME_FREE, 'a frame is taken only when free');
+      this.stepTaken[first] = step;
+      this.owner[first] = owner;
+      this.state[first] = FRAME_OWNED;
+      return;
+    }
     for (let f = first as number; f < end; f++) {
       assert(this.state[f] === FRAME_FREE, 'a frame is taken only when free');
       this.stepTaken[f] = step;

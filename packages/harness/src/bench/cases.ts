@@ -245,43 +245,51 @@ export function buddy(what: 'bulk' | 'random' | 'mixed'): number {
 
 let host: HostBuffers | null = null;
 
-/** Kernel events replayed per second (millions), ledger on, two vCPUs: the reporting trace on one VM. */
+/**
+ * Kernel events replayed per second (millions), ledger on, two vCPUs: the reporting trace on one VM. The boot, which builds
+ * the memmap and touches 160 MiB, is timed by a run without events and taken off.
+ */
 export async function replay(schedule: 'threads' | 'inline'): Promise<number> {
   const trace = loadTrace('reporting');
   const plan = makePlan(trace, 2);
   host ??= hostBuffers(640 * MiB);
-  const spec: RunSpec = {
-    hostFrames: (640 * MiB) / PAGE_SIZE,
-    backing: 'thp',
-    vms: [
-      {
-        bootAtNs: 0,
-        guest: guestOf(trace, { vcpus: 2, balloon: false }),
-        program: { kind: 'replay', plan },
-        diskBytes: REPLAY_DISK_BYTES,
-      },
-    ],
-    vcpusPerVm: 2,
-    workers: 2,
-    sampleNs: NS_PER_S,
-    graceNs: 0,
-    traceOut: false,
-    poison: 'edges',
-  };
   const pool = schedule === 'threads' ? new ThreadPool(2) : null;
-  let best = 0;
-  try {
-    for (let round = 0; round < 3; round++) {
-      const buffers = runBuffers(spec, host);
+  const time = async (from: Int32Array): Promise<number> => {
+    const spec: RunSpec = {
+      hostFrames: (640 * MiB) / PAGE_SIZE,
+      backing: 'thp',
+      vms: [
+        {
+          bootAtNs: 0,
+          guest: guestOf(trace, { vcpus: 2, balloon: false }),
+          program: { kind: 'replay', plan: { ...plan, from } },
+          diskBytes: REPLAY_DISK_BYTES,
+        },
+      ],
+      vcpusPerVm: 2,
+      workers: 2,
+      sampleNs: NS_PER_S,
+      graceNs: 0,
+      traceOut: false,
+      poison: 'edges',
+    };
+    let best = Number.POSITIVE_INFINITY;
+    for (let round = 0; round < 4; round++) {
+      const buffers = runBuffers(spec, host as HostBuffers);
       const began = performance.now();
       if (pool === null) runInline(spec, buffers, (_vm, bytes) => fileStorage(bytes));
       else await runThreads(spec, buffers, pool);
-      best = Math.max(best, plan.count / (performance.now() - began) / 1000);
+      best = Math.min(best, performance.now() - began);
     }
+    return best;
+  };
+  try {
+    const all = await time(plan.from);
+    const boot = await time(new Int32Array(new SharedArrayBuffer(plan.from.byteLength)));
+    return plan.count / (all - boot) / 1000;
   } finally {
     await pool?.close();
   }
-  return best;
 }
 
 /** GiB of touched guest memory returned per second of real time, zapped, flushed and freed, by a shipped scenario, inline. */
