@@ -34,11 +34,11 @@ function hostPlot(outcome: CompareOutcome): string {
   });
 }
 
-/** Free, cached and used per guest over time, for one technique. */
+/** Free, ballooned, cached and used per guest over time, for one technique. */
 function guestPlot(run: TechniqueRun): string {
   const rows = run.result.samples.flatMap((s) =>
     s.guests.flatMap((guest, vm) =>
-      (['used', 'cached', 'free'] as const).map((kind) => ({
+      (['used', 'cached', 'balloon', 'free'] as const).map((kind) => ({
         vm: `VM ${vm}`,
         seconds: s.atNs / NS_PER_S,
         kind,
@@ -54,11 +54,21 @@ function guestPlot(run: TechniqueRun): string {
     x: { label: 'virtual seconds' },
     y: { label: 'MiB', ticks: 3, grid: true },
     fy: { label: null },
-    color: { legend: true, domain: ['used', 'cached', 'free'], range: ['#4269d0', '#efb118', '#b8d8be'] },
+    color: {
+      legend: true,
+      domain: ['used', 'cached', 'balloon', 'free'],
+      range: ['#4269d0', '#efb118', '#c76fa8', '#b8d8be'],
+    },
     marks: [
       Plot.areaY(
         rows,
-        Plot.stackY({ x: 'seconds', y: 'MiB', fill: 'kind', fy: 'vm', order: ['used', 'cached', 'free'] }),
+        Plot.stackY({
+          x: 'seconds',
+          y: 'MiB',
+          fill: 'kind',
+          fy: 'vm',
+          order: ['used', 'cached', 'balloon', 'free'],
+        }),
       ),
     ],
   });
@@ -90,7 +100,7 @@ ${rows}</table>
 <p>Each line is the median run of its technique: exactly as many VMs as fit. The dashed line is the host.</p>
 ${hostPlot(outcome)}
 <h2>Inside the guests</h2>
-<p>Used, cached and free memory of each guest over virtual time.</p>
+<p>Used, cached, ballooned and free memory of each guest over virtual time.</p>
 ${guests}
 </html>
 `;

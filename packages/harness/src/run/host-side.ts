@@ -77,6 +77,7 @@ export interface Sample {
     readonly free: number;
     readonly cached: number;
     readonly used: number;
+    readonly balloon: number;
     readonly host: number;
   }[];
 }
@@ -428,13 +429,15 @@ export class HostSide {
     return {
       atNs: now,
       hostUsed: this.pool.used * PAGE_SIZE,
-      guests: this.vms.map(({ arena, file }) => {
+      guests: this.vms.map(({ arena, file, balloon: device }) => {
         const free = (freePages(arena) + pcpPages(arena, this.#spec.vcpusPerVm)) * PAGE_SIZE;
         const cached = filePages(arena) * PAGE_SIZE;
+        const balloon = (device?.actual ?? 0) * PAGE_SIZE;
         return {
           free,
           cached,
-          used: file.nrBlocks * PAGE_SIZE - free - cached,
+          balloon,
+          used: file.nrBlocks * PAGE_SIZE - free - cached - balloon,
           host: file.assigned * PAGE_SIZE,
         };
       }),
