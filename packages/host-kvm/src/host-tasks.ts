@@ -59,10 +59,6 @@ export class HostTasks {
     );
   }
 
-  get blockedNames(): string[] {
-    return this.#blocked.map((task) => task.name);
-  }
-
   /** Runs every ready task for one step. Returns true if any ran. */
   step(): boolean {
     if (this.#blocked.length > 0) this.#unblock();

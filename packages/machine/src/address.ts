@@ -36,10 +36,6 @@ export function gfnOf(address: Gpa): Gfn {
 export function gpaOf(frame: Gfn): Gpa {
   return (frame * PAGE_SIZE) as Gpa;
 }
-/** First byte of host frame `frame`. */
-export function hpaOf(frame: Hfn): Hpa {
-  return (frame * PAGE_SIZE) as Hpa;
-}
 /** Byte offset of `address` (below 2⁵³) inside its page, `0 … 4095`. `%` on a double is a slow library call; this is not. */
 export function pageOffset(address: number): number {
   return address - Math.floor(address * (1 / PAGE_SIZE)) * PAGE_SIZE;

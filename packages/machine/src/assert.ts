@@ -7,8 +7,3 @@
 export function assert(condition: boolean, message: string): asserts condition {
   if (!condition) throw new Error(`assertion failed: ${message}`);
 }
-
-/** Marks a branch that an exhaustive union makes impossible. */
-export function unreachable(value: never): never {
-  throw new Error(`unreachable value: ${String(value)}`);
-}

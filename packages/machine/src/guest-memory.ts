@@ -5,9 +5,6 @@
  * A *window* covers bytes of one 4 KiB page. It is valid until the next call that may leave the section: another
  * `window` that faults, an exit, a wait, a task's yield. `section` counts those; compare it after locating several.
  */
-import { pageOffset } from './address.ts';
-import { PAGE_SIZE } from './units.ts';
-
 export interface GuestMemory {
   /**
    * Locates `length` bytes at `gpa` (all inside one page). True: `at` is their byte offset in `u8`, `u16 (at >> 1)` and
@@ -21,30 +18,6 @@ export interface GuestMemory {
   at: number;
   /** Moves whenever windows located before become stale. */
   section: number;
-}
-
-/** Copies guest bytes into `out`; false if any byte is not RAM (then `out` is partly written). */
-export function readGuest(memory: GuestMemory, gpa: number, out: Uint8Array): boolean {
-  let done = 0;
-  while (done < out.length) {
-    const n = Math.min(out.length - done, PAGE_SIZE - pageOffset(gpa + done));
-    if (!memory.window(gpa + done, n, false)) return false;
-    out.set(memory.u8.subarray(memory.at, memory.at + n), done);
-    done += n;
-  }
-  return true;
-}
-
-/** Copies `bytes` into guest memory; false if any byte is not writable RAM (earlier pages are written). */
-export function writeGuest(memory: GuestMemory, gpa: number, bytes: Uint8Array): boolean {
-  let done = 0;
-  while (done < bytes.length) {
-    const n = Math.min(bytes.length - done, PAGE_SIZE - pageOffset(gpa + done));
-    if (!memory.window(gpa + done, n, true)) return false;
-    memory.u8.set(done === 0 && n === bytes.length ? bytes : bytes.subarray(done, done + n), memory.at);
-    done += n;
-  }
-  return true;
 }
 
 /** Guest memory over one plain buffer at guest-physical 0: tests, benchmarks, foreign guests. */

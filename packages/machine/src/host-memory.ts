@@ -2,7 +2,7 @@
  * Host DRAM: one `SharedArrayBuffer` in 4 KiB frames. Word accesses use one Int32 view (at most 8 GiB, so that no
  * element index reaches 2³¹, where V8's accesses are 15–30 times slower); byte and 16-bit accesses use views of 1 GiB.
  */
-import { hfn, type Hfn } from './address.ts';
+import type { Hfn } from './address.ts';
 import { assert } from './assert.ts';
 import { sharedI32, sharedU16, sharedU8 } from './shared-views.ts';
 import { GiB, PAGE_SIZE } from './units.ts';
@@ -61,8 +61,4 @@ export class HostMemory {
 /** Byte offset of frame `frame` inside its 1 GiB chunk. */
 export function chunkOffset(frame: number): number {
   return (frame & CHUNK_FRAME_MASK) << 12;
-}
-
-export function frameNumber(n: number): Hfn {
-  return hfn(n);
 }

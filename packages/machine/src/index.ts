@@ -2,7 +2,6 @@
 export * from './address.ts';
 export * from './assert.ts';
 export * from './bitmap.ts';
-export * from './clock.ts';
 export * from './cost-table.ts';
 export * from './doorbell.ts';
 export * from './ept.ts';

@@ -1,6 +1,7 @@
 /**
  * The frame ledger: for every host frame an owner, reference and pin counts, a generation, and a state
- * `free → owned → revoking → free`. Only the host worker writes it; every actor's access passes a gate that reads it.
+ * `free → owned → free`, or `owned → revoking → free` for a frame taken away while pinned. Only the host worker writes it;
+ * every actor's access passes a gate that reads it.
  *
  * The generation moves when a frame leaves its owner, so a translation made before can never pass the gate after:
  * vCPUs compare the generation kept in their TLB entry at each access.
@@ -14,7 +15,7 @@ import { sharedI32 } from './shared-views.ts';
 
 export const FRAME_FREE = 0;
 export const FRAME_OWNED = 1;
-/** Taken from its owner, which may still touch it until it has acknowledged the flush. */
+/** Taken from its owner while pinned: detached, and free with its last pin. */
 export const FRAME_REVOKING = 2;
 
 /** What an owner uses a frame for; part of the owner code. */
@@ -104,11 +105,6 @@ export class FrameLedger {
     }
     this.owner.fill(owner, first, end);
     this.state.fill(FRAME_OWNED, first, end);
-  }
-
-  /** Marks frames as being taken away; their owner may touch them until it acknowledges. Host only. */
-  revoke(first: Hfn, count: number): void {
-    this.state.fill(FRAME_REVOKING, first, first + count);
   }
 
   /**

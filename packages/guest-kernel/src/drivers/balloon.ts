@@ -66,7 +66,6 @@ const V_WORK = 5;
 /** Command id of the round that is running, and whether it was announced; pages held for it. */
 const V_HINT_SEEN = 6;
 const V_HINT_LIST = 7;
-const V_HINT_COUNT = 8;
 const V_PFN_PAGE = 9;
 const V_STATS_PAGE = 10;
 const V_HINT_PAGE = 11;
@@ -444,7 +443,6 @@ export class BalloonDriver {
       if (pfn < 0) break;
       w[this.#memmap + (pfn << 4) + P_NEXT] = w[T_BALLOON + V_HINT_LIST];
       w[T_BALLOON + V_HINT_LIST] = pfn;
-      w[T_BALLOON + V_HINT_COUNT]++;
       for (let i = 0; i < 1 << HINT_ORDER; i++) this.#alloc.unstamp(pfn + i);
       queue.add(this.#vcpu, [], [{ gpa: pfn * 4096, length: 4096 << HINT_ORDER }], 0);
       this.#guest.submitAndWait(queue, index);
@@ -467,6 +465,5 @@ export class BalloonDriver {
       w[T_BALLOON + V_HINT_LIST] = w[this.#memmap + (pfn << 4) + P_NEXT];
       this.#alloc.free(pfn, HINT_ORDER);
     }
-    w[T_BALLOON + V_HINT_COUNT] = 0;
   }
 }

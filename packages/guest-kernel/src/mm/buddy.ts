@@ -13,7 +13,6 @@ import {
   P_NEXT,
   P_ORDER,
   P_PREV,
-  P_ZONE,
   PG_BUDDY,
   PG_REPORTED,
   SHADOW_BUDDY,
@@ -363,9 +362,5 @@ export class Buddy {
   initZone(zone: number): void {
     this.w.fill(-1, zone + Z_LISTS, zone + Z_LENGTHS);
     this.w.fill(0, zone + Z_LENGTHS, zone + Z_LENGTHS + (MAX_ORDER + 1) * MIGRATE_TYPES);
-  }
-
-  zoneOf(pfn: number): number {
-    return this.w[this.memmap + (pfn << 4) + P_ZONE];
   }
 }

@@ -5,7 +5,6 @@ import { EVENTS_BASE, EVENTS_WORDS, MAX_CPUS } from '../layout.ts';
 export const EVENT_NAMES = [
   'pgalloc',
   'pgfree',
-  'pgfault_zeroed',
   'allocstall',
   'pageoutrun',
   'pgscan_kswapd',

@@ -18,7 +18,6 @@ import {
   P_ZONE,
   PG_CACHED,
   PG_LRU,
-  PG_RESERVED,
   PG_STAMPED,
   SHADOW_ALLOCATED,
   SHADOW_BUDDY,
@@ -337,10 +336,6 @@ export class PageAllocator {
   /** The id that the allocation of `pfn` was given; 0 when it is free. */
   stampOf(pfn: number): number {
     return this.#w[this.#memmap + (pfn << 4) + P_STAMP];
-  }
-
-  isReserved(pfn: number): boolean {
-    return (this.#w[this.#memmap + (pfn << 4) + P_FLAGS] & PG_RESERVED) !== 0;
   }
 }
 

@@ -6,7 +6,7 @@
  * page and frees it only if nobody else has one (`freeze`). Simplified: one lock for all mappings, in place of one
  * XArray lock per inode.
  */
-import { gfn, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
+import { spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import { H_CACHE_LOCK, H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
 import { EV, eventRow } from './events.ts';
@@ -22,7 +22,6 @@ import {
   PG_CACHED,
   PG_DIRTY,
   PG_REFERENCED,
-  PG_STAMPED,
   PG_UPTODATE,
   PG_WRITEBACK,
 } from './page.ts';
@@ -330,22 +329,5 @@ export class PageCache {
     w[this.#events + EV.pgpgout] += n;
     w[this.#events + EV.writeback_pages] += n;
     return ok ? n : 0;
-  }
-
-  get nrFilePages(): number {
-    return Atomics.load(this.#w, H_NR_FILE_PAGES);
-  }
-  get nrDirty(): number {
-    return Atomics.load(this.#w, H_NR_DIRTY);
-  }
-
-  /** Reads one word of a page that the caller owns, past the stamp: for checks. */
-  peek(pfn: number, word: number): number {
-    return this.#vcpu.load32(gfn(pfn), word);
-  }
-
-  /** Whether the page carries an allocation stamp in its first word. */
-  isStamped(pfn: number): boolean {
-    return (this.#w[this.#memmap + (pfn << 4) + P_FLAGS] & PG_STAMPED) !== 0;
   }
 }

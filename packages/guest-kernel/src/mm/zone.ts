@@ -43,7 +43,6 @@ export const Z_RESERVE = 12;
 export const Z_PCP_BATCH = 16;
 export const Z_PCP_HIGH_MIN = 17;
 export const Z_PCP_HIGH_MAX = 18;
-export const Z_RECLAIM_FAILURES = 19;
 /** Free blocks by order. */
 export const Z_NR_FREE = 20;
 /** Head and tail of each free list, then its length. */

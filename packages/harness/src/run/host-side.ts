@@ -130,7 +130,6 @@ interface RunningVm {
   readonly block: BlockDevice | null;
   readonly transports: MmioTransport[];
   policyDue: number;
-  statsAsked: boolean;
   targets: (readonly [number, number])[];
   hints: { at: number; start: boolean }[];
   hintedPages: number;
@@ -396,7 +395,6 @@ export class HostSide {
       block,
       transports,
       policyDue: spec.balloonPolicy === true ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
-      statsAsked: false,
       targets: [...(spec.balloonTargets ?? [])],
       hints: (spec.hintRounds ?? []).flatMap(([start, stop]) => [
         { at: start, start: true },

@@ -386,11 +386,6 @@ export class BalloonDevice implements VirtioDevice {
     return this.#hintBitmap;
   }
 
-  /** True once the driver has ended the round it was asked for by sending STOP. */
-  get hintingDrained(): boolean {
-    return this.#hintState === 'stop' || this.#hintState === 'done';
-  }
-
   #hint(chain: DescriptorChain): number {
     if (chain.readableBytes >= 4) {
       const [id] = this.#pfns(chain);
