@@ -8,7 +8,9 @@ import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK, LRU_BASE, LRU_WORDS, T_BAL
 import { EVENT_NAMES, eventSum } from './mm/events.ts';
 import { L_ACTIVE, L_INACTIVE } from './mm/lru.ts';
 import { PerCpuPages } from './mm/per-cpu-pages.ts';
+import { P_NEXT } from './mm/page.ts';
 import {
+  listAt,
   MAX_ORDER,
   MIGRATE_NAMES,
   MIGRATE_TYPES,
@@ -17,7 +19,6 @@ import {
   Z_END,
   Z_FREE,
   Z_HIGH,
-  Z_LENGTHS,
   Z_LOW,
   Z_MANAGED,
   Z_MIN,
@@ -44,6 +45,13 @@ export function buddyinfo(arena: Arena): string {
     .join('');
 }
 
+/** Blocks on a free list, counted by walking it, as Linux does for this file. */
+function listLength(arena: Arena, list: number): number {
+  let length = 0;
+  for (let pfn = arena.w[list]; pfn >= 0; pfn = arena.w[arena.memmap + (pfn << 4) + P_NEXT]) length++;
+  return length;
+}
+
 export function pagetypeinfo(arena: Arena): string {
   const { w } = arena;
   const bases = zoneBases(w);
@@ -55,9 +63,9 @@ export function pagetypeinfo(arena: Arena): string {
     `Node ${String(w[z + Z_NODE]).padStart(4)}, zone ${ZONE_NAMES[w[z + Z_TYPE]].padStart(8)}`;
   for (const z of bases) {
     for (let m = 0; m < MIGRATE_TYPES; m++) {
-      const counts = ORDERS.map(
-        (o) => `${String(w[z + Z_LENGTHS + o * MIGRATE_TYPES + m]).padStart(6)} `,
-      ).join('');
+      const counts = ORDERS.map((o) => `${String(listLength(arena, z + listAt(o, m))).padStart(6)} `).join(
+        '',
+      );
       lines.push(`${at(z)}, type ${MIGRATE_NAMES[m].padStart(12)} ${counts}`);
     }
   }

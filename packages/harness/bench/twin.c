@@ -91,54 +91,94 @@ static void ring(int batch, long total) {
 }
 
 // ── Buddy with a per-CPU list of order 0 ─────────────────────────────────────────────────────────────────────────
+// The same algorithm as ours without locks, counters, shadow and run-time tuning: lists by order and migratetype linked
+// through the pages, a per-CPU list linked likewise (pushed at the head, refilled and drained at the tail), and the look
+// at the next buddy that decides between head and tail of a free list.
 #define PAGES (1 << 17)
 #define MAXO 10
+#define TYPES 5
 // One cache line per page, as `struct page` and our memmap have.
 static struct { int32_t next, prev; int8_t order, buddy; char rest[54]; } pg[PAGES] __attribute__((aligned(64)));
-static int32_t heads[MAXO + 1];
-static int32_t pcp[8192], pcp_count;
-static void push(int32_t p, int o) {
-  pg[p].next = heads[o]; pg[p].prev = -1; pg[p].order = o; pg[p].buddy = 1;
-  if (heads[o] >= 0) pg[heads[o]].prev = p;
-  heads[o] = p;
+static struct { int32_t head, tail; } areas[MAXO + 1][TYPES], pcp;
+static int32_t nr_free[MAXO + 1], pcp_count;
+static uint8_t block_type[PAGES >> 9];
+static void link_head(int32_t *head, int32_t *tail, int32_t p) {
+  pg[p].next = *head; pg[p].prev = -1;
+  if (*head >= 0) pg[*head].prev = p; else *tail = p;
+  *head = p;
 }
-static void drop(int32_t p, int o) {
-  if (pg[p].prev >= 0) pg[pg[p].prev].next = pg[p].next; else heads[o] = pg[p].next;
-  if (pg[p].next >= 0) pg[pg[p].next].prev = pg[p].prev;
-  pg[p].buddy = 0;
+static void link_tail(int32_t *head, int32_t *tail, int32_t p) {
+  pg[p].next = -1; pg[p].prev = *tail;
+  if (*tail >= 0) pg[*tail].next = p; else *head = p;
+  *tail = p;
+}
+static void unlink_page(int32_t *head, int32_t *tail, int32_t p) {
+  if (pg[p].prev >= 0) pg[pg[p].prev].next = pg[p].next; else *head = pg[p].next;
+  if (pg[p].next >= 0) pg[pg[p].next].prev = pg[p].prev; else *tail = pg[p].prev;
+}
+static void push(int32_t p, int o, int type) {
+  pg[p].order = o; pg[p].buddy = 1; nr_free[o]++;
+  link_head(&areas[o][type].head, &areas[o][type].tail, p);
+}
+static void drop(int32_t p, int o, int type) {
+  unlink_page(&areas[o][type].head, &areas[o][type].tail, p);
+  pg[p].buddy = 0; nr_free[o]--;
 }
 static int32_t buddy_alloc(int order) {
   for (int o = order; o <= MAXO; o++) {
-    int32_t p = heads[o];
+    int32_t p = areas[o][1].head;
     if (p < 0) continue;
-    drop(p, o);
-    while (o > order) { o--; push(p + (1 << o), o); }
+    drop(p, o, 1);
+    while (o > order) { o--; push(p + (1 << o), o, 1); }
     return p;
   }
   return -1;
 }
 static void buddy_free(int32_t p, int o) {
+  int type = block_type[p >> 9];
   while (o < MAXO) {
     int32_t b = p ^ (1 << o);
     if (!pg[b].buddy || pg[b].order != o) break;
-    drop(b, o);
+    drop(b, o, block_type[b >> 9]);
     p &= ~(1 << o); o++;
   }
-  push(p, o);
+  if (o < MAXO - 1) {
+    int32_t higher = (p & ~(1 << o)) ^ (1 << (o + 1));
+    if (pg[higher].buddy && pg[higher].order == o + 1) {
+      pg[p].order = o; pg[p].buddy = 1; nr_free[o]++;
+      link_tail(&areas[o][type].head, &areas[o][type].tail, p);
+      return;
+    }
+  }
+  push(p, o, type);
 }
 static int32_t pcp_alloc(void) {
-  if (pcp_count == 0) for (int i = 0; i < 63; i++) { int32_t p = buddy_alloc(0); if (p < 0) break; pcp[pcp_count++] = p; }
-  return pcp_count ? pcp[--pcp_count] : -1;
+  if (pcp.head < 0) for (int i = 0; i < 63; i++) {
+    int32_t p = buddy_alloc(0);
+    if (p < 0) break;
+    link_tail(&pcp.head, &pcp.tail, p);
+    pcp_count++;
+  }
+  int32_t p = pcp.head;
+  if (p >= 0) { unlink_page(&pcp.head, &pcp.tail, p); pcp_count--; }
+  return p;
 }
 static void pcp_free(int32_t p) {
-  pcp[pcp_count++] = p;
-  if (pcp_count >= 63 * 6) for (int i = 0; i < 63; i++) buddy_free(pcp[--pcp_count], 0);
+  link_head(&pcp.head, &pcp.tail, p);
+  if (++pcp_count >= 63 * 6) for (int i = 0; i < 63; i++) {
+    int32_t last = pcp.tail;
+    unlink_page(&pcp.head, &pcp.tail, last);
+    pcp_count--;
+    buddy_free(last, 0);
+  }
 }
 static void buddy(const char *what) {
   static int32_t held[PAGES];
   static int8_t orders[PAGES];
-  for (int o = 0; o <= MAXO; o++) heads[o] = -1;
-  for (int32_t p = 0; p < PAGES; p += 1 << MAXO) push(p, MAXO);
+  for (int o = 0; o <= MAXO; o++) for (int t = 0; t < TYPES; t++) areas[o][t].head = areas[o][t].tail = -1;
+  pcp.head = pcp.tail = -1;
+  memset(block_type, 1, sizeof block_type);
+  for (int32_t p = 0; p < PAGES; p += 1 << MAXO) push(p, MAXO, 1);
   long ops = 0;
   int n = PAGES * 3 / 4;
   double best = 1e9;

@@ -59,6 +59,11 @@ export class HostTasks {
     );
   }
 
+  /** True if a task waits for its turn. */
+  get anyReady(): boolean {
+    return this.#next.length > 0 || this.#ready.length > 0;
+  }
+
   /** Runs every ready task for one step. Returns true if any ran. */
   step(): boolean {
     if (this.#blocked.length > 0) this.#unblock();

@@ -38,5 +38,6 @@ export function gpaOf(frame: Gfn): Gpa {
 }
 /** Byte offset of `address` (below 2⁵³) inside its page, `0 … 4095`. `%` on a double is a slow library call; this is not. */
 export function pageOffset(address: number): number {
+  if (address <= 0x7fff_ffff) return address & (PAGE_SIZE - 1);
   return address - Math.floor(address * (1 / PAGE_SIZE)) * PAGE_SIZE;
 }

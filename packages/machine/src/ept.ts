@@ -67,6 +67,8 @@ export class WalkResult {
   steps = 0;
   /** The level-2 table passed through; 0 if the walk ended above. */
   level2Table = 0;
+  /** The level-1 table whose entry was read; 0 if the walk ended above. */
+  level1Table = 0;
 }
 
 /**
@@ -85,10 +87,11 @@ export function eptWalk(
   let steps = 0;
   for (let level = fromLevel; ; level--) {
     if (level === 2) out.level2Table = table;
+    else if (level === 1) out.level1Table = table;
     const word = table * 1024 + ((gfn >>> (9 * (level - 1))) & 511) * 2;
     let low = Atomics.load(dram, word);
     let high = 0;
-    for (;;) {
+    while ((low & EPT_R) !== 0) {
       high = Atomics.load(dram, word + 1);
       const again = Atomics.load(dram, word);
       if (again === low) break;

@@ -2,7 +2,7 @@
  * How a vCPU hands an exit to the host and waits for the answer. The mailbox is in the control block; a port only
  * carries the notice and the waiting. Inline: pump the host's tasks. Threads: doorbell, spin, then sleep.
  */
-import { ringDoorbell } from './doorbell.ts';
+import { nudgeSleepingHost } from './doorbell.ts';
 import { EXIT_DONE, EXIT_REQUEST, EXIT_REQUEST_SLEEPING, RC_STOP, VC_EXIT_STATE } from './layout.ts';
 
 export interface ExitPort {
@@ -37,7 +37,8 @@ export class ThreadExitPort implements ExitPort {
 
   call(control: Int32Array, base: number): void {
     const state = base + VC_EXIT_STATE;
-    ringDoorbell(this.#runControl);
+    // Store state, then load asleep: pairs with store asleep, then scan in the host's loop.
+    nudgeSleepingHost(this.#runControl);
     for (let i = 0; i < this.#spins; i++) {
       if (Atomics.load(control, state) === EXIT_DONE) return;
     }

@@ -35,10 +35,14 @@ export function describeOwner(owner: number): string {
 }
 
 const FIELDS = 7;
+/** Gates of 2 MiB blocks that follow the frames' own. */
+function gateBlocks(frames: number): number {
+  return (frames >>> 9) + 1;
+}
 
 /** Bytes of a ledger for `frames` frames. */
 export function ledgerBytes(frames: number): number {
-  return (frames * FIELDS + 16) * 4;
+  return (frames * FIELDS + gateBlocks(frames) + 16) * 4;
 }
 
 /** Number of frames by use, kept by the ledger on every transition; the first sum of I9. */
@@ -56,7 +60,10 @@ export class FrameLedger {
   readonly frames: number;
   readonly state: Int32Array;
   readonly owner: Int32Array;
-  /** Moves by one whenever the frame leaves an owner. Read by every vCPU access. */
+  /**
+   * Gates, read by every vCPU access: element `f` moves whenever frame `f` leaves an owner; element
+   * `frames + (f >>> 9)` moves with each frame of that aligned 2 MiB, for translations of large leaves.
+   */
   readonly generation: Int32Array;
   /** EPT leaves (and other mappers) that point at the frame. */
   readonly refs: Int32Array;
@@ -72,12 +79,12 @@ export class FrameLedger {
     this.frames = frames;
     this.state = field(0);
     this.owner = field(1);
-    this.generation = field(2);
-    this.refs = field(3);
-    this.pins = field(4);
-    this.stepTaken = field(5);
-    this.stepReleased = field(6);
-    this.#tail = sharedI32('ledger', buffer, FIELDS * frames * 4, 16);
+    this.refs = field(2);
+    this.pins = field(3);
+    this.stepTaken = field(4);
+    this.stepReleased = field(5);
+    this.generation = sharedI32('ledger', buffer, 6 * frames * 4, frames + gateBlocks(frames));
+    this.#tail = sharedI32('ledger', buffer, (FIELDS * frames + gateBlocks(frames)) * 4, 16);
   }
 
   get step(): number {
@@ -125,6 +132,8 @@ export class FrameLedger {
       }
       this.stepReleased[f] = step;
       this.generation[f] = (this.generation[f] + 1) | 0;
+      const block = this.frames + (f >>> 9);
+      this.generation[block] = (this.generation[block] + 1) | 0;
       this.owner[f] = 0;
       this.state[f] = FRAME_FREE;
     }

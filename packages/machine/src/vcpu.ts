@@ -6,9 +6,10 @@
  * every 64 single accesses and before each page of a bulk operation; exits, halts and lock waits end a section too. No
  * frame number survives it. If the check finds a new request: drop the TLB, *then* publish the acknowledgement.
  *
- * **TLB.** Direct mapped by gfn; an entry is `[read tag, write tag, frame, generation]`, a tag being gfn and epoch in one
- * word; the write tag is set only if the leaf is writable and its D bit known set. Large leaves fill it page by page. A
- * flush moves the epoch, so it costs one store; the table is swept once in 256 flushes.
+ * **TLB.** Two direct-mapped tables, for 4 KiB pages and for 2 MiB blocks (a 1 GiB leaf fills it block by block), and the
+ * page of the last load and of the last store before both. An entry is `[read tag, write tag, frame, generation]`, a tag
+ * being page or block number and epoch in one word; the write tag is set only if the leaf is writable and its D bit known
+ * set. A flush moves the epoch, so it costs one store; the tables are swept once in 256 flushes.
  */
 import { gfn as toGfn, type Gfn, type Hfn } from './address.ts';
 import { COST_TABLE, type CostTable } from './cost-table.ts';
@@ -18,7 +19,6 @@ import type { ExitPort } from './exit-port.ts';
 import type { GuestMemory } from './guest-memory.ts';
 import { CHUNK_FRAME_SHIFT, chunkOffset, type HostMemory } from './host-memory.ts';
 import {
-  EXIT_IDLE,
   EXIT_REQUEST,
   MODE_GUEST,
   MODE_OUTSIDE,
@@ -67,6 +67,8 @@ const SECTION_ACCESSES = 64;
 /** Tag: gfn in the low 23 bits (32 GiB of guest-physical space), epoch above. Gfns beyond are never cached. */
 const EPOCH_SHIFT = 23;
 const MAX_CACHED_GFN: number = 1 << EPOCH_SHIFT;
+/** Entries of the TLB for 2 MiB blocks: 2 GiB of reach. */
+const HUGE_TLB_ENTRIES = 1024;
 /** Epochs stay positive, so that no tag is −1, which marks an empty entry. */
 const MAX_EPOCH = 0xff;
 const ZERO_PAGE = new Uint8Array(PAGE_SIZE);
@@ -151,16 +153,35 @@ export class Vcpu implements GuestMemory {
   readonly #runControl: Int32Array;
   readonly #tlb: Int32Array;
   readonly #mask: number;
+  readonly #hugeTlb: Int32Array = new Int32Array(4 * HUGE_TLB_ENTRIES).fill(-1);
+  /** The last page loaded from and stored to: gfn (−1: none), its first word in DRAM, gate and generation held. */
+  #loadPage = -1;
+  #loadBase = 0;
+  #loadGate = 0;
+  #loadGeneration = 0;
+  #storePage = -1;
+  #storeBase = 0;
+  #storeGate = 0;
+  #storeGeneration = 0;
+  /** What the last lookup found: the gate that the access passed, and the generation held for it. */
+  #gate = 0;
+  #held = 0;
+  /** DRAM words of a scatter or gather, for one section. */
+  readonly #targets: Int32Array = new Int32Array(SECTION_ACCESSES);
   readonly #walk = new WalkResult();
   /** Epoch in tag position; entries of older epochs never match. */
   #epoch = 0;
   #epochNumber = 0;
   readonly #controlled: boolean;
   #seen = 0;
-  /** Paging-structure cache of one entry; dropped with the TLB, since table frames obey the same invalidation. */
-  #pwcRegion = -1;
-  #pwcTable = 0;
-  #pwcEpoch = 0;
+  /**
+   * Paging-structure cache: the tables of the last gigabyte and of the last 2 MiB walked. Dropped with the TLB, since table
+   * frames obey the same invalidation.
+   */
+  #pwcGiga = -1;
+  #pwcGigaTable = 0;
+  #pwcHuge = -1;
+  #pwcHugeTable = 0;
   #left = 0;
   /** Set by an emulated read. */
   exitData = 0;
@@ -201,17 +222,22 @@ export class Vcpu implements GuestMemory {
 
   /** Leaves guest mode. The TLB stays; a request made meanwhile is kept and answered on the next entry. */
   leaveGuest(): void {
+    this.#outside();
+    nudgeSleepingHost(this.#runControl);
+  }
+
+  #outside(): void {
     this.#left = 0;
     this.section++;
     this.#controlF64[this.#baseF64 + VC_CLOCK_F64] = this.clock;
     Atomics.store(this.#control, this.#base + VC_MODE, MODE_OUTSIDE);
-    nudgeSleepingHost(this.#runControl);
   }
 
   /** Begins a section. Called before accesses, and by every guest spin or wait loop. */
   beginSection(): void {
     if (this.#controlled) this.schedule.point('section', this.id);
-    this.#left = SECTION_ACCESSES - 1;
+    // A controlled run begins a section at each access, so that none escapes its schedule points.
+    this.#left = this.#controlled ? 0 : SECTION_ACCESSES - 1;
     const request = Atomics.load(this.#control, this.#base + VC_FLUSH_REQ);
     if (request !== this.#seen) this.#flush(request);
   }
@@ -219,8 +245,13 @@ export class Vcpu implements GuestMemory {
   /** Drops every translation, then acknowledges. The order is the promise: nothing old is used after the store. */
   #flush(request: number): void {
     this.#epochNumber++;
+    this.#loadPage = -1;
+    this.#storePage = -1;
+    this.#pwcGiga = -1;
+    this.#pwcHuge = -1;
     if (this.#epochNumber === MAX_EPOCH) {
       this.#tlb.fill(-1);
+      this.#hugeTlb.fill(-1);
       this.#epochNumber = 0;
     }
     this.#epoch = this.#epochNumber << EPOCH_SHIFT;
@@ -249,44 +280,138 @@ export class Vcpu implements GuestMemory {
 
   /** Loads word `word` (0 … 1023) of page `gfn`. */
   load32(gfn: Gfn, word: number): number {
-    if (--this.#left < 0) this.beginSection();
-    const tlb = this.#tlb;
-    const slot = (gfn & this.#mask) << 2;
-    if (tlb[slot] === (gfn | this.#epoch) && gfn < MAX_CACHED_GFN) {
-      const frame = tlb[slot + 2];
-      if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
-      if (this.#controlled) this.schedule.point('translated', frame);
-      return this.#dram[(frame << 10) + word];
+    const left = this.#left;
+    if (left > 0 && gfn === this.#loadPage) {
+      this.#left = left - 1;
+      if (this.#generation[this.#loadGate] !== this.#loadGeneration) this.#staleWord(gfn, false);
+      return this.#dram[this.#loadBase + word];
     }
     return this.#load32Slow(gfn, word);
   }
 
   /** Stores word `word` of page `gfn`. A store to a hole is dropped and counted. */
   store32(gfn: Gfn, word: number, value: number): void {
-    if (--this.#left < 0) this.beginSection();
-    const tlb = this.#tlb;
-    const slot = (gfn & this.#mask) << 2;
-    if (tlb[slot + 1] === (gfn | this.#epoch) && gfn < MAX_CACHED_GFN) {
-      const frame = tlb[slot + 2];
-      if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
-      if (this.#controlled) this.schedule.point('translated', frame);
-      this.#dram[(frame << 10) + word] = value;
+    const left = this.#left;
+    if (left > 0 && gfn === this.#storePage) {
+      this.#left = left - 1;
+      if (this.#generation[this.#storeGate] !== this.#storeGeneration) this.#staleWord(gfn, true);
+      this.#dram[this.#storeBase + word] = value;
       return;
     }
     this.#store32Slow(gfn, word, value);
   }
 
-  #store32Slow(gfn: Gfn, word: number, value: number): void {
-    const frame = this.#translate(gfn, true);
-    if (frame < 0) this.counters.unmappedAccesses++;
-    else this.#dram[(frame << 10) + word] = value;
+  #load32Slow(gfn: Gfn, word: number): number {
+    const frame = this.#single(gfn, false);
+    if (frame < 0) {
+      this.counters.unmappedAccesses++;
+      return this.exitData;
+    }
+    this.#loadPage = this.#controlled ? -1 : gfn;
+    this.#loadBase = frame << 10;
+    this.#loadGate = this.#gate;
+    this.#loadGeneration = this.#held;
+    return this.#dram[(frame << 10) + word];
   }
 
-  #load32Slow(gfn: Gfn, word: number): number {
-    const frame = this.#translate(gfn, false);
-    if (frame >= 0) return this.#dram[(frame << 10) + word];
-    this.counters.unmappedAccesses++;
-    return this.exitData;
+  #store32Slow(gfn: Gfn, word: number, value: number): void {
+    const frame = this.#single(gfn, true);
+    if (frame < 0) {
+      this.counters.unmappedAccesses++;
+      return;
+    }
+    this.#storePage = this.#controlled ? -1 : gfn;
+    this.#storeBase = frame << 10;
+    this.#storeGate = this.#gate;
+    this.#storeGeneration = this.#held;
+    this.#dram[(frame << 10) + word] = value;
+  }
+
+  /** Translates for one access, in the section that runs if it has accesses left. */
+  #single(gfn: Gfn, write: boolean): number {
+    if (--this.#left < 0) this.beginSection();
+    const frame = this.#lookup(gfn, write);
+    return frame >= 0 ? frame : this.#translate(gfn, write);
+  }
+
+  /**
+   * Stores `values[i]` at guest word `words[i]` (guest-physical address ÷ 4; the first 8 GiB), for `count` words from
+   * `from`. A section per 64 words: all are translated, then all are stored, so that cache misses overlap. Returns the
+   * words that were not RAM.
+   */
+  scatter32(words: Int32Array, values: Int32Array, from: number, count: number): number {
+    const targets = this.#targets;
+    let missing = 0;
+    for (let at = from; at < from + count; at += SECTION_ACCESSES) {
+      const n = Math.min(SECTION_ACCESSES, from + count - at);
+      missing += this.#locate(words, at, n, true);
+      const dram = this.#dram;
+      for (let i = 0; i < n; i++) {
+        const target = targets[i];
+        if (target >= 0) dram[target] = values[at + i];
+      }
+    }
+    return missing;
+  }
+
+  /** Loads guest words `words[i]` into `out[i]`, as `scatter32` stores them; a word that is not RAM leaves `out` alone. */
+  gather32(words: Int32Array, out: Int32Array, from: number, count: number): number {
+    const targets = this.#targets;
+    let missing = 0;
+    for (let at = from; at < from + count; at += SECTION_ACCESSES) {
+      const n = Math.min(SECTION_ACCESSES, from + count - at);
+      missing += this.#locate(words, at, n, false);
+      const dram = this.#dram;
+      for (let i = 0; i < n; i++) {
+        const target = targets[i];
+        if (target >= 0) out[at + i] = dram[target];
+      }
+    }
+    return missing;
+  }
+
+  /**
+   * Begins a section and translates `n` (≤ 64) words into `#targets`, −1 where there is no RAM. A miss may exit, which ends
+   * the section: then all are translated again.
+   */
+  #locate(words: Int32Array, from: number, n: number, write: boolean): number {
+    for (;;) {
+      this.beginSection();
+      const { section } = this;
+      const targets = this.#targets;
+      const huge = this.#hugeTlb;
+      const generation = this.#generation;
+      const epoch = this.#epoch;
+      const frames = this.#memory.frames;
+      const tag = write ? 1 : 0;
+      const slow = this.#controlled;
+      let missing = 0;
+      for (let i = 0; i < n; i++) {
+        const word = words[from + i];
+        const block = word >>> 19;
+        const slot = (block & (HUGE_TLB_ENTRIES - 1)) << 2;
+        const frame = huge[slot + 2] + ((word >>> 10) & 511);
+        if (
+          huge[slot + tag] === (block | epoch) &&
+          generation[frames + (frame >>> 9)] === huge[slot + 3] &&
+          !slow
+        ) {
+          targets[i] = (frame << 10) + (word & 1023);
+          continue;
+        }
+        const target = this.#locateSlow(word, write);
+        targets[i] = target;
+        if (target < 0) missing++;
+      }
+      if (this.section === section) return missing;
+    }
+  }
+
+  #locateSlow(word: number, write: boolean): number {
+    const page = toGfn(word >>> 10);
+    const found = this.#lookup(page, write);
+    const frame = found >= 0 ? found : this.#translate(page, write);
+    return frame < 0 ? -1 : (frame << 10) + (word & 1023);
   }
 
   // ── Windows and page runs ────────────────────────────────────────────────────────────────────────────────────────
@@ -321,15 +446,35 @@ export class Vcpu implements GuestMemory {
   /** Begins a section and translates one page for a bulk operation; −1 if it is not RAM. Valid in this section only. */
   runFrame(gfn: Gfn, write: boolean): number {
     this.beginSection();
-    const tlb = this.#tlb;
-    const slot = (gfn & this.#mask) << 2;
-    if (tlb[write ? slot + 1 : slot] === (gfn | this.#epoch) && gfn < MAX_CACHED_GFN) {
-      const frame = tlb[slot + 2];
-      if (this.#generation[frame] !== tlb[slot + 3]) this.#stale(gfn, frame, tlb[slot + 3]);
-      if (this.#controlled) this.schedule.point('translated', frame);
-      return frame;
+    const frame = this.#lookup(gfn, write);
+    return frame >= 0 ? frame : this.#translate(gfn, write);
+  }
+
+  /** Frame of `gfn` from the TLB, past the gate; −1 on a miss. Leaves gate and generation in `#gate` and `#held`. */
+  #lookup(gfn: Gfn, write: boolean): number {
+    const tag = write ? 1 : 0;
+    const huge = this.#hugeTlb;
+    let slot = ((gfn >>> 9) & (HUGE_TLB_ENTRIES - 1)) << 2;
+    if (huge[slot + tag] === ((gfn >>> 9) | this.#epoch) && gfn < MAX_CACHED_GFN) {
+      const frame = huge[slot + 2] + (gfn & 511);
+      return this.#pass(gfn, frame, this.#memory.frames + (frame >>> 9), huge[slot + 3]);
     }
-    return this.#translate(gfn, write);
+    const tlb = this.#tlb;
+    slot = (gfn & this.#mask) << 2;
+    if (tlb[slot + tag] === (gfn | this.#epoch) && gfn < MAX_CACHED_GFN) {
+      const frame = tlb[slot + 2];
+      return this.#pass(gfn, frame, frame, tlb[slot + 3]);
+    }
+    return -1;
+  }
+
+  /** The gate: the generation held for the translation must still be the ledger's. */
+  #pass(gfn: Gfn, frame: number, gate: number, held: number): number {
+    if (this.#generation[gate] !== held) this.#stale(gfn, frame, gate, held);
+    this.#gate = gate;
+    this.#held = held;
+    if (this.#controlled) this.schedule.point('translated', frame);
+    return frame;
   }
 
   /** TLB miss: walks, sets A (and D), fills, or exits with a violation and tries again. −1: the host emulated it. */
@@ -340,16 +485,18 @@ export class Vcpu implements GuestMemory {
     const set = write ? EPT_A | EPT_D : EPT_A;
     this.counters.tlbMisses++;
     for (;;) {
-      // The paging-structure cache: the level-2 table of this gigabyte, if it was read in this epoch.
-      const region = gfn >>> 18;
-      const cached = this.#pwcRegion === region && this.#pwcEpoch === this.counters.flushes;
-      if (cached) eptWalk(dram, this.#pwcTable as Hfn, gfn, walk, 2);
+      walk.level1Table = 0;
+      if (this.#pwcHuge === gfn >>> 9) eptWalk(dram, this.#pwcHugeTable as Hfn, gfn, walk, 1);
       else {
-        walk.level2Table = 0;
-        eptWalk(dram, this.#control[this.#base + VC_EPT_ROOT] as Hfn, gfn, walk);
-        this.#pwcRegion = walk.level2Table > 0 ? region : -1;
-        this.#pwcTable = walk.level2Table;
-        this.#pwcEpoch = this.counters.flushes;
+        if (this.#pwcGiga === gfn >>> 18) eptWalk(dram, this.#pwcGigaTable as Hfn, gfn, walk, 2);
+        else {
+          walk.level2Table = 0;
+          eptWalk(dram, this.#control[this.#base + VC_EPT_ROOT] as Hfn, gfn, walk);
+          this.#pwcGiga = walk.level2Table > 0 ? gfn >>> 18 : -1;
+          this.#pwcGigaTable = walk.level2Table;
+        }
+        this.#pwcHuge = walk.level1Table > 0 ? gfn >>> 9 : -1;
+        this.#pwcHugeTable = walk.level1Table;
       }
       if (!walk.present || (walk.low & need) !== need) {
         this.counters.violations++;
@@ -364,33 +511,49 @@ export class Vcpu implements GuestMemory {
       ) {
         continue;
       }
-      const frame = walk.frame;
-      const slot = (gfn & this.#mask) << 2;
-      const tlb = this.#tlb;
-      const generation = this.#generation[frame];
-      if (gfn < MAX_CACHED_GFN) {
-        const tag = gfn | this.#epoch;
-        tlb[slot] = tag;
-        tlb[slot + 1] = write || (walk.low & (EPT_W | EPT_D)) === (EPT_W | EPT_D) ? tag : -1;
-        tlb[slot + 2] = frame;
-        tlb[slot + 3] = generation;
-      }
-      if (this.#ledger.state[frame] === FRAME_FREE) this.#stale(gfn, frame, generation);
-      return frame;
+      return this.#fill(gfn, walk, write);
     }
   }
 
-  #stale(gfn: number, frame: number, held: number): void {
+  /** Puts what the walk found into the TLB. */
+  #fill(gfn: Gfn, walk: WalkResult, write: boolean): number {
+    const { frame } = walk;
+    const large = walk.level > 1;
+    const gate = large ? this.#memory.frames + (frame >>> 9) : frame;
+    const generation = this.#generation[gate];
+    if (gfn < MAX_CACHED_GFN) {
+      const table = large ? this.#hugeTlb : this.#tlb;
+      const slot = large ? ((gfn >>> 9) & (HUGE_TLB_ENTRIES - 1)) << 2 : (gfn & this.#mask) << 2;
+      const tag = (large ? gfn >>> 9 : gfn) | this.#epoch;
+      table[slot] = tag;
+      table[slot + 1] = write || (walk.low & (EPT_W | EPT_D)) === (EPT_W | EPT_D) ? tag : -1;
+      table[slot + 2] = large ? frame - (gfn & 511) : frame;
+      table[slot + 3] = generation;
+    }
+    if (this.#ledger.state[frame] === FRAME_FREE) this.#stale(gfn, frame, gate, generation);
+    this.#gate = gate;
+    this.#held = generation;
+    if (this.#controlled) this.schedule.point('translated', frame);
+    return frame;
+  }
+
+  #staleWord(gfn: Gfn, write: boolean): void {
+    if (write) this.#stale(gfn, this.#storeBase >>> 10, this.#storeGate, this.#storeGeneration);
+    else this.#stale(gfn, this.#loadBase >>> 10, this.#loadGate, this.#loadGeneration);
+  }
+
+  #stale(gfn: number, frame: number, gate: number, held: number): void {
     const ledger = this.#ledger;
+    const found = ledger.generation[gate];
     this.#log.record({
-      kind: ledger.generation[frame] === held ? 'use-after-free' : 'stale-tlb',
+      kind: found === held ? 'use-after-free' : 'stale-tlb',
       actor: 'vcpu',
       vm: this.vm,
       vcpu: this.id,
       gfn,
       hfn: frame,
       expected: held,
-      found: ledger.generation[frame],
+      found,
       owner: ledger.owner[frame],
       stepTaken: ledger.stepTaken[frame],
       stepReleased: ledger.stepReleased[frame],
@@ -424,11 +587,18 @@ export class Vcpu implements GuestMemory {
    * tests of the ledger and for museum scenarios. Returns the frame hit, or −1 when the TLB holds nothing.
    */
   storeIgnoringFlush(gfn: Gfn, word: number, value: number): number {
-    const slot = (gfn & this.#mask) << 2;
-    if ((this.#tlb[slot] & (MAX_CACHED_GFN - 1)) !== gfn) return -1;
-    const frame = this.#tlb[slot + 2];
-    if (this.#generation[frame] !== this.#tlb[slot + 3]) this.#stale(gfn, frame, this.#tlb[slot + 3]);
-    this.#dram[(frame << 10) + word] = value;
+    const any = MAX_CACHED_GFN - 1;
+    const small = (gfn & this.#mask) << 2;
+    const large = ((gfn >>> 9) & (HUGE_TLB_ENTRIES - 1)) << 2;
+    let frame = -1;
+    if (this.#hugeTlb[large] >= 0 && (this.#hugeTlb[large] & any) === gfn >>> 9) {
+      frame = this.#hugeTlb[large + 2] + (gfn & 511);
+      this.#pass(gfn, frame, this.#memory.frames + (frame >>> 9), this.#hugeTlb[large + 3]);
+    } else if (this.#tlb[small] >= 0 && (this.#tlb[small] & any) === gfn) {
+      frame = this.#tlb[small + 2];
+      this.#pass(gfn, frame, frame, this.#tlb[small + 3]);
+    }
+    if (frame >= 0) this.#dram[(frame << 10) + word] = value;
     return frame;
   }
 
@@ -452,23 +622,21 @@ export class Vcpu implements GuestMemory {
   exit(reason: number, address: number, size: number, data: number): number {
     const control = this.#control;
     const base = this.#base;
-    this.schedule.point('exit', reason);
+    if (this.#controlled) this.schedule.point('exit', reason);
     this.counters.exits++;
     control[base + VC_EXIT_REASON] = reason;
     control[base + VC_EXIT_SIZE] = size;
     control[base + VC_EXIT_DATA] = data;
     this.#controlF64[this.#baseF64 + VC_EXIT_ADDR_F64] = address;
-    this.leaveGuest();
-    // Publishes the request; pairs with the host's load when it scans the mailboxes.
+    this.#outside();
+    // Publishes the request; pairs with the host's load when it scans the mailboxes. The port tells a sleeping host.
     Atomics.store(control, base + VC_EXIT_STATE, EXIT_REQUEST);
     this.port.call(control, base);
     const result = control[base + VC_EXIT_RESULT];
     this.exitData = control[base + VC_EXIT_RDATA];
-    const cost = this.#controlF64[this.#baseF64 + VC_EXIT_COST_F64];
-    Atomics.store(control, base + VC_EXIT_STATE, EXIT_IDLE);
     if (result === RESULT_KILLED) throw new VmKilled(this.vm);
     this.enterGuest();
-    this.stall(cost);
+    this.stall(this.#controlF64[this.#baseF64 + VC_EXIT_COST_F64]);
     return result;
   }
 

@@ -8,19 +8,14 @@
 import { assert, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import { EV, eventRow } from './events.ts';
-import {
-  P_FLAGS,
-  P_NEXT,
-  P_ORDER,
-  P_PREV,
-  PG_BUDDY,
-  PG_REPORTED,
-  SHADOW_BUDDY,
-  SHADOW_ISOLATED,
-  shadowMove,
-} from './page.ts';
-import {
-  listAt,
+import * as page from './page.ts';
+import { shadowMove } from './page.ts';
+import * as zoneWords from './zone.ts';
+import { listAt } from './zone.ts';
+
+// Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
+const { P_FLAGS, P_NEXT, P_ORDER, P_PREV, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, SHADOW_ISOLATED } = page;
+const {
   MAX_ORDER,
   MIGRATE_HIGHATOMIC,
   MIGRATE_MOVABLE,
@@ -31,13 +26,12 @@ import {
   PAGEBLOCK_PAGES,
   Z_END,
   Z_FREE,
-  Z_LENGTHS,
   Z_LISTS,
   Z_LOCK,
   Z_MIN,
   Z_NR_FREE,
   Z_START,
-} from './zone.ts';
+} = zoneWords;
 
 /** Where an allocation of a type may look when its own lists are empty, in order. */
 const FALLBACKS: readonly (readonly number[])[] = [
@@ -102,7 +96,6 @@ export class Buddy {
     w[page + P_FLAGS] = PG_BUDDY;
     w[page + P_ORDER] = order;
     w[zone + Z_NR_FREE + order]++;
-    w[zone + Z_LENGTHS + order * MIGRATE_TYPES + migratetype]++;
   }
 
   #addTail(zone: number, pfn: number, order: number, migratetype: number): void {
@@ -118,7 +111,6 @@ export class Buddy {
     w[page + P_FLAGS] = PG_BUDDY;
     w[page + P_ORDER] = order;
     w[zone + Z_NR_FREE + order]++;
-    w[zone + Z_LENGTHS + order * MIGRATE_TYPES + migratetype]++;
   }
 
   #remove(zone: number, pfn: number, order: number, migratetype: number): void {
@@ -133,7 +125,6 @@ export class Buddy {
     else w[list + 1] = prev;
     w[page + P_FLAGS] = 0;
     w[zone + Z_NR_FREE + order]--;
-    w[zone + Z_LENGTHS + order * MIGRATE_TYPES + migratetype]--;
   }
 
   /** Makes `pfn` the first of its list by rotating, so that a scan resumes there (`list_rotate_to_front`). */
@@ -360,7 +351,6 @@ export class Buddy {
 
   /** Empties the lists of a zone. Boot only. */
   initZone(zone: number): void {
-    this.w.fill(-1, zone + Z_LISTS, zone + Z_LENGTHS);
-    this.w.fill(0, zone + Z_LENGTHS, zone + Z_LENGTHS + (MAX_ORDER + 1) * MIGRATE_TYPES);
+    this.w.fill(-1, zone + Z_LISTS, zone + Z_LISTS + 2 * (MAX_ORDER + 1) * MIGRATE_TYPES);
   }
 }

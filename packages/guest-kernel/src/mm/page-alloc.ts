@@ -9,7 +9,13 @@ import { gfn, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import type { Buddy } from './buddy.ts';
 import { EV, EVENT_STAMP, eventRow } from './events.ts';
-import {
+import * as page from './page.ts';
+import { shadowMove } from './page.ts';
+import { pcpIndex, type PerCpuPages } from './per-cpu-pages.ts';
+import * as zoneWords from './zone.ts';
+
+// Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
+const {
   P_FLAGS,
   P_INODE,
   P_ORDER,
@@ -22,10 +28,8 @@ import {
   SHADOW_ALLOCATED,
   SHADOW_BUDDY,
   SHADOW_PCP,
-  shadowMove,
-} from './page.ts';
-import { pcpIndex, type PerCpuPages } from './per-cpu-pages.ts';
-import {
+} = page;
+const {
   MAX_ORDER,
   Z_FLAGS,
   Z_FREE,
@@ -37,7 +41,7 @@ import {
   Z_RESERVE,
   Z_TYPE,
   ZF_BELOW_HIGH,
-} from './zone.ts';
+} = zoneWords;
 
 /** Request flags: the highest zone type in bits 0–1, then behaviour. Names follow Linux's gfp flags. */
 export const GFP_ZONE_MASK = 3;
@@ -99,6 +103,9 @@ export class PageAllocator {
   readonly #zonelists: readonly (readonly number[])[];
   readonly #options: AllocatorOptions;
   readonly #events: number;
+  /** Guest words where the stamps of one allocation go, and the stamps. */
+  readonly #firstWords: Int32Array = new Int32Array(1 << MAX_ORDER);
+  readonly #stamps: Int32Array = new Int32Array(1 << MAX_ORDER);
 
   constructor(
     arena: Arena,
@@ -164,8 +171,10 @@ export class PageAllocator {
     for (let i = 0; i < count; i++, page += 16) {
       w[page + P_STAMP] = stamp;
       w[page + P_FLAGS] = PG_STAMPED;
-      vcpu.store32(gfn(pfn + i), 0, stamp);
+      this.#firstWords[i] = (pfn + i) << 10;
     }
+    if (count === 1) vcpu.store32(gfn(pfn), 0, stamp);
+    else vcpu.scatter32(this.#firstWords, this.#stamps.fill(stamp, 0, count), 0, count);
   }
 
   #checkPoison(pfn: number, count: number): void {
@@ -297,10 +306,16 @@ export class PageAllocator {
     let page = this.#memmap + (pfn << 4);
     vcpu.clock += vcpu.costs.allocNs;
     if (this.trace !== null) this.trace('free', pfn, order, 0, 0);
+    // Never touches a page that was not stamped, so not touched: the host may have no frame for it.
+    const together = count > 1 && (w[page + P_FLAGS] & PG_STAMPED) !== 0;
+    if (together) {
+      for (let i = 0; i < count; i++) this.#firstWords[i] = (pfn + i) << 10;
+      vcpu.gather32(this.#firstWords, this.#stamps, 0, count);
+    }
     for (let i = 0; i < count; i++, page += 16) {
       const flags = w[page + P_FLAGS];
       if ((flags & PG_STAMPED) !== 0) {
-        const found = vcpu.load32(gfn(pfn + i), 0);
+        const found = together ? this.#stamps[i] : vcpu.load32(gfn(pfn + i), 0);
         if (found !== w[page + P_STAMP]) vcpu.report('stamp', pfn + i, w[page + P_STAMP], found);
         w[this.#events + EV.stamp_checked]++;
       }

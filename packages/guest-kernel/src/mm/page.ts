@@ -15,6 +15,9 @@
  */
 import type { Vcpu } from '@ebb/machine';
 
+/** This module's own name of `P_SHADOW`: exported constants are read at each use, others folded into machine code. */
+const SHADOW_WORD = 10;
+
 export const P_FLAGS = 0;
 export const P_ORDER = 1;
 export const P_NEXT = 2;
@@ -25,7 +28,7 @@ export const P_INODE = 6;
 export const P_INDEX = 7;
 export const P_HASH_NEXT = 8;
 export const P_STAMP = 9;
-export const P_SHADOW = 10;
+export const P_SHADOW: number = SHADOW_WORD;
 export const P_ZONE = 11;
 
 export const PG_BUDDY = 1;
@@ -76,7 +79,7 @@ export function shadowMove(
   from: number,
   to: number,
 ): void {
-  let at = memmap + (pfn << 4) + P_SHADOW;
+  let at = memmap + (pfn << 4) + SHADOW_WORD;
   for (let i = 0; i < count; i++, at += 16) {
     const found = w[at];
     if (found !== from)

@@ -12,8 +12,13 @@ import type { Arena } from '../arena.ts';
 import { MAX_CPUS, PCP_BASE, PCP_WORDS } from '../layout.ts';
 import type { Buddy } from './buddy.ts';
 import { EV, eventRow } from './events.ts';
-import { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP, shadowMove } from './page.ts';
-import {
+import * as page from './page.ts';
+import { shadowMove } from './page.ts';
+import * as zoneWords from './zone.ts';
+
+// Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
+const { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP } = page;
+const {
   MIGRATE_MOVABLE,
   Z_FLAGS,
   Z_FREE,
@@ -23,7 +28,7 @@ import {
   Z_PCP_HIGH_MIN,
   ZF_BELOW_HIGH,
   ZF_RECLAIM_ACTIVE,
-} from './zone.ts';
+} = zoneWords;
 
 /** Words of one (zone, CPU): then head and tail of each list. */
 const C_COUNT = 0;

@@ -45,9 +45,8 @@ export const Z_PCP_HIGH_MIN = 17;
 export const Z_PCP_HIGH_MAX = 18;
 /** Free blocks by order. */
 export const Z_NR_FREE = 20;
-/** Head and tail of each free list, then its length. */
+/** Head and tail of each free list. */
 export const Z_LISTS = 32;
-export const Z_LENGTHS: number = Z_LISTS + 2 * (MAX_ORDER + 1) * MIGRATE_TYPES;
 
 /** Zone flags. */
 export const ZF_BELOW_HIGH = 1;

@@ -27,12 +27,16 @@ export class RingWorker {
     let bytes = 0;
     for (let done = 0; done < total; ) {
       if (chains) {
-        const chain = queue.pop();
-        if (chain === null) continue;
-        bytes += chain.totalBytes;
-        queue.push(chain, chain.writableBytes);
-        queue.recycle(chain);
-        done++;
+        let n = 0;
+        for (; n < batch; n++) {
+          const chain = queue.pop();
+          if (chain === null) break;
+          bytes += chain.totalBytes;
+          queue.fill(chain, chain.writableBytes);
+          queue.recycle(chain);
+        }
+        if (n > 0) queue.publish();
+        done += n;
       } else {
         const n = queue.popSingles(heads, gpas, lengths, batch);
         if (n === 0) continue;

@@ -16,11 +16,11 @@ import {
   EXIT_MMIO_WRITE,
   EXIT_REQUEST,
   EXIT_REQUEST_SLEEPING,
-  GIGA_PAGES,
   HUGE_PAGES,
   MODE_OUTSIDE,
   ok,
   PAGE_SIZE,
+  pagesPerEntry,
   RESULT_EMULATED,
   RESULT_KILLED,
   RESULT_RETRY,
@@ -130,6 +130,8 @@ export class Vm implements InvalidationListener {
   #sequence = 0;
   #rangeFrom = 0;
   #rangeTo = 0;
+  /** Frames zeroed by the last `#populate`, for the cost of the fault. */
+  #zeroed = 0;
 
   constructor(options: VmOptions) {
     this.id = options.id;
@@ -167,18 +169,21 @@ export class Vm implements InvalidationListener {
 
   // ── Exits ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** Scans the mailboxes and wakes the task of each vCPU that asks. Pairs with the vCPU's store of `EXIT_REQUEST`. */
+  /**
+   * Scans the mailboxes and answers each vCPU that asks: at once where nothing stands in the way, else by waking its task.
+   * With no other task ready a task's yields are points and nothing more, so both ways do the same. Pairs with the
+   * vCPU's store of `EXIT_REQUEST`.
+   */
   scanExits(): boolean {
     let found = false;
+    const control = this.#control;
     for (let v = 0; v < this.nrVcpus; v++) {
-      const state = Atomics.load(this.#control, this.#base(v) + VC_EXIT_STATE);
-      if (
-        (state === EXIT_REQUEST || state === EXIT_REQUEST_SLEEPING) &&
-        this.#exitTasks[v].state === 'parked'
-      ) {
+      const state = Atomics.load(control, this.#base(v) + VC_EXIT_STATE);
+      if (state !== EXIT_REQUEST && state !== EXIT_REQUEST_SLEEPING) continue;
+      if (this.#exitTasks[v].state !== 'parked') continue;
+      found = true;
+      if (this.#schedule.controlled || this.#tasks.anyReady || !this.#serveNow(v))
         this.#tasks.wake(this.#exitTasks[v]);
-        found = true;
-      }
     }
     return found;
   }
@@ -190,26 +195,49 @@ export class Vm implements InvalidationListener {
       yield PARK;
       const state = Atomics.load(control, base + VC_EXIT_STATE);
       if (state !== EXIT_REQUEST && state !== EXIT_REQUEST_SLEEPING) continue;
-      const reason = control[base + VC_EXIT_REASON];
       const address = this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_ADDR_F64];
-      const size = control[base + VC_EXIT_SIZE];
-      const data = control[base + VC_EXIT_DATA];
       if (this.killed) this.#complete(vcpu, RESULT_KILLED, 0, 0);
-      else if (reason === EXIT_EPT_VIOLATION) yield* this.#violation(vcpu, address, size !== 0);
-      else if (reason === EXIT_MMIO_READ) {
-        this.counters.mmioExits++;
-        const region = this.#region(address);
-        const value = region === undefined ? this.#unclaimed() : region.read(address - region.base, size);
-        this.#complete(vcpu, RESULT_EMULATED, value, this.costs.exitNs);
-      } else if (reason === EXIT_MMIO_WRITE) {
-        this.counters.mmioExits++;
-        const region = this.#region(address);
-        this.kickTime = this.clock(vcpu);
-        if (region === undefined) this.#unclaimed();
-        else region.write(address - region.base, size, data);
-        this.#complete(vcpu, RESULT_EMULATED, 0, this.costs.exitNs);
-      } else assert(false, `exit reason ${reason}`);
+      else if (control[base + VC_EXIT_REASON] === EXIT_EPT_VIOLATION)
+        yield* this.#violation(vcpu, Math.floor(address / PAGE_SIZE), control[base + VC_EXIT_SIZE] !== 0);
+      else this.#register(vcpu, address);
     }
+  }
+
+  /** Serves an exit without a task; false if it has to wait for something. */
+  #serveNow(vcpu: number): boolean {
+    const base = this.#base(vcpu);
+    const address = this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_ADDR_F64];
+    if (this.killed) this.#complete(vcpu, RESULT_KILLED, 0, 0);
+    else if (this.#control[base + VC_EXIT_REASON] === EXIT_EPT_VIOLATION) {
+      if (this.#mmuLock.held || this.#inProgress > 0) return false;
+      const gfn = Math.floor(address / PAGE_SIZE);
+      const slot = this.#resolve(vcpu, gfn, this.#control[base + VC_EXIT_SIZE] !== 0);
+      if (slot === null) return true;
+      if (slot.invalid) return false;
+      this.counters.eptViolations++;
+      const frame = this.#populate(vcpu, slot, gfn);
+      if (frame >= 0) this.#install(vcpu, slot, gfn, frame);
+    } else this.#register(vcpu, address);
+    return true;
+  }
+
+  /** A register access: to a device, or to nothing (all ones). */
+  #register(vcpu: number, address: number): void {
+    const base = this.#base(vcpu);
+    const reason = this.#control[base + VC_EXIT_REASON];
+    const size = this.#control[base + VC_EXIT_SIZE];
+    this.counters.mmioExits++;
+    const region = this.#region(address);
+    let value = 0;
+    if (reason === EXIT_MMIO_READ) {
+      value = region === undefined ? this.#unclaimed() : region.read(address - region.base, size);
+    } else {
+      assert(reason === EXIT_MMIO_WRITE, `exit reason ${reason}`);
+      this.kickTime = this.clock(vcpu);
+      if (region === undefined) this.#unclaimed();
+      else region.write(address - region.base, size, this.#control[base + VC_EXIT_DATA]);
+    }
+    this.#complete(vcpu, RESULT_EMULATED, value, this.costs.exitNs);
   }
 
   #region(address: number): MmioRegion | undefined {
@@ -254,32 +282,16 @@ export class Vm implements InvalidationListener {
   // ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /** Serves one EPT violation: maps the page, or finds that it is not RAM, or that the host has no frame. */
-  *#violation(vcpu: number, address: number, write: boolean): Generator<TaskYield, void, void> {
-    const gfn = Math.floor(address / PAGE_SIZE);
+  *#violation(vcpu: number, gfn: number, write: boolean): Generator<TaskYield, void, void> {
     this.counters.eptViolations++;
     for (;;) {
       const sequence = this.#sequence;
-      const slot = this.slots.find(gfn);
-      if (slot === null || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) {
-        this.#unclaimed();
-        this.#complete(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
-        return;
-      }
-      if (slot.invalid) {
-        yield undefined;
-        continue;
-      }
-      const index = slot.fileOffset + (gfn - slot.baseGfn);
-      const huge = hugeFits(slot, gfn);
+      const slot = this.#resolve(vcpu, gfn, write);
+      if (slot === null) return;
       yield undefined;
-      const frame = slot.file.assign(index, huge);
-      const zeroed = this.#pool.lastZeroed;
-      this.#pool.lastZeroed = 0;
-      if (frame < 0) {
-        this.killed = true;
-        this.#complete(vcpu, RESULT_KILLED, 0, 0);
-        return;
-      }
+      if (slot.invalid) continue;
+      const frame = this.#populate(vcpu, slot, gfn);
+      if (frame < 0) return;
       yield undefined;
       while (!this.#mmuLock.tryAcquire()) yield () => !this.#mmuLock.held;
       if (this.#mustRetry(gfn, sequence)) {
@@ -288,25 +300,46 @@ export class Vm implements InvalidationListener {
         if (this.#inProgress > 0) yield () => this.#inProgress === 0;
         continue;
       }
-      const writable = (slot.flags & KVM_MEM_READONLY) === 0;
-      const level = leafLevelFor(slot, index, gfn, huge);
-      const span = level === 3 ? GIGA_PAGES : level === 2 ? HUGE_PAGES : 1;
-      const offset = gfn % span;
-      const mapped = this.mmu.map(gfn - offset, frame - offset, level, writable);
+      this.#install(vcpu, slot, gfn, frame);
       this.#mmuLock.release();
-      if (!mapped) {
-        this.killed = true;
-        this.#complete(vcpu, RESULT_KILLED, 0, 0);
-        return;
-      }
-      this.#complete(
-        vcpu,
-        RESULT_RETRY,
-        0,
-        this.costs.exitNs + this.costs.faultNs + zeroed * this.costs.hostZeroPageNs,
-      );
       return;
     }
+  }
+
+  /** The slot that backs `gfn`; null if an access there is not to RAM, which is answered here. */
+  #resolve(vcpu: number, gfn: number, write: boolean): Memslot | null {
+    const slot = this.slots.find(gfn);
+    if (slot !== null && (!write || (slot.flags & KVM_MEM_READONLY) === 0)) return slot;
+    this.#unclaimed();
+    this.#complete(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
+    return null;
+  }
+
+  /** Frame of a page of `slot`, assigned at its first touch; −1 kills the VM: the host has none. */
+  #populate(vcpu: number, slot: Memslot, gfn: number): number {
+    this.#pool.lastZeroed = 0;
+    const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), hugeFits(slot, gfn));
+    this.#zeroed = this.#pool.lastZeroed;
+    if (frame < 0) this.#kill(vcpu);
+    return frame;
+  }
+
+  /** Maps a resolved page and answers the violation. Under the MMU lock, or with nobody else to take it. */
+  #install(vcpu: number, slot: Memslot, gfn: number, frame: number): void {
+    const writable = (slot.flags & KVM_MEM_READONLY) === 0;
+    const level = leafLevelFor(slot, slot.fileOffset + (gfn - slot.baseGfn), gfn);
+    const offset = gfn & (pagesPerEntry(level) - 1);
+    if (!this.mmu.map(gfn - offset, frame - offset, level, writable)) {
+      this.#kill(vcpu);
+      return;
+    }
+    const { exitNs, faultNs, hostZeroPageNs } = this.costs;
+    this.#complete(vcpu, RESULT_RETRY, 0, exitNs + faultNs + this.#zeroed * hostZeroPageNs);
+  }
+
+  #kill(vcpu: number): void {
+    this.killed = true;
+    this.#complete(vcpu, RESULT_KILLED, 0, 0);
   }
 
   /** A resolved frame may be stale: an invalidation covers it now, or one ended since the sample. Under the MMU lock. */
@@ -464,6 +497,6 @@ function hugeFits(slot: Memslot, gfn: number): boolean {
 }
 
 /** Largest leaf that may map the page: 2 MiB where slot and frames allow it. */
-function leafLevelFor(slot: Memslot, index: number, gfn: number, huge: boolean): number {
-  return huge && slot.file.isHuge(index - (gfn % HUGE_PAGES)) ? 2 : 1;
+function leafLevelFor(slot: Memslot, index: number, gfn: number): number {
+  return hugeFits(slot, gfn) && slot.file.isHuge(index - (gfn % HUGE_PAGES)) ? 2 : 1;
 }

@@ -70,6 +70,8 @@ export class SplitDeviceQueue {
   readonly #onLeaseBroken: (gpa: number) => void;
   readonly #spare: DescriptorChain[] = [];
   #lastAvail = 0;
+  /** The driver's index as last acquired: entries up to it are taken without another atomic load. */
+  #availSeen = 0;
   #usedIdx = 0;
   /** usedIdx at the last interrupt decision. */
   #signalled = 0;
@@ -106,17 +108,19 @@ export class SplitDeviceQueue {
       this.#fail({ kind: 'ring-not-in-ram', gpa: this.rings.driver });
       return 0;
     }
-    const n = ringDistance(Atomics.load(memory.u16, memory.at >> 1), this.#lastAvail);
+    const idx = Atomics.load(memory.u16, memory.at >> 1);
+    const n = ringDistance(idx, this.#lastAvail);
     if (n > this.size) {
       this.#fail({ kind: 'avail-index-jump', by: n });
       return 0;
     }
+    this.#availSeen = idx;
     return n;
   }
 
   /** Takes the next available chain, or null: empty, or `error` is set. Copies and checks each descriptor once. */
   pop(): DescriptorChain | null {
-    if (this.#available() === 0) return null;
+    if (this.#availSeen === this.#lastAvail || this.error !== null) if (this.#available() === 0) return null;
     const memory = this.memory;
     const slot = this.rings.driver + AVAIL_RING + 2 * (this.#lastAvail & (this.size - 1));
     if (!memory.window(slot, 2, false)) return this.#fail({ kind: 'ring-not-in-ram', gpa: slot });
@@ -133,54 +137,92 @@ export class SplitDeviceQueue {
   /** Reads a chain from a table of `limit` descriptors at `table`; false when malformed. */
   #readChain(chain: DescriptorChain, table: number, limit: number, first: number, nested: boolean): boolean {
     const memory = this.memory;
+    const size = this.size;
     let index = first;
+    // A window reaches to the end of the table's page; descriptors inside it need no other.
+    let i32 = memory.i32;
+    let words = 0;
+    let windowFirst = 0;
+    let windowEnd = 0;
+    let { section } = memory;
     // Bounded by the table: a loop is a chain that is too long.
     for (let count = 0; ; count++) {
-      if (count >= limit || chain.segments >= this.size) {
-        this.#fail({ kind: 'chain-too-long', limit: Math.min(limit, this.size) });
+      if (count >= limit || chain.segments >= size) {
+        this.#fail({ kind: 'chain-too-long', limit: Math.min(limit, size) });
         return false;
       }
-      const at = table + index * DESC_BYTES;
-      if (!this.#inOnePage(at)) {
-        this.#fail({ kind: 'ring-not-in-ram', gpa: at });
-        return false;
+      if (index < windowFirst || index >= windowEnd || memory.section !== section) {
+        const at = table + index * DESC_BYTES;
+        const offset = pageOffset(at);
+        const whole = ((PAGE_SIZE - offset) / DESC_BYTES) | 0;
+        const covered = whole < limit - index ? whole : limit - index;
+        if (covered < 1 || (offset & 3) !== 0 || !memory.window(at, covered * DESC_BYTES, false)) {
+          this.#fail({ kind: 'ring-not-in-ram', gpa: at });
+          return false;
+        }
+        i32 = memory.i32;
+        words = memory.at >> 2;
+        windowFirst = index;
+        windowEnd = index + covered;
+        section = memory.section;
       }
-      const d = memory.at >> 2;
-      const low = memory.i32[d] >>> 0;
-      const high = memory.i32[d + 1] >>> 0;
-      const length = memory.i32[d + 2] >>> 0;
-      const word = memory.i32[d + 3];
+      const d = words + ((index - windowFirst) << 2);
+      const low = i32[d];
+      const high = i32[d + 1];
+      const length = i32[d + 2] >>> 0;
+      const word = i32[d + 3];
       const flags = word & 0xffff;
-      const next = word >>> 16;
-      const gpa = high === 0 ? low : high * 0x1_0000_0000 + low;
+      // The common segment, within a page below 2 GiB, needs no arithmetic on doubles.
+      const writable = (flags & VIRTQ_DESC_F_WRITE) !== 0;
+      if (
+        (flags & VIRTQ_DESC_F_INDIRECT) === 0 &&
+        high === 0 &&
+        low >= 0 &&
+        length > 0 &&
+        (low & (PAGE_SIZE - 1)) + length <= PAGE_SIZE &&
+        (writable || chain.writableBytes === 0) &&
+        chain.readableBytes + chain.writableBytes <= MAX_CHAIN_BYTES - PAGE_SIZE &&
+        memory.window(low, length, writable)
+      ) {
+        chain.append(low, length, writable);
+        if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true;
+        index = word >>> 16;
+        if (index < limit) continue;
+        this.#fail({ kind: 'next-out-of-range', next: index });
+        return false;
+      }
+      const gpa = (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
       if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
-        const bad: QueueError | null = !this.#indirect
-          ? { kind: 'indirect-not-negotiated' }
-          : nested
-            ? { kind: 'indirect-nested' }
-            : (flags & VIRTQ_DESC_F_NEXT) !== 0
-              ? { kind: 'indirect-with-next' }
-              : length === 0 || length % DESC_BYTES !== 0 || length / DESC_BYTES > MAX_QUEUE_SIZE
-                ? { kind: 'indirect-length', length }
-                : null;
+        const bad = this.#badIndirect(nested, flags, length);
         if (bad !== null) {
           this.#fail(bad);
           return false;
         }
         return this.#readChain(chain, gpa, length / DESC_BYTES, 0, true);
       }
-      const error = this.#checkSegment(chain, gpa, length, (flags & VIRTQ_DESC_F_WRITE) !== 0, index);
+      const error = this.#checkSegment(chain, gpa, length, writable, index);
       if (error !== null) {
         this.#fail(error);
         return false;
       }
       if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true;
+      const next = word >>> 16;
       if (next >= limit) {
         this.#fail({ kind: 'next-out-of-range', next });
         return false;
       }
       index = next;
     }
+  }
+
+  /** What is wrong with an indirect descriptor, if anything (§ 2.7.5.3). */
+  #badIndirect(nested: boolean, flags: number, length: number): QueueError | null {
+    if (!this.#indirect) return { kind: 'indirect-not-negotiated' };
+    if (nested) return { kind: 'indirect-nested' };
+    if ((flags & VIRTQ_DESC_F_NEXT) !== 0) return { kind: 'indirect-with-next' };
+    if (length === 0 || (length & (DESC_BYTES - 1)) !== 0 || length / DESC_BYTES > MAX_QUEUE_SIZE)
+      return { kind: 'indirect-length', length };
+    return null;
   }
 
   #checkSegment(
@@ -205,14 +247,6 @@ export class SplitDeviceQueue {
     }
     chain.append(gpa, length, writable);
     return null;
-  }
-
-  /** Windows a 16-byte descriptor; tables need only 16-byte alignment, so one never straddles a page if it is kept. */
-  #inOnePage(at: number): boolean {
-    const offset = pageOffset(at);
-    return (
-      offset <= PAGE_SIZE - DESC_BYTES && (offset & 3) === 0 && this.memory.window(at, DESC_BYTES, false)
-    );
   }
 
   /**
@@ -272,8 +306,14 @@ export class SplitDeviceQueue {
 
   /** Returns one chain with `written` bytes written into its writable part (≤ their sum). Visible at once. */
   push(chain: DescriptorChain, written: number): void {
+    if (this.fill(chain, written)) this.publish();
+  }
+
+  /** Returns a chain as `push` does, visible to the driver with the next `publish`. False if the ring is not RAM. */
+  fill(chain: DescriptorChain, written: number): boolean {
     chain.end();
-    if (this.#writeUsed(chain.head, Math.min(written, chain.writableBytes))) this.#publishUsed();
+    const most = chain.writableBytes;
+    return this.#writeUsed(chain.head, written < most ? written : most);
   }
 
   /** Returns `count` buffers of `popSingles` with one index store. */
@@ -296,7 +336,7 @@ export class SplitDeviceQueue {
       this.#usedIdx = idx;
       this.inFlight -= count;
     }
-    this.#publishUsed();
+    this.publish();
   }
 
   #writeUsed(head: number, written: number): boolean {
@@ -324,8 +364,8 @@ export class SplitDeviceQueue {
     return true;
   }
 
-  /** Publishes used entries. Pairs with `Atomics.load` of used.idx in `SplitDriverQueue.popUsed`. */
-  #publishUsed(): void {
+  /** Publishes what was filled with one index store. Pairs with `Atomics.load` of used.idx in `SplitDriverQueue.popUsed`. */
+  publish(): void {
     if (!this.memory.window(this.rings.device + USED_IDX, 2, true)) return;
     Atomics.store(this.memory.u16, this.memory.at >> 1, this.#usedIdx);
   }

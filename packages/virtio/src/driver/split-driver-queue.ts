@@ -46,6 +46,8 @@ const S_LAST_LEN = 5;
 /** Index at the last kick decision. */
 const S_KICKED = 6;
 const S_BROKEN = 7;
+/** The device's index as last acquired by `popUsed`. */
+const S_USED_SEEN = 8;
 
 export interface SplitDriverQueueOptions {
   readonly size: number;
@@ -290,14 +292,18 @@ export class SplitDriverQueue {
    */
   popUsed(memory: GuestMemory): number {
     const s = this.#state;
-    this.#window(memory, this.rings.device, availEventOffset(this.size) + 2);
-    // Acquires the used entries. Pairs with `Atomics.store` in `SplitDeviceQueue.push`.
-    const usedIdx = Atomics.load(memory.u16, (memory.at + USED_IDX) >> 1);
     const last = s[this.#base + S_LAST_USED];
-    if (usedIdx === last || s[this.#base + S_BROKEN] !== 0) return -1;
-    if (ringDistance(usedIdx, last) > this.size) {
-      s[this.#base + S_BROKEN] = 1;
-      return -1;
+    this.#window(memory, this.rings.device, availEventOffset(this.size) + 2);
+    if (s[this.#base + S_BROKEN] !== 0) return -1;
+    if (s[this.#base + S_USED_SEEN] === last) {
+      // Acquires the used entries. Pairs with `Atomics.store` in `SplitDeviceQueue.publish`.
+      const usedIdx = Atomics.load(memory.u16, (memory.at + USED_IDX) >> 1);
+      if (usedIdx === last) return -1;
+      if (ringDistance(usedIdx, last) > this.size) {
+        s[this.#base + S_BROKEN] = 1;
+        return -1;
+      }
+      s[this.#base + S_USED_SEEN] = usedIdx;
     }
     const at = ((memory.at + USED_RING) >> 2) + 2 * (last & (this.size - 1));
     const head = memory.i32[at];
@@ -344,6 +350,7 @@ export class SplitDriverQueue {
     s[base + S_FREE_HEAD] = freeHead;
     s[base + S_FREE] += n;
     s[base + S_LAST_USED] = last;
+    s[base + S_USED_SEEN] = last;
     return n;
   }
 
