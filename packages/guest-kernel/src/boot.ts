@@ -79,6 +79,8 @@ export interface GuestConfig {
   readonly initOnAlloc: boolean;
   readonly pagePoison: boolean;
   readonly balloon: boolean;
+  /** Smallest order that is reported (Linux's `page_reporting_order`); pageblock order, 9, by default. */
+  readonly reportingOrder?: number;
   readonly blk: boolean;
   /** Capture to start from; freshly booted without one. */
   readonly start?: StartState;

@@ -21,7 +21,7 @@ import { PageCache, type BlockMap } from './mm/page-cache.ts';
 import { PerCpuPages } from './mm/per-cpu-pages.ts';
 import { Reclaim } from './mm/reclaim.ts';
 import { EV, eventRow } from './mm/events.ts';
-import { MIGRATE_UNMOVABLE, Z_NODE } from './mm/zone.ts';
+import { MIGRATE_UNMOVABLE, PAGEBLOCK_ORDER, Z_NODE } from './mm/zone.ts';
 
 /** Highest zone for kernel memory: Normal. */
 const KERNEL_GFP = 2;
@@ -86,8 +86,9 @@ export class GuestKernel {
     const cache = new PageCache(arena, vcpu, lru, alloc, zones, blk, blockMap(config));
     const reclaim = new Reclaim(arena, vcpu, lru, cache, alloc, zones);
     const balloon = new BalloonDriver(arena, vcpu, alloc, zones, config.pagePoison, inWait);
-    const reporting = new PageReporting(arena, vcpu, buddy, zones, balloon);
+    const reporting = new PageReporting(arena, vcpu, buddy, zones, balloon, config.reportingOrder);
     buddy.onLargeFree = () => reporting.notifyFree();
+    buddy.largeOrder = config.reportingOrder ?? PAGEBLOCK_ORDER;
     alloc.onLastPut = (pfn) => {
       const node = cache.nodeOf(pfn);
       lru.lock(node);

@@ -1,6 +1,5 @@
 /** The `ebb` command. Exit codes: 0 fine; 1 a check failed; 2 the user's mistake; 3 a worker died or an internal error. */
-import { mkdirSync, writeFileSync } from 'node:fs';
-import { basename, dirname } from 'node:path';
+import { basename } from 'node:path';
 import Table from 'cli-table3';
 import { Command, CommanderError } from 'commander';
 import { COST_TABLE, costTableHash, formatBytes, NS_PER_S } from '@ebb/machine';
@@ -15,7 +14,9 @@ import {
   type CompareFlags,
 } from './compare/options.ts';
 import { compareSchema } from './compare/schema.ts';
+import { emitJson, jsonToStdout, progressLine, say, writeOut } from './cli-output.ts';
 import { fidelity } from './fidelity.ts';
+import { addFuzzCommands } from './fuzz/commands.ts';
 import { renderReport } from './report/report.ts';
 import { WorkerDied } from './run/worker-endpoint.ts';
 import { findScenario, runScenario } from './scenarios/run-scenario.ts';
@@ -26,45 +27,6 @@ import { UserError } from './trace/trace.ts';
 import { EBB_VERSION } from './version.ts';
 
 const program = new Command();
-
-/** With `--json -` standard output is exactly one JSON document; everything else goes to standard error. */
-let toStderr = false;
-function say(text: string): void {
-  (toStderr ? process.stderr : process.stdout).write(`${text}\n`);
-}
-
-/** One progress line, rewritten in place on a terminal, every few seconds elsewhere. */
-function progressLine(): { show(text: string): void; end(): void } {
-  const { isTTY } = process.stderr;
-  let last = 0;
-  return {
-    show(text) {
-      const now = performance.now();
-      if (now - last < (isTTY ? 100 : 5000)) return;
-      last = now;
-      process.stderr.write(isTTY ? `\r\u001b[K${text}` : `${text}\n`);
-    },
-    end() {
-      if (isTTY) process.stderr.write('\r\u001b[K');
-    },
-  };
-}
-
-function writeOut(path: string, text: string): void {
-  try {
-    mkdirSync(dirname(path), { recursive: true });
-    writeFileSync(path, text);
-  } catch (error) {
-    throw new UserError(`${path}: cannot be written: ${(error as Error).message.split('\n')[0]}`);
-  }
-}
-
-function emitJson(target: string | undefined, value: unknown): void {
-  if (target === undefined) return;
-  const text = `${JSON.stringify(value, null, 2)}\n`;
-  if (target === '-') process.stdout.write(text);
-  else writeOut(target, text);
-}
 
 program
   .name('ebb')
@@ -82,6 +44,8 @@ Examples:
   ebb run pressure                         one mechanism, end to end, in real threads
   ebb trace import ./my-capture            a capture of your own
   ebb trace fidelity build                 our end state against the real kernel's
+  ebb fuzz --time 60s                      every property, under schedules from a seed
+  ebb replay out/fuzz/CASE.json --story -  what happened, step by step
 
 Exit codes: 0 fine, 1 a check failed, 2 your mistake, 3 a worker died or an internal error.`,
   );
@@ -125,7 +89,7 @@ Examples:
         process.stdout.write(`${JSON.stringify(z.toJSONSchema(compareSchema), null, 2)}\n`);
         return;
       }
-      toStderr = flags.json === '-';
+      jsonToStdout(flags.json);
       const options = checkCompare(flags);
       const line = progressLine();
       const outcome = await compare(
@@ -221,7 +185,7 @@ program
   )
   .action(
     async (name: string, flags: { schedule: string; seed: string; traceOut?: string; json?: string }) => {
-      toStderr = flags.json === '-';
+      jsonToStdout(flags.json);
       const scenario = findScenario(name);
       const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
       const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
@@ -267,7 +231,7 @@ program
   .option('--json <file>', 'as JSON; - for standard output')
   .addHelpText('after', '\nExamples:\n  ebb list\n  ebb list --json -')
   .action((flags: { json?: string }) => {
-    toStderr = flags.json === '-';
+    jsonToStdout(flags.json);
     const table = new Table({
       style: { head: [], border: [] },
       head: ['scenario', 'shows', 'rows'],
@@ -303,7 +267,7 @@ trace
     '\nExamples:\n  ebb trace import ./capture\n  ebb trace import trace.txt.gz -o mine.ebbtrace',
   )
   .action((path: string, flags: { output?: string; json?: string }) => {
-    toStderr = flags.json === '-';
+    jsonToStdout(flags.json);
     const imported = readCapture(path);
     const out = flags.output ?? `${imported.name}.ebbtrace`;
     let bytes = 0;
@@ -337,7 +301,7 @@ trace
   .option('--json <file>', 'as JSON; - for standard output')
   .addHelpText('after', '\nExamples:\n  ebb trace info build\n  ebb trace info ./capture --json -')
   .action((name: string, flags: { json?: string }) => {
-    toStderr = flags.json === '-';
+    jsonToStdout(flags.json);
     const t = loadTrace(name);
     const { events } = t;
     const byOp = [0, 0, 0, 0];
@@ -377,7 +341,7 @@ trace
   .option('--json <file>', 'as JSON; - for standard output')
   .addHelpText('after', '\nExamples:\n  ebb trace fidelity build\n  ebb trace fidelity ./capture --json -')
   .action((name: string, flags: { json?: string }) => {
-    toStderr = flags.json === '-';
+    jsonToStdout(flags.json);
     const result = fidelity(loadTrace(name));
     const { json } = result;
     const table = new Table({ style: { head: [], border: [] }, head: ['', 'Ebb', 'Linux', 'difference'] });
@@ -400,6 +364,8 @@ trace
     emitJson(flags.json, json);
     process.exitCode = result.agrees && result.ledgerViolations === 0 ? 0 : 1;
   });
+
+addFuzzCommands(program);
 
 /** Maps what went wrong to an exit code and one line. */
 function fail(error: unknown): number {

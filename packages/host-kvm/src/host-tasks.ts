@@ -13,6 +13,8 @@ export type TaskYield = undefined | typeof PARK | (() => boolean);
 export type TaskBody = Generator<TaskYield, void, void>;
 
 export class HostTask {
+  /** Number in order of creation; names the task in a schedule's events. */
+  readonly id: number;
   readonly name: string;
   readonly body: TaskBody;
   state: 'ready' | 'parked' | 'blocked' | 'running' | 'done' = 'ready';
@@ -20,7 +22,8 @@ export class HostTask {
   wakePending = false;
   condition: (() => boolean) | null = null;
 
-  constructor(name: string, body: TaskBody) {
+  constructor(id: number, name: string, body: TaskBody) {
+    this.id = id;
     this.name = name;
     this.body = body;
   }
@@ -31,13 +34,14 @@ export class HostTasks {
   #ready: HostTask[] = [];
   #next: HostTask[] = [];
   #blocked: HostTask[] = [];
+  #spawned = 0;
 
   constructor(schedule: Schedule) {
     this.#schedule = schedule;
   }
 
   spawn(name: string, body: TaskBody): HostTask {
-    const task = new HostTask(name, body);
+    const task = new HostTask(this.#spawned++, name, body);
     this.#next.push(task);
     return task;
   }
@@ -69,6 +73,12 @@ export class HostTasks {
     if (this.#blocked.length > 0) this.#unblock();
     const { length } = this.#next;
     if (length === 0) return false;
+    if (this.#schedule.controlled) {
+      // No order among ready tasks is promised: the schedule picks.
+      const [task] = this.#next.splice(this.#schedule.choose(length), 1);
+      this.#resume(task, false);
+      return true;
+    }
     if (length === 1) {
       // The common case, a lone fault or register access: no round to swap.
       const only = this.#next.pop();
@@ -97,12 +107,11 @@ export class HostTasks {
 
   /** `alone`: no other task was ready when this one was chosen. */
   #resume(task: HostTask, alone: boolean): void {
-    if (this.#schedule.controlled) this.#schedule.point('task-yield', 0);
+    if (this.#schedule.controlled) this.#schedule.point('task-yield', task.id);
     task.state = 'running';
     let { done, value } = task.body.next();
     // With nobody else ready a yield is only a point: go on at once.
     while (alone && done !== true && value === undefined && this.#next.length === 0) {
-      if (this.#schedule.controlled) this.#schedule.point('task-yield', 0);
       ({ done, value } = task.body.next());
     }
     if (done === true) {

@@ -2,6 +2,7 @@
 export * from './address.ts';
 export * from './assert.ts';
 export * from './bitmap.ts';
+export * from './controlled-schedule.ts';
 export * from './cost-table.ts';
 export * from './doorbell.ts';
 export * from './ept.ts';
@@ -10,6 +11,7 @@ export * from './guest-memory.ts';
 export * from './host-memory.ts';
 export * from './layout.ts';
 export * from './ledger.ts';
+export * from './observed-atomics.ts';
 export * from './prng.ts';
 export * from './result.ts';
 export * from './schedule.ts';

@@ -1,30 +1,48 @@
 /**
  * The schedule seam. Every place where another thread's step could change the outcome announces itself here before it
- * acts. *Inline* and *free* runs ignore the announcement; a *controlled* run (its own issue) hands over to another
- * thread at it. Points name the protocol step, not the code line.
+ * acts. *Inline* and *free* runs ignore the announcement; a *controlled* run (`controlled-schedule.ts`) may hand over to
+ * another thread at it. Points name the protocol step, not the code line.
  */
-export type Point =
-  | 'lock'
-  | 'unlock'
-  | 'doorbell'
-  | 'exit'
-  | 'index-publish'
-  | 'ept-write'
-  | 'flush-request'
-  | 'flush-ack'
-  | 'task-yield'
-  | 'device-wait'
-  | 'translated'
-  | 'owner-change'
-  | 'section';
+export const POINTS = [
+  'start',
+  'lock',
+  'unlock',
+  'doorbell',
+  'exit',
+  'index-publish',
+  'ept-write',
+  'flush-request',
+  'flush-ack',
+  'task-yield',
+  'device-wait',
+  /** Between translation and use. */
+  'translated',
+  /** A device has located guest bytes and is about to touch them. */
+  'device-access',
+  /** Before a frame gets or loses its owner. */
+  'owner-change',
+  'section',
+  'load',
+  'store',
+  'rmw',
+  'wait',
+  'notify',
+  'spin',
+  'task-choice',
+  'end',
+] as const;
+
+export type Point = (typeof POINTS)[number];
 
 export interface Schedule {
   /** Which form this is; results carry it. */
-  readonly kind: 'inline' | 'free';
+  readonly kind: 'inline' | 'free' | 'controlled';
   /** True when `point` may hand over; hot paths test this field instead of calling. */
   readonly controlled: boolean;
   /** Announces a synchronisation point; `detail` is a frame, queue or lock number. */
   point(point: Point, detail: number): void;
+  /** Which of `n` ready host tasks runs next; 0 (the longest ready) unless the run is controlled. */
+  choose(n: number): number;
 }
 
 class PassThrough implements Schedule {
@@ -34,6 +52,9 @@ class PassThrough implements Schedule {
     this.kind = kind;
   }
   point(_point: Point, _detail: number): void {}
+  choose(_n: number): number {
+    return 0;
+  }
 }
 
 /** One thread; an exit pumps the host's tasks until it is served. Deterministic. */

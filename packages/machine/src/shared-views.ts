@@ -5,40 +5,63 @@
  */
 
 /** What a shared view covers; the name appears in race reports. */
-export type SharedRegion = 'dram' | 'ledger' | 'vcpu-control' | 'run-control' | 'arena' | 'violations';
+export const SHARED_REGIONS = [
+  'dram',
+  'ledger',
+  'vcpu-control',
+  'run-control',
+  'arena',
+  'violations',
+] as const;
+export type SharedRegion = (typeof SHARED_REGIONS)[number];
+
+/** Which region a buffer holds, for the events of controlled runs. */
+const regions = new WeakMap<ArrayBufferLike, number>();
+
+/** Region code of a buffer that a view was made of; −1 for any other. */
+export function regionOf(buffer: ArrayBufferLike): number {
+  return regions.get(buffer) ?? -1;
+}
+function note(region: SharedRegion, buffer: SharedArrayBuffer): void {
+  if (!regions.has(buffer)) regions.set(buffer, SHARED_REGIONS.indexOf(region));
+}
 
 export function sharedI32(
-  _region: SharedRegion,
+  region: SharedRegion,
   buffer: SharedArrayBuffer,
   byteOffset = 0,
   length?: number,
 ): Int32Array {
+  note(region, buffer);
   return new Int32Array(buffer, byteOffset, length);
 }
 
 export function sharedU8(
-  _region: SharedRegion,
+  region: SharedRegion,
   buffer: SharedArrayBuffer,
   byteOffset = 0,
   length?: number,
 ): Uint8Array {
+  note(region, buffer);
   return new Uint8Array(buffer, byteOffset, length);
 }
 
 export function sharedU16(
-  _region: SharedRegion,
+  region: SharedRegion,
   buffer: SharedArrayBuffer,
   byteOffset = 0,
   length?: number,
 ): Uint16Array {
+  note(region, buffer);
   return new Uint16Array(buffer, byteOffset, length);
 }
 
 export function sharedF64(
-  _region: SharedRegion,
+  region: SharedRegion,
   buffer: SharedArrayBuffer,
   byteOffset = 0,
   length?: number,
 ): Float64Array {
+  note(region, buffer);
   return new Float64Array(buffer, byteOffset, length);
 }

@@ -27,7 +27,6 @@ import type { BalloonDriver } from './balloon.ts';
 import { PAGE_REPORTING_CAPACITY, Q_REPORTING } from './virtio-guest.ts';
 
 export const PAGE_REPORTING_DELAY: number = 2 * NS_PER_S;
-const PAGE_REPORTING_ORDER: number = PAGEBLOCK_ORDER;
 
 /** States of the one worker. */
 const R_STATE = 0;
@@ -45,11 +44,21 @@ export class PageReporting {
   readonly #zones: readonly number[];
   readonly #balloon: BalloonDriver;
   readonly #events: number;
+  /** Smallest order reported. */
+  readonly #order: number;
   /** The scatterlist: pfn and order, filled from the end. */
   readonly #pfns = new Int32Array(PAGE_REPORTING_CAPACITY);
   readonly #orders = new Int32Array(PAGE_REPORTING_CAPACITY);
 
-  constructor(arena: Arena, vcpu: Vcpu, buddy: Buddy, zones: readonly number[], balloon: BalloonDriver) {
+  constructor(
+    arena: Arena,
+    vcpu: Vcpu,
+    buddy: Buddy,
+    zones: readonly number[],
+    balloon: BalloonDriver,
+    order: number = PAGEBLOCK_ORDER,
+  ) {
+    this.#order = order;
     this.#w = arena.w;
     this.#f64 = arena.f64;
     this.#memmap = arena.memmap;
@@ -91,10 +100,10 @@ export class PageReporting {
 
   #zone(zone: number): void {
     const w = this.#w;
-    if (!watermarkOk(w, zone, 0, w[zone + Z_LOW] + (PAGE_REPORTING_CAPACITY << PAGE_REPORTING_ORDER), 0))
+    if (!watermarkOk(w, zone, 0, w[zone + Z_LOW] + (PAGE_REPORTING_CAPACITY << this.#order), 0))
       return;
     let offset = PAGE_REPORTING_CAPACITY;
-    for (let order = PAGE_REPORTING_ORDER; order <= MAX_ORDER; order++) {
+    for (let order = this.#order; order <= MAX_ORDER; order++) {
       for (let migratetype = 0; migratetype < MIGRATE_TYPES; migratetype++) {
         if (migratetype !== MIGRATE_ISOLATE) offset = this.#cycle(zone, order, migratetype, offset);
       }

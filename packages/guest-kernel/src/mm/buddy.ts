@@ -47,7 +47,9 @@ export class Buddy {
   readonly vcpu: Vcpu;
   readonly #events: number;
   readonly #relax: () => void;
-  /** Called with the order when a free block of pageblock order or more appears (`page_reporting_notify_free`). */
+  /** Smallest order of which `onLargeFree` is told. */
+  largeOrder: number = PAGEBLOCK_ORDER;
+  /** Called with the order when a free block of `largeOrder` or more appears (`page_reporting_notify_free`). */
   onLargeFree: (order: number) => void = () => undefined;
 
   constructor(arena: Arena, vcpu: Vcpu) {
@@ -300,7 +302,7 @@ export class Buddy {
     if (atTail || (o < MAX_ORDER && this.#mergeLikely(at, o, start, end)))
       this.#addTail(zone, at, o, this.#listType(at, o, migratetype));
     else this.#addHead(zone, at, o, this.#listType(at, o, migratetype));
-    if (notify && o >= PAGEBLOCK_ORDER) this.onLargeFree(o);
+    if (notify && o >= this.largeOrder) this.onLargeFree(o);
   }
 
   /** Merging across pageblocks of two types: the merged block takes the type of its first pageblock, and so do all. */

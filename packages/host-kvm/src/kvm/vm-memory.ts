@@ -13,6 +13,7 @@ import {
   USE_RAM,
   type GuestMemory,
   type HostMemory,
+  type Schedule,
   type ViolationLog,
 } from '@ebb/machine';
 import type { FramePool } from '../mm/frame-pool.ts';
@@ -31,9 +32,18 @@ export class VmMemory implements GuestMemory {
   readonly #slots: Memslots;
   readonly #log: ViolationLog;
   readonly #frameFlags: Uint8Array;
+  readonly #schedule: Schedule;
 
-  constructor(vm: number, pool: FramePool, slots: Memslots, log: ViolationLog, frameFlags: Uint8Array) {
+  constructor(
+    vm: number,
+    pool: FramePool,
+    slots: Memslots,
+    log: ViolationLog,
+    frameFlags: Uint8Array,
+    schedule: Schedule,
+  ) {
     this.#vm = vm;
+    this.#schedule = schedule;
     this.#memory = pool.memory;
     this.#pool = pool;
     this.#slots = slots;
@@ -68,6 +78,7 @@ export class VmMemory implements GuestMemory {
         stepReleased: ledger.stepReleased[frame],
       });
     }
+    if (this.#schedule.controlled) this.#schedule.point('device-access', gfn);
     // The EPT's D bit knows nothing of device writes.
     if (write) this.#frameFlags[frame] |= FRAME_DIRTY;
     const chunk = frame >>> CHUNK_FRAME_SHIFT;

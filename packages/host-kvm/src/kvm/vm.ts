@@ -144,7 +144,14 @@ export class Vm implements InvalidationListener {
     this.#controlF64 = sharedF64('vcpu-control', options.control);
     this.#firstBlock = options.firstBlock;
     this.mmu = new TdpMmu(options.id, options.pool, options.schedule, options.tableLive, options.frameFlags);
-    this.memory = new VmMemory(options.id, options.pool, this.slots, options.violations, options.frameFlags);
+    this.memory = new VmMemory(
+      options.id,
+      options.pool,
+      this.slots,
+      options.violations,
+      options.frameFlags,
+      options.schedule,
+    );
     for (let v = 0; v < options.nrVcpus; v++) {
       this.#control[this.#base(v) + VC_EPT_ROOT] = this.mmu.root;
       this.#exitTasks.push(options.tasks.spawn(`vm${options.id}/vcpu${v}`, this.#serveExits(v)));
@@ -288,8 +295,12 @@ export class Vm implements InvalidationListener {
       const sequence = this.#sequence;
       const slot = this.#resolve(vcpu, gfn, write);
       if (slot === null) return;
+      if (slot.invalid) {
+        // Waits for the slot's removal; polling would starve the vCPU whose flush that removal waits for.
+        yield () => this.slots.find(gfn) !== slot;
+        continue;
+      }
       yield undefined;
-      if (slot.invalid) continue;
       const frame = this.#populate(vcpu, slot, gfn);
       if (frame < 0) return;
       yield undefined;

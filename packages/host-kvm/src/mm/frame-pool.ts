@@ -7,6 +7,7 @@
  */
 import {
   assert,
+  freeSchedule,
   hfn,
   ownerOf,
   USE_PAGE_TABLE,
@@ -14,6 +15,7 @@ import {
   type FrameLedger,
   type Hfn,
   type HostMemory,
+  type Schedule,
   type ViolationLog,
 } from '@ebb/machine';
 import type { FrameSource } from '@ebb/memfs';
@@ -30,6 +32,7 @@ export interface FramePoolOptions {
   readonly frames: number;
   /** `edges` writes two words per freed frame; `full` the whole frame (tests). */
   readonly poison?: 'edges' | 'full';
+  readonly schedule?: Schedule;
 }
 
 export class FramePool implements FrameSource {
@@ -46,6 +49,7 @@ export class FramePool implements FrameSource {
   failures = 0;
   readonly #log: ViolationLog;
   readonly #full: boolean;
+  readonly #schedule: Schedule;
   readonly #poisoned: Uint8Array;
 
   constructor(options: FramePoolOptions) {
@@ -55,6 +59,7 @@ export class FramePool implements FrameSource {
     this.buddy = new HostBuddy(options.frames);
     this.#log = options.violations;
     this.#full = options.poison === 'full';
+    this.#schedule = options.schedule ?? freeSchedule;
     this.#poisoned = new Uint8Array(options.frames);
   }
 
@@ -70,6 +75,7 @@ export class FramePool implements FrameSource {
       if (order === 0) this.failures++;
       return -1;
     }
+    if (this.#schedule.controlled) this.#schedule.point('owner-change', frame);
     this.#checkPoison(frame, count);
     this.ledger.take(hfn(frame), count, owner);
     this.memory.zeroFrames(hfn(frame), count);
@@ -100,6 +106,7 @@ export class FramePool implements FrameSource {
   }
 
   free(first: Hfn, count: number): void {
+    if (this.#schedule.controlled) this.#schedule.point('owner-change', first);
     const i32 = this.memory.i32;
     for (let f = first as number; f < first + count; f++) {
       if (this.#full) this.memory.poisonFrame(hfn(f), POISON);
@@ -131,6 +138,18 @@ export class FramePool implements FrameSource {
       this.ledger.release(frame, 1);
       this.buddy.freeRun(frame, 1);
     }
+  }
+
+  /** Frames that were freed and not taken again: they must hold their poison. */
+  poisonedFrames(): number[] {
+    const frames: number[] = [];
+    for (let f = 0; f < this.frames; f++) if (this.#poisoned[f] !== 0) frames.push(f);
+    return frames;
+  }
+
+  /** Reports a freed frame that somebody wrote to. */
+  checkPoison(frame: Hfn): void {
+    this.#checkPoison(frame, 1);
   }
 
   #checkPoison(first: number, count: number): void {

@@ -1,0 +1,51 @@
+/** What every command of `ebb` does with its output: lines, progress, files, JSON. */
+import { mkdirSync, writeFileSync } from 'node:fs';
+import { dirname } from 'node:path';
+import { UserError } from './trace/trace.ts';
+
+/** With `--json -` standard output is exactly one JSON document; everything else goes to standard error. */
+let toStderr = false;
+/** Called by each command with its `--json` argument before it says anything. */
+export function jsonToStdout(target: string | undefined): void {
+  toStderr = target === '-';
+}
+
+/** A line for the user. */
+export function say(text: string): void {
+  (toStderr ? process.stderr : process.stdout).write(`${text}\n`);
+}
+
+/** One progress line, rewritten in place on a terminal, every few seconds elsewhere. */
+export function progressLine(): { show(text: string): void; end(): void } {
+  const { isTTY } = process.stderr;
+  let last = 0;
+  return {
+    show(text) {
+      const now = performance.now();
+      if (now - last < (isTTY ? 100 : 5000)) return;
+      last = now;
+      process.stderr.write(isTTY ? `\r\u001b[K${text}` : `${text}\n`);
+    },
+    end() {
+      if (isTTY) process.stderr.write('\r\u001b[K');
+    },
+  };
+}
+
+/** Writes a file, making its folders; what cannot be written is the user's one line. */
+export function writeOut(path: string, text: string): void {
+  try {
+    mkdirSync(dirname(path), { recursive: true });
+    writeFileSync(path, text);
+  } catch (error) {
+    throw new UserError(`${path}: cannot be written: ${(error as Error).message.split('\n')[0]}`);
+  }
+}
+
+/** Writes a result to a file or, for `-`, to standard output. */
+export function emitJson(target: string | undefined, value: unknown): void {
+  if (target === undefined) return;
+  const text = `${JSON.stringify(value, null, 2)}\n`;
+  if (target === '-') process.stdout.write(text);
+  else writeOut(target, text);
+}

@@ -1,0 +1,318 @@
+/**
+ * The small machine that properties run on: one host with its tasks, a few VMs, and the audit of everything that must
+ * add up. The buffers are made once and emptied between executions; host objects are built afresh, which is cheap at
+ * this size.
+ */
+import { Arena } from '@ebb/guest-kernel';
+import { FRAME_DIRTY, FramePool, HostTasks, Vm, type TaskBody } from '@ebb/host-kvm';
+import {
+  describeOwner,
+  describeViolation,
+  EPT_D,
+  eptWalk,
+  FrameLedger,
+  gfn,
+  hfn,
+  HostMemory,
+  ledgerBytes,
+  PAGE_SIZE,
+  RC_DOORBELL,
+  RC_HOST_ASLEEP,
+  RUN_CONTROL_BYTES,
+  SCHEDULE_BYTES,
+  sharedI32,
+  ThreadExitPort,
+  Vcpu,
+  VCPU_BLOCK_BYTES,
+  ViolationLog,
+  VIOLATION_BYTES,
+  WalkResult,
+  type ControlledSchedule,
+  type Hfn,
+  type Schedule,
+} from '@ebb/machine';
+import { MemFile, type FrameSource, type HugePolicy } from '@ebb/memfs';
+
+export interface LabShape {
+  /** Host frames. */
+  readonly hostPages: number;
+  /** RAM of each VM. */
+  readonly ramPages: number;
+  readonly vms: number;
+  readonly vcpus: number;
+  readonly huge: HugePolicy;
+}
+
+/** Words of run control from here belong to the properties: done flags, then a model shared by the threads. */
+const RC_DONE = 640;
+/** Words for the models of a property, in a buffer of their own. */
+export const MODEL_WORDS = 16384;
+
+export interface LabBuffers {
+  readonly shape: LabShape;
+  readonly dram: SharedArrayBuffer;
+  readonly ledger: SharedArrayBuffer;
+  readonly violations: SharedArrayBuffer;
+  readonly control: SharedArrayBuffer;
+  readonly runControl: SharedArrayBuffer;
+  readonly arenas: readonly SharedArrayBuffer[];
+  readonly model: SharedArrayBuffer;
+  readonly schedule: SharedArrayBuffer;
+}
+
+export function labBuffers(shape: LabShape): LabBuffers {
+  return {
+    shape,
+    dram: new SharedArrayBuffer(shape.hostPages * PAGE_SIZE),
+    ledger: new SharedArrayBuffer(ledgerBytes(shape.hostPages)),
+    violations: new SharedArrayBuffer(VIOLATION_BYTES),
+    control: new SharedArrayBuffer(shape.vms * shape.vcpus * VCPU_BLOCK_BYTES),
+    runControl: new SharedArrayBuffer(RUN_CONTROL_BYTES),
+    arenas: Array.from({ length: shape.vms }, () => Arena.create(shape.ramPages)),
+    model: new SharedArrayBuffer(MODEL_WORDS * 4),
+    schedule: new SharedArrayBuffer(SCHEDULE_BYTES),
+  };
+}
+
+/** Empties everything but DRAM, which the host zeroes frame by frame, and arenas, which a boot empties itself. */
+export function resetLab(lab: LabBuffers): void {
+  for (const buffer of [lab.ledger, lab.violations, lab.control, lab.runControl, lab.model])
+    new Uint8Array(buffer).fill(0);
+}
+
+export interface LabVm {
+  readonly vm: Vm;
+  readonly file: MemFile;
+}
+
+/** The host's side of a lab. */
+export class HostLab {
+  readonly tasks: HostTasks;
+  readonly pool: FramePool;
+  readonly log: ViolationLog;
+  readonly vms: LabVm[] = [];
+  readonly shape: LabShape;
+  readonly model: Int32Array;
+  readonly schedule: Schedule;
+  readonly ledger: FrameLedger;
+  readonly #memory: HostMemory;
+  readonly #runControl: Int32Array;
+  readonly #frameFlags: Uint8Array;
+  #running = 0;
+  /** What a checker found, in words. */
+  readonly found: string[] = [];
+
+  constructor(lab: LabBuffers, schedule: Schedule) {
+    const { shape } = lab;
+    this.shape = shape;
+    this.schedule = schedule;
+    this.model = new Int32Array(lab.model);
+    this.#memory = new HostMemory(lab.dram);
+    this.ledger = new FrameLedger(lab.ledger, this.#memory.frames);
+    this.log = new ViolationLog(lab.violations);
+    this.#runControl = sharedI32('run-control', lab.runControl);
+    this.pool = new FramePool({
+      memory: this.#memory,
+      ledger: this.ledger,
+      violations: this.log,
+      frames: this.#memory.frames,
+      poison: 'full',
+      schedule,
+    });
+    this.tasks = new HostTasks(schedule);
+    this.#frameFlags = new Uint8Array(this.#memory.frames);
+    const tableLive = new Int32Array(this.#memory.frames);
+    for (let id = 0; id < shape.vms; id++) {
+      const vm = new Vm({
+        id,
+        nrVcpus: shape.vcpus,
+        control: lab.control,
+        firstBlock: id * shape.vcpus,
+        pool: this.pool,
+        tasks: this.tasks,
+        violations: this.log,
+        schedule,
+        tableLive,
+        frameFlags: this.#frameFlags,
+      });
+      const file = new MemFile({
+        name: `vm${id}`,
+        nrBlocks: shape.ramPages,
+        vm: id,
+        frames: this.#frames(id),
+        huge: shape.huge,
+      });
+      const region = {
+        slot: 0,
+        flags: 0,
+        guestPhysAddr: 0,
+        memorySize: shape.ramPages * PAGE_SIZE,
+        file,
+        fileOffset: 0,
+      };
+      for (const set = vm.setUserMemoryRegion(region); set.next().done !== true; );
+      this.vms.push({ vm, file });
+    }
+  }
+
+  /** Frames go back through this door: content without a dirty mark is a lost dirty bit (I18). */
+  #frames(vm: number): FrameSource {
+    return {
+      allocZeroed: (order, owner) => {
+        const first = this.pool.allocZeroed(order, owner);
+        if (first >= 0) this.#frameFlags.fill(0, first, first + (1 << order));
+        return first;
+      },
+      free: (first: Hfn, count: number) => {
+        for (let f = first as number; f < first + count; f++)
+          if ((this.#frameFlags[f] & FRAME_DIRTY) === 0 && this.#hasContent(f)) {
+            this.found.push(
+              `lost-dirty: frame 0x${f.toString(16)} of VM ${vm} is given back with content that no dirty bit announced`,
+            );
+          }
+        this.pool.free(first, count);
+      },
+    };
+  }
+
+  #hasContent(frame: number): boolean {
+    const { i32 } = this.#memory;
+    for (let w = frame * 1024; w < frame * 1024 + 1024; w++) if (i32[w] !== 0) return true;
+    return false;
+  }
+
+  /** Starts a host task that the execution waits for. */
+  spawn(name: string, body: TaskBody): void {
+    this.#running++;
+    const lab = this;
+    this.tasks.spawn(
+      name,
+      (function* (): TaskBody {
+        yield* body;
+        lab.#running--;
+      })(),
+    );
+  }
+
+  /** The host's loop: serves until every vCPU thread and every spawned task has ended. */
+  serve(): void {
+    const rc = this.#runControl;
+    const done = (): boolean => {
+      for (let t = 0; t < this.shape.vms * this.shape.vcpus; t++)
+        if (Atomics.load(rc, RC_DONE + t) === 0) return false;
+      return this.#running === 0;
+    };
+    for (;;) {
+      if (this.#poll()) {
+        this.#checkAccounts();
+        continue;
+      }
+      if (done() && this.tasks.idle) return;
+      const bell = Atomics.load(rc, RC_DOORBELL);
+      Atomics.store(rc, RC_HOST_ASLEEP, 1);
+      if (!this.#poll() && !(done() && this.tasks.idle)) Atomics.wait(rc, RC_DOORBELL, bell, 50);
+      Atomics.store(rc, RC_HOST_ASLEEP, 0);
+    }
+  }
+
+  #poll(): boolean {
+    let worked = false;
+    for (const { vm } of this.vms) if (vm.scanExits()) worked = true;
+    return this.tasks.step() || worked;
+  }
+
+  // ── Audit ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** The first sum of I9 after each step: ledger, allocator, files and tables agree about every frame. */
+  #checkAccounts(): void {
+    const counts = this.ledger.recount();
+    let inFiles = 0;
+    let tables = 0;
+    for (const { vm, file } of this.vms) {
+      inFiles += file.assigned;
+      tables += vm.mmu.counters.tables + vm.mmu.detachedTables.length;
+    }
+    const sums: [string, number, number][] = [
+      ['free frames', counts.free, this.pool.buddy.free],
+      ['frames in files', counts.guestAssigned + counts.memfsUnmapped, inFiles],
+      ['page tables', counts.pageTable, tables],
+    ];
+    for (const [what, ledger, other] of sums) {
+      if (ledger === other || this.found.length > 8) continue;
+      this.found.push(`accounting: ${what}: the ledger says ${ledger}, their keeper ${other} (I9)`);
+    }
+  }
+
+  /** When all is over: every leaf points at its file's frame, free frames hold their poison, no D bit is missing. */
+  audit(): string[] {
+    this.#checkAccounts();
+    const walk = new WalkResult();
+    for (const { vm, file } of this.vms) {
+      for (const slot of vm.slots.all) {
+        for (let page = slot.baseGfn; page < slot.baseGfn + slot.nrPages; page++) {
+          eptWalk(this.#memory.i32, vm.mmu.root, gfn(page), walk);
+          if (!walk.present) continue;
+          const want = file.bmap(slot.fileOffset + page - slot.baseGfn);
+          if (walk.frame !== want) {
+            this.found.push(
+              `stale-ept: VM ${vm.id} gfn 0x${page.toString(16)} maps frame 0x${walk.frame.toString(16)}, its file says ${want}; ` +
+                `owner now ${describeOwner(this.ledger.owner[walk.frame])}`,
+            );
+          } else if (
+            (walk.low & EPT_D) === 0 &&
+            (this.#frameFlags[want] & FRAME_DIRTY) === 0 &&
+            this.#hasContent(want)
+          ) {
+            this.found.push(
+              `lost-dirty: VM ${vm.id} gfn 0x${page.toString(16)} has content and D is clear (I18)`,
+            );
+          }
+        }
+      }
+    }
+    // A device's own frame, taken again, shows what was written while it was free.
+    for (const frame of this.pool.poisonedFrames()) this.pool.checkPoison(hfn(frame));
+    const records = this.log.list().map((v) => describeViolation(v, describeOwner));
+    return [...records, ...this.found];
+  }
+}
+
+/** One vCPU of a lab. */
+export class VcpuLab {
+  readonly vcpu: Vcpu;
+  readonly model: Int32Array;
+  readonly shape: LabShape;
+  readonly schedule: ControlledSchedule;
+  readonly found: string[] = [];
+  readonly #runControl: Int32Array;
+  readonly #thread: number;
+
+  constructor(lab: LabBuffers, schedule: ControlledSchedule, vm: number, id: number) {
+    const memory = new HostMemory(lab.dram);
+    this.shape = lab.shape;
+    this.schedule = schedule;
+    this.model = new Int32Array(lab.model);
+    this.#runControl = sharedI32('run-control', lab.runControl);
+    this.#thread = vm * lab.shape.vcpus + id;
+    this.vcpu = new Vcpu({
+      vm,
+      id,
+      memory,
+      ledger: new FrameLedger(lab.ledger, memory.frames),
+      violations: new ViolationLog(lab.violations),
+      control: lab.control,
+      block: this.#thread,
+      runControl: this.#runControl,
+      port: new ThreadExitPort(this.#runControl, 0),
+      schedule,
+      tlbBits: 8,
+    });
+  }
+
+  /** This thread's program has ended: tells the host's loop. */
+  finish(): void {
+    Atomics.store(this.#runControl, RC_DONE + this.#thread, 1);
+    Atomics.add(this.#runControl, RC_DOORBELL, 1);
+    Atomics.notify(this.#runControl, RC_DOORBELL);
+  }
+}

@@ -1,0 +1,13 @@
+/** The properties, by name. */
+import { invalidation, isolation, slots } from './properties/memory.ts';
+import { UserError } from '../trace/trace.ts';
+import type { Property } from './property.ts';
+
+export const PROPERTIES: readonly Property[] = [invalidation, isolation, slots];
+
+export function findProperty(name: string): Property {
+  const property = PROPERTIES.find((p) => p.name === name);
+  if (property === undefined)
+    throw new UserError(`${name}: no such property; use one of ${PROPERTIES.map((p) => p.name).join(', ')}`);
+  return property;
+}

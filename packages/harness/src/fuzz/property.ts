@@ -1,0 +1,35 @@
+/**
+ * What a property is: a machine, a generator of programs, and what each thread does with its part. Threads are the host
+ * (0) and one per vCPU. A program is plain data: it shrinks, and it is saved with a failing case.
+ */
+import type fc from 'fast-check';
+import type { HostLab, LabShape, VcpuLab } from './lab.ts';
+
+/** One operation; what `a` and `b` mean is the property's. */
+export interface Op {
+  readonly op: string;
+  readonly a: number;
+  readonly b: number;
+}
+
+export interface FuzzProgram {
+  readonly host: readonly Op[];
+  /** Per vCPU thread: VM 0's vCPUs first. */
+  readonly cpus: readonly (readonly Op[])[];
+}
+
+/** What a thread did wrong, or saw; empty if nothing. */
+export type Verdict = () => readonly string[];
+
+export interface Property {
+  readonly name: string;
+  readonly about: string;
+  /** Invariants and rows of the specification it stands for. */
+  readonly rows: string;
+  readonly shape: LabShape;
+  readonly program: fc.Arbitrary<FuzzProgram>;
+  /** Prepares the host (before the schedule starts): spawns tasks, attaches devices. Its verdict comes after all ended. */
+  host(lab: HostLab, program: FuzzProgram): Verdict;
+  /** A vCPU thread's whole life, under the schedule. */
+  cpu(lab: VcpuLab, program: FuzzProgram, vm: number, id: number): void;
+}

@@ -1,0 +1,76 @@
+/**
+ * Runs executions of one property: real workers, one per thread of the property, kept from one execution to the next.
+ */
+import { ScheduleBuffer, type ScheduleOutcome, type ScheduleStart } from '@ebb/machine';
+import { spawnWorker, type SpawnedWorker } from '../run/worker-endpoint.ts';
+import type { FuzzWorker } from './fuzz-worker.ts';
+import { labBuffers, resetLab, type LabBuffers } from './lab.ts';
+import { findProperty } from './properties.ts';
+import type { FuzzProgram, Property } from './property.ts';
+
+export interface Outcome extends ScheduleOutcome {
+  /** What went wrong, in words; empty: the property held. */
+  readonly found: readonly string[];
+}
+
+/** Steps after which an execution is a livelock. */
+const STEP_LIMIT = 40_000;
+
+export class Stage {
+  readonly property: Property;
+  readonly buffer: ScheduleBuffer;
+  /** Switches seen, by pair of points. */
+  readonly switched: Int32Array = new Int32Array(1024);
+  readonly #lab: LabBuffers;
+  readonly #workers: SpawnedWorker<FuzzWorker>[] = [];
+
+  constructor(name: string) {
+    this.property = findProperty(name);
+    this.#lab = labBuffers(this.property.shape);
+    this.buffer = new ScheduleBuffer(this.#lab.schedule);
+  }
+
+  get threads(): number {
+    return 1 + this.property.shape.vms * this.property.shape.vcpus;
+  }
+
+  async open(): Promise<void> {
+    for (let t = 0; t < this.threads; t++)
+      this.#workers.push(spawnWorker<FuzzWorker>('../fuzz/fuzz-worker', t === 0 ? 'host' : `vcpu${t - 1}`));
+    await Promise.all(this.#workers.map((w, t) => this.#race(w.api.open(this.property.name, this.#lab, t))));
+  }
+
+  #race<T>(call: Promise<T>): Promise<T> {
+    return Promise.race([call, ...this.#workers.map((w) => w.died)]);
+  }
+
+  /** One execution. */
+  async run(
+    program: FuzzProgram,
+    start: Pick<ScheduleStart, 'strategy' | 'seed' | 'depth' | 'length' | 'choices'>,
+  ): Promise<Outcome> {
+    resetLab(this.#lab);
+    this.buffer.prepare({ ...start, threads: this.threads, limit: STEP_LIMIT });
+    const results = await this.#race(Promise.all(this.#workers.map((w) => w.api.run(program))));
+    const outcome = this.buffer.outcome();
+    const found: string[] = [];
+    if (outcome.failure === 'deadlock' || outcome.failure === 'livelock') {
+      const where = outcome.positions.map((p, t) => `${this.#workers[t].name} ${p}`).join('; ');
+      found.push(
+        outcome.failure === 'deadlock'
+          ? `deadlock or lost wake-up: nobody can run: ${where}`
+          : `livelock: ${outcome.steps} steps and no end: ${where}`,
+      );
+    }
+    for (const [t, r] of results.entries()) {
+      if (r.crash !== '') found.unshift(`${this.#workers[t].name} crashed: ${r.crash.split('\n')[0]}`);
+      found.push(...r.found);
+      for (let i = 0; i < 1024; i++) this.switched[i] += r.switched[i];
+    }
+    return { ...outcome, found };
+  }
+
+  async close(): Promise<void> {
+    await Promise.all(this.#workers.map((w) => w.close()));
+  }
+}
