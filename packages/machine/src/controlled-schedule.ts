@@ -228,6 +228,8 @@ export class ControlledSchedule implements Schedule {
   readonly #w: Int32Array;
   readonly #me: number;
   readonly #candidates = new Int32Array(MAX_THREADS);
+  /** Progress seen at the last spin. */
+  #lastSpin = -1;
   /** Pairs of points between which control passed, by `from * 32 + to`: coverage of this thread's switches. */
   readonly switched: Int32Array = new Int32Array(1024);
 
@@ -297,12 +299,15 @@ export class ControlledSchedule implements Schedule {
     return this.#choice(n, w[STRATEGY] === 0 ? 0 : nextRandom(w) % n, true);
   }
 
-  /** Nothing to do until another thread has made progress. */
+  /** Nothing to do until there has been progress: since the last spin, so that a change after the last look counts. */
   spin(point: Point, detail: number): void {
     const w = this.#w;
     this.#record(point, detail);
     w[this.#me + STATE] = SPINNING;
-    w[this.#me + BLOCKED_AT] = w[PROGRESS];
+    w[this.#me + BLOCKED_AT] = this.#lastSpin;
+    this.#lastSpin = w[PROGRESS];
+    // PCT: who spins steps behind all others, or a high priority would spin the run away.
+    w[this.#me + PRIORITY] = -w[STEPS];
     this.#yield();
   }
 

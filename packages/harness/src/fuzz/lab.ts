@@ -74,10 +74,11 @@ export function labBuffers(shape: LabShape): LabBuffers {
   };
 }
 
-/** Empties everything but DRAM, which the host zeroes frame by frame, and arenas, which a boot empties itself. */
+/** Empties everything but DRAM, which the host zeroes frame by frame. */
 export function resetLab(lab: LabBuffers): void {
   for (const buffer of [lab.ledger, lab.violations, lab.control, lab.runControl, lab.model])
     new Uint8Array(buffer).fill(0);
+  for (const arena of lab.arenas) new Uint8Array(arena).fill(0);
 }
 
 export interface LabVm {
@@ -101,9 +102,11 @@ export class HostLab {
   #running = 0;
   /** What a checker found, in words. */
   readonly found: string[] = [];
+  readonly #arenas: readonly SharedArrayBuffer[];
 
   constructor(lab: LabBuffers, schedule: Schedule) {
     const { shape } = lab;
+    this.#arenas = lab.arenas;
     this.shape = shape;
     this.schedule = schedule;
     this.model = new Int32Array(lab.model);
@@ -153,6 +156,11 @@ export class HostLab {
       for (const set = vm.setUserMemoryRegion(region); set.next().done !== true; );
       this.vms.push({ vm, file });
     }
+  }
+
+  /** The guest kernel's arena of VM `vm`. */
+  arena(vm: number): SharedArrayBuffer {
+    return this.#arenas[vm];
   }
 
   /** Frames go back through this door: content without a dirty mark is a lost dirty bit (I18). */
@@ -283,6 +291,8 @@ export class VcpuLab {
   readonly model: Int32Array;
   readonly shape: LabShape;
   readonly schedule: ControlledSchedule;
+  /** The guest kernel's arena. */
+  readonly arena: SharedArrayBuffer;
   readonly found: string[] = [];
   readonly #runControl: Int32Array;
   readonly #thread: number;
@@ -291,6 +301,7 @@ export class VcpuLab {
     const memory = new HostMemory(lab.dram);
     this.shape = lab.shape;
     this.schedule = schedule;
+    this.arena = lab.arenas[vm];
     this.model = new Int32Array(lab.model);
     this.#runControl = sharedI32('run-control', lab.runControl);
     this.#thread = vm * lab.shape.vcpus + id;

@@ -1,9 +1,18 @@
 /** The properties, by name. */
+import { allocator, balloon, cache, reporting } from './properties/guest.ts';
 import { invalidation, isolation, slots } from './properties/memory.ts';
 import { UserError } from '../trace/trace.ts';
 import type { Property } from './property.ts';
 
-export const PROPERTIES: readonly Property[] = [invalidation, isolation, slots];
+export const PROPERTIES: readonly Property[] = [
+  invalidation,
+  isolation,
+  slots,
+  allocator,
+  reporting,
+  balloon,
+  cache,
+];
 
 export function findProperty(name: string): Property {
   const property = PROPERTIES.find((p) => p.name === name);

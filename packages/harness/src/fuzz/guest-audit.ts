@@ -1,0 +1,82 @@
+/** When all is over: the guest's books against each other, and against its page shadow (I19). */
+import {
+  Arena,
+  P_SHADOW,
+  pcpPages,
+  SHADOW_BALLOON,
+  SHADOW_BUDDY,
+  SHADOW_ISOLATED,
+  SHADOW_PCP,
+  T_BALLOON,
+  Z_END,
+  Z_FREE,
+  Z_LISTS,
+  Z_NR_FREE,
+  Z_START,
+  zoneBases,
+  MAX_ORDER,
+  MIGRATE_TYPES,
+  P_FLAGS,
+  P_NEXT,
+  P_ORDER,
+  P_PREV,
+  PG_BUDDY,
+} from '@ebb/guest-kernel';
+
+/** Word of the balloon driver's state that counts its pages. */
+const BALLOON_NR_PAGES: number = T_BALLOON + 3;
+
+/** What does not agree, in words. */
+export function auditGuest(arena: Arena, nrCpus: number): string[] {
+  const { w, memmap } = arena;
+  const found: string[] = [];
+  const same = (what: string, a: number, b: number): void => {
+    if (a !== b && found.length < 8) found.push(`guest books: ${what}: ${a} against ${b} (I19)`);
+  };
+  const shadow = new Array<number>(8).fill(0);
+  for (const zone of zoneBases(w)) {
+    let free = 0;
+    for (let order = 0; order <= MAX_ORDER; order++) {
+      let blocks = 0;
+      for (let mt = 0; mt < MIGRATE_TYPES; mt++) {
+        let prev = -1;
+        let steps = 0;
+        for (
+          let pfn = w[zone + Z_LISTS + 2 * (order * MIGRATE_TYPES + mt)];
+          pfn >= 0 && steps < arena.maxPfn;
+          pfn = w[memmap + (pfn << 4) + P_NEXT], steps++
+        ) {
+          const page = memmap + (pfn << 4);
+          if (w[page + P_PREV] !== prev) same(`link back from page ${pfn}`, w[page + P_PREV], prev);
+          if ((w[page + P_FLAGS] & PG_BUDDY) === 0) same(`page ${pfn} on a free list is marked free`, 0, 1);
+          same(`order of free page ${pfn}`, w[page + P_ORDER], order);
+          const buddy = pfn ^ (1 << order);
+          if (order < MAX_ORDER && buddy >= w[zone + Z_START] && buddy < w[zone + Z_END]) {
+            const twin = memmap + (buddy << 4);
+            if ((w[twin + P_FLAGS] & PG_BUDDY) !== 0 && w[twin + P_ORDER] === order)
+              same(`free page ${pfn} of order ${order} and its buddy are merged`, 0, 1);
+          }
+          for (let i = 0; i < 1 << order; i++)
+            same(`shadow of free page ${pfn + i}`, w[memmap + ((pfn + i) << 4) + P_SHADOW], SHADOW_BUDDY);
+          prev = pfn;
+          blocks++;
+          free += 1 << order;
+        }
+      }
+      same(`free blocks of order ${order}`, w[zone + Z_NR_FREE + order], blocks);
+    }
+    same('free pages of a zone', w[zone + Z_FREE], free);
+    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++) shadow[w[memmap + (pfn << 4) + P_SHADOW]]++;
+  }
+  const listed = zoneBases(w).reduce((sum, z) => sum + w[z + Z_FREE], 0);
+  same('free pages and shadow', listed, shadow[SHADOW_BUDDY]);
+  same('per-CPU pages and shadow', pcpPages(arena, nrCpus), shadow[SHADOW_PCP]);
+  same('balloon pages and shadow', w[BALLOON_NR_PAGES], shadow[SHADOW_BALLOON]);
+  same('pages still isolated', shadow[SHADOW_ISOLATED], 0);
+  return found;
+}
+
+/** Pages in the balloon as the driver counts them. */
+export function balloonPages(arena: Arena): number {
+  return arena.w[BALLOON_NR_PAGES];
+}
