@@ -74,7 +74,15 @@ export const FAILURES = ['', 'deadlock', 'livelock', 'stopped'] as const;
 export type ScheduleFailure = (typeof FAILURES)[number];
 
 /** Points after which a spinning thread need not look again: they change nothing others wait for. */
-const NO_PROGRESS: ReadonlySet<Point> = new Set(['section', 'load', 'spin', 'wait', 'task-choice', 'task-yield']);
+const NO_PROGRESS: ReadonlySet<Point> = new Set([
+  'section',
+  'load',
+  'spin',
+  'wait',
+  'task-choice',
+  'task-yield',
+  'stored',
+]);
 const PROGRESSES: readonly boolean[] = POINTS.map((p) => !NO_PROGRESS.has(p));
 const CODES: ReadonlyMap<Point, number> = new Map(POINTS.map((p, i) => [p, i]));
 

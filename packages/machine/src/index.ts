@@ -12,6 +12,7 @@ export * from './host-memory.ts';
 export * from './layout.ts';
 export * from './ledger.ts';
 export * from './observed-atomics.ts';
+export * from './observed-views.ts';
 export * from './prng.ts';
 export * from './result.ts';
 export * from './schedule.ts';

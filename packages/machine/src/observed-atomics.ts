@@ -5,38 +5,75 @@
  */
 import type { ControlledSchedule } from './controlled-schedule.ts';
 import type { Point } from './schedule.ts';
+import { regionOf, SHARED_REGIONS } from './shared-views.ts';
 
 type Words = Int32Array<SharedArrayBuffer> | Uint16Array<SharedArrayBuffer>;
 
 const real = Atomics;
+const CONTROL = SHARED_REGIONS.indexOf('vcpu-control');
 
 /** Names a word in events: region code in the high byte, index below. */
 export type WordNames = (words: ArrayBufferView, index: number) => number;
 
-/** Makes the object. `schedule` is this worker's end; null between executions, when operations are plain. */
-export function observedAtomics(schedule: () => ControlledSchedule | null, name: WordNames): typeof Atomics {
+/** What else is to know of an operation: the race detector. Words are plain views here. */
+export interface AtomicListener {
+  /** The thread has read, or written, or both, word `id` atomically. */
+  atomic(id: number, reads: boolean, writes: boolean): void;
+}
+
+/**
+ * Makes the object. `schedule` is this worker's end, null between executions, when operations are plain; `plain` turns an
+ * observed view into the one beneath.
+ */
+export function observedAtomics(
+  schedule: () => ControlledSchedule | null,
+  name: WordNames,
+  plain: <T extends ArrayBufferView>(view: T) => T,
+  listener: AtomicListener,
+): typeof Atomics {
+  /** After a store that a protocol waits for: what follows must not be taken for part of it. */
+  const settled = (words: ArrayBufferView, index: number): void => {
+    const s = schedule();
+    if (s !== null && regionOf(words.buffer) === CONTROL) s.point('stored', name(words, index));
+  };
+  const note = (words: ArrayBufferView, index: number, reads: boolean, writes: boolean): void => {
+    if (schedule() !== null && words.buffer instanceof SharedArrayBuffer)
+      listener.atomic(name(words, index), reads, writes);
+  };
   const announce = (point: Point, words: ArrayBufferView, index: number): void => {
     const s = schedule();
     if (s !== null && words.buffer instanceof SharedArrayBuffer) s.point(point, name(words, index));
   };
   const rmw =
     (op: 'add' | 'sub' | 'and' | 'or' | 'xor' | 'exchange') =>
-    (words: Words, index: number, value: number): number => {
+    (view: Words, index: number, value: number): number => {
+      const words = plain(view);
       announce('rmw', words, index);
-      return real[op](words as Int32Array, index, value);
+      note(words, index, true, true);
+      const old = real[op](words as Int32Array, index, value);
+      settled(words, index);
+      return old;
     };
   const observed = {
-    load(words: Words, index: number): number {
+    load(view: Words, index: number): number {
+      const words = plain(view);
       announce('load', words, index);
+      note(words, index, true, false);
       return real.load(words as Int32Array, index);
     },
-    store(words: Words, index: number, value: number): number {
+    store(view: Words, index: number, value: number): number {
+      const words = plain(view);
       announce('store', words, index);
-      return real.store(words as Int32Array, index, value);
+      note(words, index, false, true);
+      real.store(words as Int32Array, index, value);
+      settled(words, index);
+      return value;
     },
-    compareExchange(words: Words, index: number, expected: number, value: number): number {
+    compareExchange(view: Words, index: number, expected: number, value: number): number {
+      const words = plain(view);
       // A failing exchange changes nothing that others wait for.
       announce(words[index] === expected ? 'rmw' : 'load', words, index);
+      note(words, index, true, words[index] === expected);
       return real.compareExchange(words as Int32Array, index, expected, value);
     },
     add: rmw('add'),
@@ -45,7 +82,8 @@ export function observedAtomics(schedule: () => ControlledSchedule | null, name:
     or: rmw('or'),
     xor: rmw('xor'),
     exchange: rmw('exchange'),
-    wait(words: Int32Array, index: number, value: number, timeout?: number): 'ok' | 'not-equal' | 'timed-out' {
+    wait(view: Int32Array, index: number, value: number, timeout?: number): 'ok' | 'not-equal' | 'timed-out' {
+      const words = plain(view);
       const s = schedule();
       if (s === null) return real.wait(words, index, value, timeout);
       s.point('wait', name(words, index));
@@ -54,7 +92,8 @@ export function observedAtomics(schedule: () => ControlledSchedule | null, name:
       s.sleep(name(words, index));
       return 'ok';
     },
-    notify(words: Int32Array, index: number, count?: number): number {
+    notify(view: Int32Array, index: number, count?: number): number {
+      const words = plain(view);
       const s = schedule();
       return s === null ? real.notify(words, index, count) : s.wake(name(words, index));
     },

@@ -25,6 +25,8 @@ export const POINTS = [
   'load',
   'store',
   'rmw',
+  /** An atomic store to a control block is visible. */
+  'stored',
   'wait',
   'notify',
   'spin',

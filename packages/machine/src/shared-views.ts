@@ -12,8 +12,18 @@ export const SHARED_REGIONS = [
   'run-control',
   'arena',
   'violations',
+  'tlb',
 ] as const;
 export type SharedRegion = (typeof SHARED_REGIONS)[number];
+
+/** What a controlled worker does with each view that is handed out: returns it, or an observed one in its place. */
+export type ViewObserver = <T extends ArrayBufferView>(region: SharedRegion, view: T) => T;
+let observer: ViewObserver | null = null;
+
+/** Sets the observer of this worker: controlled runs only, before any view is made. */
+export function observeViews(next: ViewObserver): void {
+  observer = next;
+}
 
 /** Which region a buffer holds, for the events of controlled runs. */
 const regions = new WeakMap<ArrayBufferLike, number>();
@@ -33,7 +43,8 @@ export function sharedI32(
   length?: number,
 ): Int32Array {
   note(region, buffer);
-  return new Int32Array(buffer, byteOffset, length);
+  const view = new Int32Array(buffer, byteOffset, length);
+  return observer === null ? view : observer(region, view);
 }
 
 export function sharedU8(
@@ -43,7 +54,8 @@ export function sharedU8(
   length?: number,
 ): Uint8Array {
   note(region, buffer);
-  return new Uint8Array(buffer, byteOffset, length);
+  const view = new Uint8Array(buffer, byteOffset, length);
+  return observer === null ? view : observer(region, view);
 }
 
 export function sharedU16(
@@ -53,7 +65,8 @@ export function sharedU16(
   length?: number,
 ): Uint16Array {
   note(region, buffer);
-  return new Uint16Array(buffer, byteOffset, length);
+  const view = new Uint16Array(buffer, byteOffset, length);
+  return observer === null ? view : observer(region, view);
 }
 
 export function sharedF64(
@@ -63,5 +76,6 @@ export function sharedF64(
   length?: number,
 ): Float64Array {
   note(region, buffer);
-  return new Float64Array(buffer, byteOffset, length);
+  const view = new Float64Array(buffer, byteOffset, length);
+  return observer === null ? view : observer(region, view);
 }

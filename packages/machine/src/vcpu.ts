@@ -107,6 +107,34 @@ export interface VcpuOptions {
   readonly costs?: CostTable;
   /** log₂ of TLB entries; 15 by default. */
   readonly tlbBits?: number;
+  /** Where to keep the TLB (`tlbBytes`), so that a checker can look into it; private memory by default. */
+  readonly tlb?: SharedArrayBuffer;
+}
+
+/** Words of a kept TLB: epoch and the two cached tables, then the 2 MiB table, then the 4 KiB table. */
+const TLB_EPOCH = 0;
+const TLB_GIGA_TABLE = 1;
+const TLB_HUGE_TABLE = 2;
+const TLB_HUGE_BASE = 16;
+const TLB_BASE: number = TLB_HUGE_BASE + 4 * HUGE_TLB_ENTRIES;
+
+/** Bytes of a TLB of 2^bits entries that others may look into. */
+export function tlbBytes(bits: number): number {
+  return (TLB_BASE + (4 << bits)) * 4;
+}
+
+/**
+ * Whether a kept TLB still reaches `frame`: as a page's or block's frame, or as a cached table. For checkers: at the moment
+ * a frame loses its owner no TLB that is in use may reach it (I4).
+ */
+export function tlbReaches(tlb: Int32Array, frame: number): boolean {
+  const epoch = tlb[TLB_EPOCH];
+  if (tlb[TLB_GIGA_TABLE] === frame || tlb[TLB_HUGE_TABLE] === frame) return true;
+  for (let at = TLB_BASE; at < tlb.length; at += 4)
+    if (tlb[at + 2] === frame && tlb[at] >= 0 && tlb[at] >> EPOCH_SHIFT === epoch) return true;
+  for (let at = TLB_HUGE_BASE; at < TLB_BASE; at += 4)
+    if (tlb[at] >= 0 && tlb[at] >> EPOCH_SHIFT === epoch && (frame & ~511) === tlb[at + 2]) return true;
+  return false;
 }
 
 /** Counters of one vCPU, private to its worker. */
@@ -153,7 +181,9 @@ export class Vcpu implements GuestMemory {
   readonly #runControl: Int32Array;
   readonly #tlb: Int32Array;
   readonly #mask: number;
-  readonly #hugeTlb: Int32Array = new Int32Array(4 * HUGE_TLB_ENTRIES).fill(-1);
+  readonly #hugeTlb: Int32Array;
+  /** The kept TLB's words that are not entries; null when nobody looks. */
+  readonly #kept: Int32Array | null = null;
   /** The last page loaded from and stored to: gfn (−1: none), its first word in DRAM, gate and generation held. */
   #loadPage = -1;
   #loadBase = 0;
@@ -204,7 +234,16 @@ export class Vcpu implements GuestMemory {
     this.#baseF64 = (options.block * VCPU_BLOCK_BYTES) / 8;
     this.#runControl = options.runControl;
     const bits = options.tlbBits ?? 15;
-    this.#tlb = new Int32Array(4 << bits).fill(-1);
+    if (options.tlb === undefined) {
+      this.#tlb = new Int32Array(4 << bits).fill(-1);
+      this.#hugeTlb = new Int32Array(4 * HUGE_TLB_ENTRIES).fill(-1);
+    } else {
+      this.#kept = new Int32Array(options.tlb, 0, TLB_HUGE_BASE)
+        .fill(0)
+        .fill(-1, TLB_GIGA_TABLE, TLB_HUGE_TABLE + 1);
+      this.#hugeTlb = new Int32Array(options.tlb, TLB_HUGE_BASE * 4, 4 * HUGE_TLB_ENTRIES).fill(-1);
+      this.#tlb = new Int32Array(options.tlb, TLB_BASE * 4, 4 << bits).fill(-1);
+    }
     this.#mask = (1 << bits) - 1;
     this.u8 = this.#memory.u8[0];
     this.u16 = this.#memory.u16[0];
@@ -255,6 +294,7 @@ export class Vcpu implements GuestMemory {
       this.#epochNumber = 0;
     }
     this.#epoch = this.#epochNumber << EPOCH_SHIFT;
+    this.#keep();
     this.#seen = request;
     this.section++;
     this.counters.flushes++;
@@ -263,6 +303,15 @@ export class Vcpu implements GuestMemory {
     Atomics.store(this.#control, this.#base + VC_FLUSH_ACK, request);
     nudgeSleepingHost(this.#runControl);
     this.stall(this.costs.flushPerVcpuNs);
+  }
+
+  /** Shows a checker what the arrays of the TLB do not. */
+  #keep(): void {
+    const kept = this.#kept;
+    if (kept === null) return;
+    kept[TLB_EPOCH] = this.#epochNumber;
+    kept[TLB_GIGA_TABLE] = this.#pwcGiga < 0 ? -1 : this.#pwcGigaTable;
+    kept[TLB_HUGE_TABLE] = this.#pwcHuge < 0 ? -1 : this.#pwcHugeTable;
   }
 
   /** Charges time in which this vCPU could not run: violations, flushes, requests it waits for. */
@@ -497,6 +546,7 @@ export class Vcpu implements GuestMemory {
         }
         this.#pwcHuge = walk.level1Table > 0 ? gfn >>> 9 : -1;
         this.#pwcHugeTable = walk.level1Table;
+        this.#keep();
       }
       if (!walk.present || (walk.low & need) !== need) {
         this.counters.violations++;

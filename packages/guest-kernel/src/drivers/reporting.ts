@@ -100,8 +100,7 @@ export class PageReporting {
 
   #zone(zone: number): void {
     const w = this.#w;
-    if (!watermarkOk(w, zone, 0, w[zone + Z_LOW] + (PAGE_REPORTING_CAPACITY << this.#order), 0))
-      return;
+    if (!watermarkOk(w, zone, 0, w[zone + Z_LOW] + (PAGE_REPORTING_CAPACITY << this.#order), 0)) return;
     let offset = PAGE_REPORTING_CAPACITY;
     for (let order = this.#order; order <= MAX_ORDER; order++) {
       for (let migratetype = 0; migratetype < MIGRATE_TYPES; migratetype++) {

@@ -79,7 +79,7 @@ export async function campaign(
     violations++;
     const at = performance.now() - began;
     const run = draw.get(n);
-    const small = await shrink(stage, run.program, outcome, SHRINK_MS);
+    const small = await shrink(stage, run.program, outcome, run.observe, SHRINK_MS);
     tell({
       kind: 'failure',
       run: n + 1,
@@ -91,6 +91,7 @@ export async function campaign(
         strategy: options.strategy,
         program: small.program as FuzzCase['program'],
         choices: small.choices,
+        observe: run.observe,
         found: [...small.found],
       },
     });

@@ -17,6 +17,8 @@ export const caseSchema = z.object({
   program: z.object({ host: z.array(opSchema), cpus: z.array(z.array(opSchema)) }),
   /** Which candidate went on at each choice; 0 (the one that ran) past the end. */
   choices: z.array(z.number()),
+  /** Whether races were looked for. */
+  observe: z.boolean(),
   found: z.array(z.string()),
 });
 

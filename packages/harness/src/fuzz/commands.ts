@@ -211,6 +211,7 @@ async function byCase(stage: Stage, c: FuzzCase): Promise<Replayed> {
     depth: 0,
     length: 1,
     choices: c.choices,
+    observe: c.observe,
   });
   return { program: c.program, outcome };
 }

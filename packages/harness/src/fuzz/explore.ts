@@ -23,12 +23,15 @@ export interface SearchOptions {
 const BATCH = 16;
 /** PCT spreads its change points over about as many steps as an execution has. */
 const PCT_LENGTH = 600;
+const OBSERVED_RUN = 2;
 
 export interface Run {
   readonly program: FuzzProgram;
   readonly strategy: Strategy;
   readonly seed: number;
   readonly depth: number;
+  /** Whether races are looked for: in every fourth run. */
+  readonly observe: boolean;
 }
 
 /** Draws runs by number. */
@@ -59,6 +62,7 @@ export class Runs {
       strategy: strategy === 'exhaustive' ? 'none' : pct ? 'pct' : 'random',
       seed: Math.imul(this.#options.seed, 0x9e3779b1) ^ n,
       depth: 1 + (Math.floor(n / 2) % 3),
+      observe: n % 4 === OBSERVED_RUN,
     };
   }
 }
@@ -71,6 +75,7 @@ export function execute(stage: Stage, run: Run, choices: readonly number[] = [])
     depth: run.depth,
     length: PCT_LENGTH,
     choices,
+    observe: run.observe,
   });
 }
 
@@ -137,11 +142,12 @@ export async function shrink(
   stage: Stage,
   program: FuzzProgram,
   outcome: Outcome,
+  observe: boolean,
   milliseconds: number,
 ): Promise<{ program: FuzzProgram; choices: number[]; found: readonly string[] }> {
   let best = { program, choices: [...outcome.choices], found: outcome.found };
   const replayed = async (p: FuzzProgram, choices: readonly number[]): Promise<Outcome> =>
-    stage.run(p, { strategy: 'none', seed: 1, depth: 0, length: 1, choices });
+    stage.run(p, { strategy: 'none', seed: 1, depth: 0, length: 1, choices, observe });
   const first = await replayed(program, best.choices);
   if (first.found.length === 0) return best;
   const until = performance.now() + milliseconds;

@@ -2,6 +2,9 @@
 import {
   ControlledSchedule,
   observedAtomics,
+  observeViews,
+  plainView,
+  RaceDetector,
   regionOf,
   ScheduleAborted,
   type ViolationLog,
@@ -9,6 +12,7 @@ import {
 import { exposeToParent } from '../run/worker-port.ts';
 import { HostLab, VcpuLab, type LabBuffers } from './lab.ts';
 import { findProperty } from './properties.ts';
+import { describeRace, racyByDesign } from './racy.ts';
 import type { FuzzProgram } from './property.ts';
 
 /** What a thread found: violations in words, and a crash if it had one. */
@@ -20,10 +24,14 @@ export interface ThreadResult {
 }
 
 let schedule: ControlledSchedule | null = null;
+let races: RaceDetector | null = null;
 globalThis.Atomics = observedAtomics(
   () => schedule,
   (words, index) => (regionOf(words.buffer) << 24) | ((words.byteOffset / 4 + index) & 0xff_ffff),
+  plainView,
+  { atomic: (id, reads, writes) => races?.atomic(id, reads, writes) },
 );
+observeViews((region, view) => (races === null ? view : races.observe(region, view)));
 
 export class FuzzWorker {
   #lab: LabBuffers | null = null;
@@ -37,35 +45,43 @@ export class FuzzWorker {
     this.#thread = thread;
   }
 
-  /** Runs this thread's part of one program under the schedule prepared in the lab's buffer. */
-  run(program: FuzzProgram): ThreadResult {
+  /** Runs this thread's part of one program under the schedule prepared in the lab's buffer. `observe`: look for races. */
+  run(program: FuzzProgram, observe: boolean): ThreadResult {
     const lab = this.#lab as LabBuffers;
     const property = findProperty(this.#property);
     const control = new ControlledSchedule(lab.schedule, this.#thread);
     const found: string[] = [];
     let crash = '';
     let log: ViolationLog | null = null;
+    races = observe ? new RaceDetector(lab.races, this.#thread, racyByDesign(lab.shape.ramPages)) : null;
+    const begin = (): void => {
+      schedule = control;
+      control.start();
+      if (races !== null) races.active = true;
+    };
+    const finish = (): void => {
+      control.end();
+      schedule = null;
+      for (const race of races?.races ?? []) found.push(describeRace(race));
+      races = null;
+    };
     try {
       if (this.#thread === 0) {
         const host = new HostLab(lab, control);
         log = host.log;
         const verdict = property.host(host, program);
-        schedule = control;
-        control.start();
+        begin();
         host.serve();
-        control.end();
-        schedule = null;
+        finish();
         found.push(...host.audit(), ...verdict());
       } else {
         const vm = Math.floor((this.#thread - 1) / lab.shape.vcpus);
         const id = (this.#thread - 1) % lab.shape.vcpus;
         const cpu = new VcpuLab(lab, control, vm, id);
-        schedule = control;
-        control.start();
+        begin();
         property.cpu(cpu, program, vm, id);
         cpu.finish();
-        control.end();
-        schedule = null;
+        finish();
         found.push(...cpu.found);
       }
     } catch (error) {

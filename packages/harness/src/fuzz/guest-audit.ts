@@ -66,7 +66,8 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
       same(`free blocks of order ${order}`, w[zone + Z_NR_FREE + order], blocks);
     }
     same('free pages of a zone', w[zone + Z_FREE], free);
-    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++) shadow[w[memmap + (pfn << 4) + P_SHADOW]]++;
+    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++)
+      shadow[w[memmap + (pfn << 4) + P_SHADOW]]++;
   }
   const listed = zoneBases(w).reduce((sum, z) => sum + w[z + Z_FREE], 0);
   same('free pages and shadow', listed, shadow[SHADOW_BUDDY]);

@@ -15,13 +15,21 @@ import {
   hfn,
   HostMemory,
   ledgerBytes,
+  MODE_OUTSIDE,
   PAGE_SIZE,
+  RACE_BYTES,
   RC_DOORBELL,
   RC_HOST_ASLEEP,
   RUN_CONTROL_BYTES,
   SCHEDULE_BYTES,
   sharedI32,
   ThreadExitPort,
+  tlbBytes,
+  tlbReaches,
+  VC_FLUSH_ACK,
+  VC_FLUSH_REQ,
+  VC_MODE,
+  VCPU_BLOCK_WORDS,
   Vcpu,
   VCPU_BLOCK_BYTES,
   ViolationLog,
@@ -45,6 +53,7 @@ export interface LabShape {
 
 /** Words of run control from here belong to the properties: done flags, then a model shared by the threads. */
 const RC_DONE = 640;
+const TLB_BITS = 6;
 /** Words for the models of a property, in a buffer of their own. */
 export const MODEL_WORDS = 16384;
 
@@ -57,6 +66,9 @@ export interface LabBuffers {
   readonly runControl: SharedArrayBuffer;
   readonly arenas: readonly SharedArrayBuffer[];
   readonly model: SharedArrayBuffer;
+  /** TLBs of the vCPUs, and the race detector's memory. */
+  readonly tlbs: readonly SharedArrayBuffer[];
+  readonly races: SharedArrayBuffer;
   readonly schedule: SharedArrayBuffer;
 }
 
@@ -70,6 +82,8 @@ export function labBuffers(shape: LabShape): LabBuffers {
     runControl: new SharedArrayBuffer(RUN_CONTROL_BYTES),
     arenas: Array.from({ length: shape.vms }, () => Arena.create(shape.ramPages)),
     model: new SharedArrayBuffer(MODEL_WORDS * 4),
+    tlbs: Array.from({ length: shape.vms * shape.vcpus }, () => new SharedArrayBuffer(tlbBytes(TLB_BITS))),
+    races: new SharedArrayBuffer(RACE_BYTES),
     schedule: new SharedArrayBuffer(SCHEDULE_BYTES),
   };
 }
@@ -103,6 +117,8 @@ export class HostLab {
   /** What a checker found, in words. */
   readonly found: string[] = [];
   readonly #arenas: readonly SharedArrayBuffer[];
+  readonly #control: Int32Array;
+  readonly #tlbs: readonly Int32Array[];
 
   constructor(lab: LabBuffers, schedule: Schedule) {
     const { shape } = lab;
@@ -114,7 +130,15 @@ export class HostLab {
     this.ledger = new FrameLedger(lab.ledger, this.#memory.frames);
     this.log = new ViolationLog(lab.violations);
     this.#runControl = sharedI32('run-control', lab.runControl);
-    this.pool = new FramePool({
+    this.#control = new Int32Array(lab.control);
+    this.#tlbs = lab.tlbs.map((tlb) => new Int32Array(tlb));
+    const watch = (first: number, count: number): void => this.#mustBeOutOfReach(first, count);
+    this.pool = new (class extends FramePool {
+      override free(first: Hfn, count: number): void {
+        watch(first, count);
+        super.free(first, count);
+      }
+    })({
       memory: this.#memory,
       ledger: this.ledger,
       violations: this.log,
@@ -181,6 +205,25 @@ export class HostLab {
         this.pool.free(first, count);
       },
     };
+  }
+
+  /**
+   * I4 at the moment that matters: a frame loses its owner, so no TLB may reach it, but one that will be flushed before its
+   * vCPU uses it again.
+   */
+  #mustBeOutOfReach(first: number, count: number): void {
+    for (const [i, tlb] of this.#tlbs.entries()) {
+      const block = i * VCPU_BLOCK_WORDS;
+      const outside = this.#control[block + VC_MODE] === MODE_OUTSIDE;
+      if (outside && this.#control[block + VC_FLUSH_REQ] !== this.#control[block + VC_FLUSH_ACK]) continue;
+      for (let f = first; f < first + count; f++) {
+        if (this.found.length > 8 || !tlbReaches(tlb, f)) continue;
+        const vcpu = `${Math.floor(i / this.shape.vcpus)}/${i % this.shape.vcpus}`;
+        this.found.push(
+          `reachable: frame 0x${f.toString(16)} of ${describeOwner(this.ledger.owner[f])} is given back while the TLB of vCPU ${vcpu} still reaches it (I4, I17)`,
+        );
+      }
+    }
   }
 
   #hasContent(frame: number): boolean {
@@ -259,7 +302,14 @@ export class HostLab {
       for (const slot of vm.slots.all) {
         for (let page = slot.baseGfn; page < slot.baseGfn + slot.nrPages; page++) {
           eptWalk(this.#memory.i32, vm.mmu.root, gfn(page), walk);
-          if (!walk.present) continue;
+          if (!walk.present) {
+            // A cleared entry is 0: a bit set blindly after the zap would be found by the next owner of the slot.
+            if (walk.low !== 0)
+              this.found.push(
+                `ept: the cleared entry of VM ${vm.id} gfn 0x${page.toString(16)} holds 0x${walk.low.toString(16)}`,
+              );
+            continue;
+          }
           const want = file.bmap(slot.fileOffset + page - slot.baseGfn);
           if (walk.frame !== want) {
             this.found.push(
@@ -316,7 +366,8 @@ export class VcpuLab {
       runControl: this.#runControl,
       port: new ThreadExitPort(this.#runControl, 0),
       schedule,
-      tlbBits: 8,
+      tlbBits: TLB_BITS,
+      tlb: lab.tlbs[this.#thread],
     });
   }
 

@@ -1,7 +1,7 @@
 /**
  * Runs executions of one property: real workers, one per thread of the property, kept from one execution to the next.
  */
-import { ScheduleBuffer, type ScheduleOutcome, type ScheduleStart } from '@ebb/machine';
+import { resetRaces, ScheduleBuffer, type ScheduleOutcome, type ScheduleStart } from '@ebb/machine';
 import { spawnWorker, type SpawnedWorker } from '../run/worker-endpoint.ts';
 import type { FuzzWorker } from './fuzz-worker.ts';
 import { labBuffers, resetLab, type LabBuffers } from './lab.ts';
@@ -47,11 +47,17 @@ export class Stage {
   /** One execution. */
   async run(
     program: FuzzProgram,
-    start: Pick<ScheduleStart, 'strategy' | 'seed' | 'depth' | 'length' | 'choices'>,
+    start: Pick<ScheduleStart, 'strategy' | 'seed' | 'depth' | 'length' | 'choices'> & {
+      /** Look for races too: slower by a factor of a few. */
+      readonly observe: boolean;
+    },
   ): Promise<Outcome> {
     resetLab(this.#lab);
+    if (start.observe) resetRaces(this.#lab.races);
     this.buffer.prepare({ ...start, threads: this.threads, limit: STEP_LIMIT });
-    const results = await this.#race(Promise.all(this.#workers.map((w) => w.api.run(program))));
+    const results = await this.#race(
+      Promise.all(this.#workers.map((w) => w.api.run(program, start.observe))),
+    );
     const outcome = this.buffer.outcome();
     const found: string[] = [];
     if (outcome.failure === 'deadlock' || outcome.failure === 'livelock') {

@@ -78,7 +78,9 @@ function attach(lab: HostLab, vm: Vm, line: number, device: VirtioDevice): void 
     interrupt: () => vm.interrupt(line),
     completed: (at) => vm.completed(line, at),
     onLeaseBroken: (gpa) =>
-      lab.found.push(`device-lease: a device touched 0x${gpa.toString(16)} after it had returned the buffer (I16)`),
+      lab.found.push(
+        `device-lease: a device touched 0x${gpa.toString(16)} after it had returned the buffer (I16)`,
+      ),
   });
   vm.addMmio({
     base: MMIO_BASE + line * MMIO_STRIDE,
@@ -152,9 +154,12 @@ function balloonVerdict(arena: Arena, balloon: BalloonDevice): string[] {
   const pages = balloonPages(arena);
   const spare = zoneBases(arena.w).reduce((s, z) => s + arena.w[z + Z_FREE] - arena.w[z + Z_LOW], 0);
   const found: string[] = [];
-  if (pages > balloon.numPages) found.push(`liveness: the balloon holds ${pages} pages, its target is ${balloon.numPages} (I24)`);
+  if (pages > balloon.numPages)
+    found.push(`liveness: the balloon holds ${pages} pages, its target is ${balloon.numPages} (I24)`);
   if (pages < balloon.numPages && spare > 64)
-    found.push(`liveness: the balloon stopped at ${pages} of ${balloon.numPages} pages with ${spare} to spare (I24)`);
+    found.push(
+      `liveness: the balloon stopped at ${pages} of ${balloon.numPages} pages with ${spare} to spare (I24)`,
+    );
   const book = balloon.ballooned.count();
   if (book !== pages) found.push(`balloon books: the device counts ${book} pages, the driver ${pages}`);
   return found;
@@ -170,7 +175,9 @@ function diskVerdict(lab: HostLab, disk: Uint8Array): string[] {
       const have = words[(cpu * FILE_PAGES + index) * 1024 + 7];
       const want = version === 0 ? 0 : pattern(cpu, index, version, 7);
       if (have !== want)
-        found.push(`model disk: page ${index} of file ${cpu} is not its version ${version} after the last sync`);
+        found.push(
+          `model disk: page ${index} of file ${cpu} is not its version ${version} after the last sync`,
+        );
     }
   }
   return found;
@@ -263,7 +270,8 @@ class GuestRun {
     for (let i = 0; i < 1 << order; i++) {
       // `init_on_alloc`: nobody sees what was there before.
       const before = this.#kernel.vcpu.load32(gfn(pfn + i), 5);
-      if (before !== 0) this.#complain(`fresh page ${pfn + i} holds 0x${(before >>> 0).toString(16)}, not zero (I2)`);
+      if (before !== 0)
+        this.#complain(`fresh page ${pfn + i} holds 0x${(before >>> 0).toString(16)}, not zero (I2)`);
       this.#kernel.vcpu.store32(gfn(pfn + i), 5, value);
     }
     this.#held.push({ pfn, order, value });
@@ -275,7 +283,9 @@ class GuestRun {
     for (let i = 0; i < 1 << order; i++) {
       const found = this.#kernel.vcpu.load32(gfn(pfn + i), 5);
       if (found !== value)
-        this.#complain(`page ${pfn + i} holds 0x${(found >>> 0).toString(16)}, its owner stored 0x${value.toString(16)} (I15)`);
+        this.#complain(
+          `page ${pfn + i} holds 0x${(found >>> 0).toString(16)}, its owner stored 0x${value.toString(16)} (I15)`,
+        );
     }
   }
 

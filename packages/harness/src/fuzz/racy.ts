@@ -1,0 +1,51 @@
+/** Words that may be raced for by design, with the reason; everything else observed must be ordered. */
+import {
+  arenaLayout,
+  EVENTS_BASE,
+  EVENTS_WORDS,
+  H_NR_DIRTY,
+  H_NR_FILE_PAGES,
+  MAX_CPUS,
+  MAX_ORDER,
+  MAX_ZONES,
+  P_FLAGS,
+  PAGE_STRUCT_WORDS,
+  Z_FLAGS,
+  Z_FREE,
+  Z_NR_FREE,
+  ZONE_BASE,
+  ZONE_WORDS,
+} from '@ebb/guest-kernel';
+import type { Race, SharedRegion } from '@ebb/machine';
+
+/** Zone words that the watermark checks read without the lock, as Linux does: a stale count only moves a decision. */
+const PEEKED: ReadonlySet<number> = new Set([
+  Z_FREE,
+  Z_FLAGS,
+  ...Array.from({ length: MAX_ORDER + 1 }, (_, order) => Z_NR_FREE + order),
+]);
+
+/** Whether a word of a region is one of them, for a guest of `maxPfn` pages. */
+export function racyByDesign(maxPfn: number): (region: SharedRegion, word: number) => boolean {
+  const { memmap, hash } = arenaLayout(maxPfn);
+  return (region, word) => region === 'arena' && inArena(word, memmap, hash);
+}
+
+function inArena(word: number, memmap: number, hash: number): boolean {
+  // A free looks at its buddy's flags under the zone lock, whoever owns the buddy; only that lock's holders set PG_BUDDY.
+  if (word >= memmap && word < hash) return (word - memmap) % PAGE_STRUCT_WORDS === P_FLAGS;
+  if (word >= ZONE_BASE && word < ZONE_BASE + MAX_ZONES * ZONE_WORDS)
+    return PEEKED.has((word - ZONE_BASE) % ZONE_WORDS);
+  // Each CPU counts in a row of its own; sums for statistics read them all.
+  if (word >= EVENTS_BASE && word < EVENTS_BASE + MAX_CPUS * EVENTS_WORDS) return true;
+  // Counted by atomic additions, read plainly by statistics and thresholds.
+  return word === H_NR_DIRTY || word === H_NR_FILE_PAGES;
+}
+
+export function describeRace(race: Race): string {
+  return `race: ${race.region} word ${race.word}: ${race.kind} by ${who(race.by)}, unordered with ${who(race.other)}`;
+}
+
+function who(thread: number): string {
+  return thread === 0 ? 'the host' : `vcpu${thread - 1}`;
+}
