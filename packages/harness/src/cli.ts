@@ -17,6 +17,8 @@ import { compareSchema } from './compare/schema.ts';
 import { emitJson, jsonToStdout, progressLine, say, writeOut } from './cli-output.ts';
 import { fidelity } from './fidelity.ts';
 import { addFuzzCommands } from './fuzz/commands.ts';
+import { addMutantCommand } from './mutants/commands.ts';
+import { addCheckCommand } from './protocol/commands.ts';
 import { renderReport } from './report/report.ts';
 import { WorkerDied } from './run/worker-endpoint.ts';
 import { findScenario, runScenario } from './scenarios/run-scenario.ts';
@@ -366,6 +368,8 @@ trace
   });
 
 addFuzzCommands(program);
+addMutantCommand(program);
+addCheckCommand(program);
 
 /** Maps what went wrong to an exit code and one line. */
 function fail(error: unknown): number {
@@ -383,6 +387,11 @@ function fail(error: unknown): number {
   return 3;
 }
 
+// A reader that has seen enough (`| head`) is no error.
+process.stdout.on('error', (error: NodeJS.ErrnoException) => {
+  if (error.code === 'EPIPE') process.exit(0);
+  throw error;
+});
 try {
   await program.parseAsync(process.argv);
 } catch (error) {

@@ -237,6 +237,8 @@ export class PageCache {
     if (pfn < 0) return false;
     const ok = this.#vcpu.window(pfn * 4096, words.length * 4, true);
     if (ok) this.#vcpu.i32.set(words, this.#vcpu.at >> 2);
+    // A page that was not filled is up to date only now: a reader on another CPU waits for its content.
+    Atomics.or(this.#w, this.#memmap + (pfn << 4) + P_FLAGS, PG_UPTODATE);
     this.markDirty(pfn);
     this.#alloc.put(pfn);
     return ok;
@@ -250,15 +252,25 @@ export class PageCache {
     this.#unlock();
   }
 
-  /** The page, up to date, with a reference for the caller; −1 when memory or disk failed. */
+  /**
+   * The page with a reference for the caller; −1 when memory or disk failed. Up to date, unless it is new and not to be
+   * filled: then the caller writes all of it.
+   */
   #get(inode: number, index: number, fill: boolean): number {
     for (;;) {
       const found = this.lookup(inode, index);
       if (found >= 0) {
         // Another CPU may be reading it in.
-        while ((Atomics.load(this.#w, this.#memmap + (found << 4) + P_FLAGS) & PG_UPTODATE) === 0)
+        const page = this.#memmap + (found << 4);
+        let state = Atomics.load(this.#w, page + P_FLAGS);
+        while ((state & PG_UPTODATE) === 0 && Atomics.load(this.#w, page + P_INODE) === inode) {
           this.#relax();
-        return found;
+          state = Atomics.load(this.#w, page + P_FLAGS);
+        }
+        if ((state & PG_UPTODATE) !== 0) return found;
+        // Its reader met a disk error and took it out again.
+        this.#alloc.put(found);
+        continue;
       }
       const pfn = this.#alloc.alloc(0, MIGRATE_MOVABLE, FILE_GFP);
       if (pfn < 0) return -1;
@@ -272,10 +284,14 @@ export class PageCache {
       if (fill) {
         this.#pfns[0] = pfn;
         this.#blocks[0] = this.#blockOf(inode, index);
-        if (!this.#io.transfer(false, this.#pfns, this.#blocks, 1)) return -1;
+        if (!this.#io.transfer(false, this.#pfns, this.#blocks, 1)) {
+          if (this.remove(pfn, this.#alloc.stampOf(pfn))) this.#alloc.put(pfn);
+          this.#alloc.put(pfn);
+          return -1;
+        }
         this.#w[this.#events + EV.pgpgin]++;
+        Atomics.or(this.#w, this.#memmap + (pfn << 4) + P_FLAGS, PG_UPTODATE);
       }
-      Atomics.or(this.#w, this.#memmap + (pfn << 4) + P_FLAGS, PG_UPTODATE);
       return pfn;
     }
   }

@@ -1,5 +1,6 @@
 /** The properties, by name. */
 import { allocator, balloon, cache, reporting } from './properties/guest.ts';
+import { hostile } from './properties/hostile.ts';
 import { invalidation, isolation, slots } from './properties/memory.ts';
 import { UserError } from '../trace/trace.ts';
 import type { Property } from './property.ts';
@@ -12,6 +13,7 @@ export const PROPERTIES: readonly Property[] = [
   reporting,
   balloon,
   cache,
+  hostile,
 ];
 
 export function findProperty(name: string): Property {

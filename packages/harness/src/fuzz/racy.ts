@@ -27,11 +27,13 @@ const PEEKED: ReadonlySet<number> = new Set([
 
 /** Whether a word of a region is one of them, for a guest of `maxPfn` pages. */
 export function racyByDesign(maxPfn: number): (region: SharedRegion, word: number) => boolean {
-  const { memmap, hash } = arenaLayout(maxPfn);
-  return (region, word) => region === 'arena' && inArena(word, memmap, hash);
+  const { pageblocks, memmap, hash } = arenaLayout(maxPfn);
+  return (region, word) => region === 'arena' && inArena(word, pageblocks, memmap, hash);
 }
 
-function inArena(word: number, memmap: number, hash: number): boolean {
+function inArena(word: number, pageblocks: number, memmap: number, hash: number): boolean {
+  // A free picks its per-CPU list by the pageblock's type without the zone lock; the buddy reads it again under it.
+  if (word >= pageblocks && word < memmap) return true;
   // A free looks at its buddy's flags under the zone lock, whoever owns the buddy; only that lock's holders set PG_BUDDY.
   if (word >= memmap && word < hash) return (word - memmap) % PAGE_STRUCT_WORDS === P_FLAGS;
   if (word >= ZONE_BASE && word < ZONE_BASE + MAX_ZONES * ZONE_WORDS)

@@ -7,8 +7,6 @@ import {
   GuestKernel,
   LINE_BALLOON,
   LINE_BLK,
-  MMIO_BASE,
-  MMIO_STRIDE,
   Z_FREE,
   Z_LOW,
   zoneBases,
@@ -16,9 +14,7 @@ import {
 } from '@ebb/guest-kernel';
 import { BalloonDevice, BlockDevice, type DevicePort, type TaskBody, type Vm } from '@ebb/host-kvm';
 import { gfn, NS_PER_MS, NS_PER_S, VmKilled } from '@ebb/machine';
-import { MmioTransport, type VirtioDevice } from '@ebb/virtio/device';
 import {
-  MMIO_REGION_BYTES,
   VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
   VIRTIO_BALLOON_F_FREE_PAGE_HINT,
   VIRTIO_BALLOON_F_MUST_TELL_HOST,
@@ -26,6 +22,7 @@ import {
   VIRTIO_BALLOON_F_STATS_VQ,
 } from '@ebb/virtio/uapi';
 import fc from 'fast-check';
+import { attachDevice } from '../attach-device.ts';
 import { auditGuest, balloonPages } from '../guest-audit.ts';
 import type { HostLab, LabShape, VcpuLab } from '../lab.ts';
 import type { FuzzProgram, Op, Property, Verdict } from '../property.ts';
@@ -71,25 +68,6 @@ function config(kind: GuestKind, vcpus: number): GuestConfig {
 
 // ── Host ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-function attach(lab: HostLab, vm: Vm, line: number, device: VirtioDevice): void {
-  const transport = new MmioTransport({
-    device,
-    memory: vm.memory,
-    interrupt: () => vm.interrupt(line),
-    completed: (at) => vm.completed(line, at),
-    onLeaseBroken: (gpa) =>
-      lab.found.push(
-        `device-lease: a device touched 0x${gpa.toString(16)} after it had returned the buffer (I16)`,
-      ),
-  });
-  vm.addMmio({
-    base: MMIO_BASE + line * MMIO_STRIDE,
-    bytes: MMIO_REGION_BYTES,
-    read: (offset, width) => transport.read(offset, width),
-    write: (offset, width, value) => transport.write(offset, width, value),
-  });
-}
-
 function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
   const [{ vm }] = lab.vms;
   const port: DevicePort = {
@@ -104,7 +82,7 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
       features: kind.features,
       memory: { ramPages: PAGES, unitPages: 1, discard: (runs, n) => vm.discard(runs, n) },
     });
-    attach(lab, vm, LINE_BALLOON, balloon);
+    attachDevice(lab, vm, LINE_BALLOON, balloon);
   }
   const disk = new Uint8Array(lab.shape.vcpus * FILE_PAGES * 4096);
   if (kind.disk) {
@@ -114,7 +92,7 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
       write: (offset: number, bytes: Uint8Array) => disk.set(bytes, offset),
       flush: () => undefined,
     };
-    attach(lab, vm, LINE_BLK, new BlockDevice(storage, port));
+    attachDevice(lab, vm, LINE_BLK, new BlockDevice(storage, port));
   }
   program.host.forEach((op, i) => lab.spawn(`${op.op} ${i}`, hostTask(vm, balloon, op)));
   return () => {
@@ -245,6 +223,9 @@ class GuestRun {
       case 'read':
         this.#read(a % FILE_PAGES);
         break;
+      case 'peek':
+        this.#peek(a % FILE_PAGES);
+        break;
       case 'sync':
         this.#kernel.parts.reclaim.sync();
         break;
@@ -314,6 +295,19 @@ class GuestRun {
         return;
       }
     }
+  }
+
+  /** Reads another CPU's file: whole pages of one version, no older than the newest before the read. */
+  #peek(index: number): void {
+    const owner = (this.#id + 1) % this.#lab.shape.vcpus;
+    const before = this.#lab.model[versionWord(owner, index)];
+    if (!this.#kernel.parts.cache.read(owner, index, this.#buffer)) return;
+    const after = this.#lab.model[versionWord(owner, index)] + 1;
+    for (let version = before; version <= after; version++) {
+      const want = (word: number): number => (version === 0 ? 0 : pattern(owner, index, version, word));
+      if ([0, 7, 1023].every((word) => this.#buffer[word] === want(word))) return;
+    }
+    this.#complain(`page ${index} of file ${owner} is of none of the versions ${before} to ${after}`);
   }
 
   /** The liveness phase: no more operations; timers come due until everything has settled. */
@@ -426,7 +420,7 @@ export const cache: Property = guestProperty(
     features: null,
     disk: true,
     reportingOrder: 9,
-    cpu: ['write', 'write', 'read', 'read', 'sync', 'many', 'free-many', 'time', 'slice'],
+    cpu: ['write', 'write', 'read', 'peek', 'peek', 'sync', 'many', 'free-many', 'time', 'slice'],
     host: ['interrupt'],
   },
 );

@@ -13,7 +13,8 @@ import type { FuzzProgram, Op, Property } from '../property.ts';
 const PAGES = 12;
 const WORDS = 4;
 
-const cpuOps = fc.record({
+/** Operations of a vCPU that checks what it reads. */
+export const memoryOps: fc.Arbitrary<Op> = fc.record({
   op: fc.constantFrom('store', 'store', 'store', 'load', 'load', 'fill', 'exit', 'slice', 'scatter'),
   a: fc.nat({ max: PAGES - 1 }),
   b: fc.nat({ max: WORDS - 1 }),
@@ -30,7 +31,7 @@ function programs(shape: LabShape, slots: boolean): fc.Arbitrary<FuzzProgram> {
     host: fc.array(hostOps(slots), { minLength: 1, maxLength: 6 }),
     cpus: fc.tuple(
       ...Array.from({ length: shape.vms * shape.vcpus }, () =>
-        fc.array(cpuOps, { minLength: 2, maxLength: 14 }),
+        fc.array(memoryOps, { minLength: 2, maxLength: 14 }),
       ),
     ),
   });
@@ -152,7 +153,8 @@ class Cells {
   }
 }
 
-function runCpu(lab: VcpuLab, ops: readonly Op[], vm: number, id: number): void {
+/** Runs them; what does not fit the model is found. */
+export function runMemoryOps(lab: VcpuLab, ops: readonly Op[], vm: number, id: number): void {
   const { vcpu } = lab;
   const cells = new Cells(lab, vm, id);
   try {
@@ -213,7 +215,7 @@ function memoryProperty(
       return () => [];
     },
     cpu(lab, program, vm, id) {
-      runCpu(lab, program.cpus[vm * shape.vcpus + id], vm, id);
+      runMemoryOps(lab, program.cpus[vm * shape.vcpus + id], vm, id);
     },
   };
 }

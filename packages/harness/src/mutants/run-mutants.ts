@@ -1,0 +1,214 @@
+/** Plants each fault in a scratch copy and runs what must catch it; several at once on the cores there are. */
+import { createHash } from 'node:crypto';
+import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
+import { join } from 'node:path';
+import { applyPatch, parsePatch } from 'diff';
+import { UserError } from '../trace/trace.ts';
+import { PROPERTIES } from '../fuzz/properties.ts';
+import type { Mutant } from './mutant.ts';
+import { ROOT, Scratch, sourcesHash } from './scratch.ts';
+
+/** Runs per property in which a fault must be found. */
+const RUNS = 400;
+/** Longest search per property, and longest test: a check that does not end has noticed something, too. */
+const PROPERTY_MS = 25_000;
+const TEST_MS = 60_000;
+/** A patch nobody prepared for: every property gets this long. */
+const PATCH_MS = 20_000;
+
+export interface MutantResult {
+  readonly name: string;
+  readonly caught: boolean;
+  /** Property or test that caught it. */
+  readonly by: string;
+  /** What was found, in one line. */
+  readonly how: string;
+  /** Number of the run that found it; 0 for tests. */
+  readonly runs: number;
+  readonly seconds: number;
+  readonly cached: boolean;
+}
+
+type Check = (scratch: Scratch) => Promise<Omit<MutantResult, 'name' | 'seconds' | 'cached'>>;
+
+const MISSED = { caught: false, by: '', how: 'nothing noticed', runs: 0 };
+
+async function byProperties(
+  scratch: Scratch,
+  names: readonly string[],
+  runs: number,
+  milliseconds: number,
+): ReturnType<Check> {
+  const out = await scratch.run(
+    [
+      '--conditions=ebb-source',
+      'packages/harness/src/cli.ts',
+      'fuzz',
+      ...names,
+      '--workers',
+      '1',
+      ...(runs > 0 ? ['--runs', String(runs)] : []),
+      '--time',
+      `${milliseconds}ms`,
+      '--out',
+      join(scratch.folder, 'out'),
+      '--json',
+      '-',
+    ],
+    milliseconds + 60_000,
+  );
+  if (out.stopped) return { caught: true, by: names.join(' '), how: 'the search did not end', runs: 0 };
+  if (out.code === 0) return MISSED;
+  try {
+    const json = JSON.parse(out.output.slice(out.output.indexOf('{\n  "schema"'))) as {
+      found: { property: string; run: number; found: string[] }[];
+    };
+    const [first] = json.found;
+    return { caught: true, by: first.property, how: first.found[0], runs: first.run };
+  } catch {
+    return { caught: out.code !== 2, by: names.join(' '), how: lastLine(out.output), runs: 0 };
+  }
+}
+
+async function byTest(scratch: Scratch, filters: readonly string[]): ReturnType<Check> {
+  const out = await scratch.run(
+    ['node_modules/vitest/vitest.mjs', 'run', ...filters, '--bail', '1', '--reporter', 'dot'],
+    TEST_MS * Math.max(1, filters.length === 0 ? 4 : 1),
+  );
+  if (out.stopped) return { caught: true, by: filters.join(' '), how: 'the test did not end', runs: 0 };
+  if (out.code === 0) return MISSED;
+  const failed = /FAIL\s+(.*)/.exec(stripColour(out.output))?.[1] ?? lastLine(out.output);
+  return { caught: true, by: filters.join(' ') || 'the tests', how: failed.trim(), runs: 0 };
+}
+
+function stripColour(text: string): string {
+  // oxlint-disable-next-line no-control-regex
+  return text.replaceAll(/\u001b\[[0-9;]*m/g, '');
+}
+function lastLine(text: string): string {
+  return stripColour(text).trim().split('\n').at(-1)?.slice(0, 200) ?? '';
+}
+
+/** Plants `mutant` and runs its check; throws the user's one line if its text is not there exactly once. */
+async function tryMutant(scratch: Scratch, mutant: Mutant): ReturnType<Check> {
+  const text = scratch.read(mutant.file);
+  if (text.split(mutant.find).length !== 2)
+    throw new UserError(
+      `mutant ${mutant.name}: its text occurs ${text.split(mutant.find).length - 1} times in ${mutant.file}; it must be there once`,
+    );
+  scratch.write(
+    mutant.file,
+    text.replace(mutant.find, () => mutant.replace),
+  );
+  try {
+    if ('properties' in mutant.by)
+      return await byProperties(scratch, mutant.by.properties, RUNS, PROPERTY_MS);
+    return await byTest(scratch, [mutant.by.test]);
+  } finally {
+    scratch.write(mutant.file, text);
+  }
+}
+
+/** Tries a unified diff: every property, then the tests of the packages it touches, then all tests. */
+async function tryPatch(scratch: Scratch, path: string): ReturnType<Check> {
+  const before = new Map<string, string>();
+  const touched = new Set<string>();
+  for (const file of parsePatch(readFileSync(path, 'utf8'))) {
+    const name = (file.newFileName ?? file.oldFileName ?? '').replace(/^[ab]\//, '');
+    if (!scratch.exists(name)) throw new UserError(`${path}: ${name} is not a file of the sources`);
+    const text = before.get(name) ?? scratch.read(name);
+    const next = applyPatch(scratch.read(name), file, { fuzzFactor: 2 });
+    if (next === false) throw new UserError(`${path}: does not apply to ${name}`);
+    before.set(name, text);
+    scratch.write(name, next);
+    const [, folder] = /^packages\/([^/]+)\//.exec(name) ?? [];
+    if (folder !== undefined) touched.add(folder);
+  }
+  if (before.size === 0) throw new UserError(`${path}: not a unified diff`);
+  try {
+    const near = await byTest(
+      scratch,
+      [...touched].map((folder) => `packages/${folder}/`),
+    );
+    if (near.caught) return near;
+    const names = PROPERTIES.map((p) => p.name);
+    const searched = await byProperties(scratch, names, 0, PATCH_MS * names.length);
+    return searched.caught ? searched : await byTest(scratch, []);
+  } finally {
+    for (const [name, text] of before) scratch.write(name, text);
+  }
+}
+
+// ── Cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+const CACHE = join(ROOT, 'node_modules/.cache/ebb-mutants.json');
+
+function readCache(): Record<string, MutantResult> {
+  try {
+    return JSON.parse(readFileSync(CACHE, 'utf8')) as Record<string, MutantResult>;
+  } catch {
+    return {};
+  }
+}
+
+function cacheKey(sources: string, what: string): string {
+  return createHash('sha256').update(sources).update(what).digest('hex');
+}
+
+/** Runs the faults and patches; `onResult` hears of each as it comes. */
+export async function runMutants(
+  mutants: readonly Mutant[],
+  patches: readonly string[],
+  onResult: (result: MutantResult, done: number, total: number) => void,
+): Promise<MutantResult[]> {
+  const sources = sourcesHash();
+  const cache = readCache();
+  const queue: { name: string; key: string; check: Check }[] = [
+    ...mutants.map((m) => ({
+      name: m.name,
+      key: cacheKey(sources, JSON.stringify(m)),
+      check: (s: Scratch) => tryMutant(s, m),
+    })),
+    ...patches.map((p) => ({
+      name: p,
+      key: cacheKey(sources, readFileSync(p, 'utf8')),
+      check: (s: Scratch) => tryPatch(s, p),
+    })),
+  ];
+  const total = queue.length;
+  const results: MutantResult[] = [];
+  const settle = (result: MutantResult): void => {
+    results.push(result);
+    onResult(result, results.length, total);
+  };
+  const waiting = queue.filter(({ key, name }) => {
+    const have = cache[key];
+    if (have === undefined) return true;
+    settle({ ...have, name, cached: true });
+    return false;
+  });
+  const worker = async (): Promise<void> => {
+    const scratch = new Scratch();
+    try {
+      for (let next = waiting.shift(); next !== undefined; next = waiting.shift()) {
+        const began = performance.now();
+        const outcome = await next.check(scratch);
+        const result = {
+          name: next.name,
+          ...outcome,
+          seconds: (performance.now() - began) / 1000,
+          cached: false,
+        };
+        cache[next.key] = result;
+        settle(result);
+      }
+    } finally {
+      scratch.remove();
+    }
+  };
+  await Promise.all(Array.from({ length: Math.min(availableParallelism(), waiting.length) }, worker));
+  mkdirSync(join(ROOT, 'node_modules/.cache'), { recursive: true });
+  writeFileSync(CACHE, JSON.stringify(cache));
+  return results;
+}
