@@ -64,6 +64,8 @@ export const RESULT_KILLED = 2;
 
 /** Single accesses in one section. */
 const SECTION_ACCESSES = 64;
+/** The same in a controlled run: long enough that an access without a check occurs, short enough that checks do. */
+const CONTROLLED_SECTION = 3;
 /** Tag: gfn in the low 23 bits (32 GiB of guest-physical space), epoch above. Gfns beyond are never cached. */
 const EPOCH_SHIFT = 23;
 const MAX_CACHED_GFN: number = 1 << EPOCH_SHIFT;
@@ -275,8 +277,7 @@ export class Vcpu implements GuestMemory {
   /** Begins a section. Called before accesses, and by every guest spin or wait loop. */
   beginSection(): void {
     if (this.#controlled) this.schedule.point('section', this.id);
-    // A controlled run begins a section at each access, so that none escapes its schedule points.
-    this.#left = this.#controlled ? 0 : SECTION_ACCESSES - 1;
+    this.#left = (this.#controlled ? CONTROLLED_SECTION : SECTION_ACCESSES) - 1;
     const request = Atomics.load(this.#control, this.#base + VC_FLUSH_REQ);
     if (request !== this.#seen) this.#flush(request);
   }

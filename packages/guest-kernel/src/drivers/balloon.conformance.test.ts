@@ -300,7 +300,11 @@ describe('inflate and deflate', () => {
       const before = total(guest);
       target(device, 1024);
       run(1);
-      return before - total(guest);
+      const shrunk = before - total(guest);
+      target(device, 0);
+      run(1);
+      expect(total(guest)).toBe(before);
+      return shrunk;
     };
     expect([shrink([]), shrink([VIRTIO_BALLOON_F_DEFLATE_ON_OOM])]).toEqual([4096, 0]);
   });

@@ -6,7 +6,7 @@
  *
  * The scatterlist is filled from its end, so the first entry of a full request is the block found last.
  */
-import { NS_PER_S, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
+import { NS_PER_MS, NS_PER_S, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
 import type { Segment } from '@ebb/virtio/driver';
 import type { Arena } from '../arena.ts';
 import { H_BALLOON_MUTEX, T_REPORTING } from '../layout.ts';
@@ -33,11 +33,11 @@ const R_STATE = 0;
 const IDLE = 0;
 const REQUESTED = 1;
 const ACTIVE = 2;
-const R_DUE_F64 = (T_REPORTING + 2) / 2;
+/** When the next pass is due, in virtual milliseconds. Any CPU stores it before it asks for a pass. */
+const R_DUE_MS = 2;
 
 export class PageReporting {
   readonly #w: Int32Array;
-  readonly #f64: Float64Array;
   readonly #memmap: number;
   readonly #vcpu: Vcpu;
   readonly #buddy: Buddy;
@@ -60,7 +60,6 @@ export class PageReporting {
   ) {
     this.#order = order;
     this.#w = arena.w;
-    this.#f64 = arena.f64;
     this.#memmap = arena.memmap;
     this.#vcpu = vcpu;
     this.#buddy = buddy;
@@ -72,15 +71,20 @@ export class PageReporting {
   /** A large block became free (`page_reporting_notify_free`): a pass is due in 2 s unless one is already. Any vCPU. */
   notifyFree(): void {
     if (Atomics.load(this.#w, T_REPORTING + R_STATE) !== IDLE) return;
-    if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED) === IDLE) {
-      this.#f64[R_DUE_F64] = this.#vcpu.clock + PAGE_REPORTING_DELAY;
-    }
+    // The time before the state: vCPU 0 reads it once it sees the request. A second asker only moves it by a moment.
+    this.#dueInTwoSeconds();
+    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);
+  }
+
+  #dueInTwoSeconds(): void {
+    const due = Math.ceil((this.#vcpu.clock + PAGE_REPORTING_DELAY) / NS_PER_MS);
+    Atomics.store(this.#w, T_REPORTING + R_DUE_MS, due);
   }
 
   nextDue(): number {
     if (this.#balloon.deviceQueue(Q_REPORTING) < 0 || !this.#balloon.ready) return Number.POSITIVE_INFINITY;
     return Atomics.load(this.#w, T_REPORTING + R_STATE) === REQUESTED
-      ? this.#f64[R_DUE_F64]
+      ? Atomics.load(this.#w, T_REPORTING + R_DUE_MS) * NS_PER_MS
       : Number.POSITIVE_INFINITY;
   }
 
@@ -93,9 +97,7 @@ export class PageReporting {
     for (const zone of this.#zones) this.#zone(zone);
     spinUnlock(w, H_BALLOON_MUTEX);
     // A request for more (or a free during the pass) stays REQUESTED and comes due in 2 s.
-    if (Atomics.compareExchange(w, T_REPORTING + R_STATE, ACTIVE, IDLE) !== ACTIVE) {
-      this.#f64[R_DUE_F64] = this.#vcpu.clock + PAGE_REPORTING_DELAY;
-    }
+    if (Atomics.compareExchange(w, T_REPORTING + R_STATE, ACTIVE, IDLE) !== ACTIVE) this.#dueInTwoSeconds();
   }
 
   #zone(zone: number): void {
@@ -119,10 +121,9 @@ export class PageReporting {
   #cycle(zone: number, order: number, migratetype: number, startOffset: number): number {
     const w = this.#w;
     const list = zone + listAt(order, migratetype);
-    if (w[list] < 0) return startOffset;
     let offset = startOffset;
-    let budget = Math.ceil(w[zone + Z_NR_FREE + order] / (PAGE_REPORTING_CAPACITY * 16));
     this.#buddy.lock(zone);
+    let budget = Math.ceil(w[zone + Z_NR_FREE + order] / (PAGE_REPORTING_CAPACITY * 16));
     let pfn = w[list];
     while (pfn >= 0) {
       const page = this.#memmap + (pfn << 4);

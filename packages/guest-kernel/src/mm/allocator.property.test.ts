@@ -12,6 +12,7 @@ import {
   pcpBatch,
   Z_END,
   Z_FREE,
+  Z_MIN,
   Z_NR_FREE,
   Z_START,
 } from './zone.ts';
@@ -171,6 +172,7 @@ describe('the allocator', () => {
         isolated.push(pfn);
       }
       expect(isolated.length).toBeGreaterThan(5);
+      expect(guest.arena.w[zone + Z_FREE]).toBeGreaterThanOrEqual(guest.arena.w[zone + Z_MIN]);
       for (let pfn = alloc.alloc(0, 1, 3); pfn >= 0; pfn = alloc.alloc(0, 1, 3)) {
         for (const block of isolated) expect(pfn >= block && pfn < block + 1024).toBe(false);
       }

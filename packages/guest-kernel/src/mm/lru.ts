@@ -14,7 +14,8 @@ const L_LOCK = 0;
 export const L_INACTIVE = 16;
 export const L_ACTIVE = 20;
 /** Each list: head, tail, length. */
-const LENGTH = 2;
+/** Word of a list, after head and tail, that counts its pages. */
+export const LENGTH = 2;
 
 export class Lru {
   readonly #w: Int32Array;

@@ -63,7 +63,10 @@ export class Reclaim {
   /** Marks kswapd of the zone's node to run; it does at the next step of a vCPU of that node. */
   wakeKswapd(zone: number): void {
     const at = T_KSWAPD + this.#w[zone + Z_NODE] * 16;
-    if (Atomics.load(this.#w, at + K_WAKE) === 0 && this.#w[at + K_FAILURES] < MAX_KSWAPD_FAILURES) {
+    if (
+      Atomics.load(this.#w, at + K_WAKE) === 0 &&
+      Atomics.load(this.#w, at + K_FAILURES) < MAX_KSWAPD_FAILURES
+    ) {
       Atomics.store(this.#w, at + K_WAKE, 1);
       this.#w[this.#events + EV.kswapd_wake]++;
     }
@@ -82,7 +85,7 @@ export class Reclaim {
       if (freed === 0 && other !== node)
         freed = this.#shrink(other, CLUSTER * 2, EV.pgscan_direct, EV.pgsteal_direct);
     }
-    if (freed > 0) this.#w[T_KSWAPD + node * 16 + K_FAILURES] = 0;
+    if (freed > 0) Atomics.store(this.#w, T_KSWAPD + node * 16 + K_FAILURES, 0);
     return freed;
   }
 
@@ -100,7 +103,9 @@ export class Reclaim {
       idle = freed === 0 ? idle + 1 : 0;
       this.#vcpu.beginSection();
     }
-    w[at + K_FAILURES] = idle >= 3 ? w[at + K_FAILURES] + 1 : 0;
+    // Any CPU's direct reclaim clears the count.
+    if (idle >= 3) Atomics.add(w, at + K_FAILURES, 1);
+    else Atomics.store(w, at + K_FAILURES, 0);
     for (const z of zones) Atomics.and(w, z + Z_FLAGS, ~ZF_RECLAIM_ACTIVE);
   }
 

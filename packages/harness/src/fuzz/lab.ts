@@ -16,6 +16,7 @@ import {
   HostMemory,
   ledgerBytes,
   MODE_OUTSIDE,
+  nudgeSleepingHost,
   PAGE_SIZE,
   RACE_BYTES,
   RC_DOORBELL,
@@ -369,6 +370,11 @@ export class VcpuLab {
       tlbBits: TLB_BITS,
       tlb: lab.tlbs[this.#thread],
     });
+  }
+
+  /** The model has changed in a way that a host task may wait for. */
+  tellHost(): void {
+    nudgeSleepingHost(this.#runControl);
   }
 
   /** This thread's program has ended: tells the host's loop. */

@@ -5,7 +5,13 @@ import {
   EVENTS_WORDS,
   H_NR_DIRTY,
   H_NR_FILE_PAGES,
+  L_ACTIVE,
+  L_INACTIVE,
+  LENGTH,
+  LRU_BASE,
+  LRU_WORDS,
   MAX_CPUS,
+  MAX_NODES,
   MAX_ORDER,
   MAX_ZONES,
   P_FLAGS,
@@ -25,6 +31,8 @@ const PEEKED: ReadonlySet<number> = new Set([
   ...Array.from({ length: MAX_ORDER + 1 }, (_, order) => Z_NR_FREE + order),
 ]);
 
+const LRU_LENGTHS: ReadonlySet<number> = new Set([L_INACTIVE + LENGTH, L_ACTIVE + LENGTH]);
+
 /** Whether a word of a region is one of them, for a guest of `maxPfn` pages. */
 export function racyByDesign(maxPfn: number): (region: SharedRegion, word: number) => boolean {
   const { pageblocks, memmap, hash } = arenaLayout(maxPfn);
@@ -38,6 +46,9 @@ function inArena(word: number, pageblocks: number, memmap: number, hash: number)
   if (word >= memmap && word < hash) return (word - memmap) % PAGE_STRUCT_WORDS === P_FLAGS;
   if (word >= ZONE_BASE && word < ZONE_BASE + MAX_ZONES * ZONE_WORDS)
     return PEEKED.has((word - ZONE_BASE) % ZONE_WORDS);
+  // Lengths of the LRU lists decide which of them reclaim looks at, read without the lock.
+  if (word >= LRU_BASE && word < LRU_BASE + MAX_NODES * LRU_WORDS)
+    return LRU_LENGTHS.has((word - LRU_BASE) % LRU_WORDS);
   // Each CPU counts in a row of its own; sums for statistics read them all.
   if (word >= EVENTS_BASE && word < EVENTS_BASE + MAX_CPUS * EVENTS_WORDS) return true;
   // Counted by atomic additions, read plainly by statistics and thresholds.

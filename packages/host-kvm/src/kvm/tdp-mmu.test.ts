@@ -74,6 +74,9 @@ describe('leaves', () => {
     expect(m.walk(GIGA_PAGES + 1000).present).toBe(false);
     w = m.walk(GIGA_PAGES + 1001);
     expect([w.level, w.frame, w.low & (EPT_A | EPT_D)]).toEqual([1, 1001, EPT_A | EPT_D]);
+    // The last page of the block and of the gigabyte are there once, too.
+    expect(m.walk((GIGA_PAGES + 1000) | 511).frame).toBe(1000 | 511);
+    expect(m.walk(2 * GIGA_PAGES - 1).frame).toBe(GIGA_PAGES - 1);
     w = m.walk(GIGA_PAGES + 200_000);
     expect([w.level, w.frame, w.low & (EPT_A | EPT_D)]).toEqual([2, 200_000, EPT_A | EPT_D]);
     expect(m.flags[1000]).toBe(FRAME_ACCESSED | FRAME_DIRTY);

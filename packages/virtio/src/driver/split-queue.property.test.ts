@@ -103,3 +103,17 @@ test('the batch path agrees with the single path', () => {
   }
   expect(r.queue.free).toBe(r.queue.size);
 });
+
+test('a device that returns a buffer twice breaks the queue', () => {
+  const r = rig({});
+  r.queue.add(r.memory, [{ gpa: 0x20000, length: 8 }], [], 7);
+  r.queue.add(r.memory, [{ gpa: 0x20000, length: 8 }], [], 8);
+  r.queue.publish(r.memory);
+  const first = r.device.queue?.pop();
+  if (first === null || first === undefined) throw new Error('available');
+  r.device.queue?.push(first, 0);
+  r.device.queue?.push(first, 0);
+  expect(r.queue.popUsed(r.memory)).toBe(7);
+  expect(r.queue.popUsed(r.memory)).toBe(-1);
+  expect(r.queue.broken).toBe(true);
+});

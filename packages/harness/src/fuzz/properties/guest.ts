@@ -29,7 +29,9 @@ import type { FuzzProgram, Op, Property, Verdict } from '../property.ts';
 
 const PAGES = 1024;
 /** Pages of each vCPU's one file. */
-const FILE_PAGES = 16;
+const FILE_PAGES = 6;
+/** With a disk, the guest starts with this many pages free, so that reclaim has work. */
+const FREE_AT_START = 130;
 
 interface GuestKind {
   readonly features: readonly number[] | null;
@@ -94,7 +96,8 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
     };
     attachDevice(lab, vm, LINE_BLK, new BlockDevice(storage, port));
   }
-  program.host.forEach((op, i) => lab.spawn(`${op.op} ${i}`, hostTask(vm, balloon, op)));
+  lab.model[COMMANDS] = program.host.length;
+  program.host.forEach((op, i) => lab.spawn(`${op.op} ${i}`, hostTask(vm, balloon, op, lab.model)));
   return () => {
     const found: string[] = [];
     if (lab.model[0] === 0) return found;
@@ -106,9 +109,10 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
   };
 }
 
-function* hostTask(vm: Vm, balloon: BalloonDevice | null, op: Op): TaskBody {
+function* hostTask(vm: Vm, balloon: BalloonDevice | null, op: Op, model: Int32Array): TaskBody {
   // Commands arrive while the guest is busy, not before.
-  for (let i = 0; i < op.b; i++) yield undefined;
+  if (model[OPS_DONE] < op.b) yield () => model[OPS_DONE] >= op.b;
+  model[COMMANDS]--;
   switch (op.op) {
     case 'target':
       balloon?.setTarget((PAGES - (op.a % 48) * 8) * 4096);
@@ -164,6 +168,11 @@ function diskVerdict(lab: HostLab, disk: Uint8Array): string[] {
 // ── Guest ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 /** Model words: 0 is set when the guest has ended in order; then the version of each file page. */
+const OPS_DONE = 8;
+/** Host commands not yet given. */
+const COMMANDS = 9;
+const ALL_DONE = 1 << 20;
+
 function versionWord(cpu: number, index: number): number {
   return 16 + cpu * FILE_PAGES + index;
 }
@@ -318,11 +327,25 @@ class GuestRun {
       if (!this.#kernel.parts.reclaim.sync()) this.#complain('dirty pages could not be written back');
     }
     if (this.#id !== 0) return;
+    while (this.#lab.model[COMMANDS] > 0) {
+      this.#kernel.parts.pcp.serveDrainRequest();
+      this.#kernel.vcpu.beginSection();
+      this.#kernel.vcpu.port.relax();
+    }
     for (let i = 0; i < 12; i++) {
       this.#kernel.vcpu.clock += 1.1 * NS_PER_S;
       this.due();
     }
   }
+}
+
+/** Takes pages for good until few are free. */
+function hog(kernel: GuestKernel): void {
+  kernel.enter();
+  const { alloc, zones } = kernel.parts;
+  while (zones.reduce((sum, z) => sum + kernel.arena.w[z + Z_FREE], 0) > FREE_AT_START)
+    if (alloc.alloc(0, 0, 2) < 0) break;
+  kernel.leave();
 }
 
 function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number): void {
@@ -334,15 +357,20 @@ function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number)
         vcpu.enterGuest();
         kernel.boot();
         vcpu.leaveGuest();
+        if (kind.disk) hog(kernel);
       });
     }
     while (!kernel.booted) lab.schedule.spin('spin', 1);
     kernel.enter();
     const run = new GuestRun(kernel, lab, id);
     for (const op of ops) {
+      lab.model[OPS_DONE]++;
+      lab.tellHost();
       run.one(op);
       run.due();
     }
+    lab.model[OPS_DONE] += ALL_DONE;
+    lab.tellHost();
     run.settle(kind.disk);
     kernel.leave();
     lab.model[1 + id] = 1;
@@ -350,6 +378,8 @@ function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number)
     for (let c = 0; c < lab.shape.vcpus; c++) if (lab.model[1 + c] === 0) lab.model[0] = 0;
   } catch (error) {
     if (!(error instanceof VmKilled)) throw error;
+    lab.model[OPS_DONE] += ALL_DONE;
+    lab.tellHost();
   }
 }
 

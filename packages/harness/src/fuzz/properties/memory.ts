@@ -10,20 +10,38 @@ import fc from 'fast-check';
 import type { HostLab, LabShape, VcpuLab } from '../lab.ts';
 import type { FuzzProgram, Op, Property } from '../property.ts';
 
-const PAGES = 12;
-const WORDS = 4;
+const PAGES = 6;
+const WORDS = 2;
+/** Model word in which the vCPUs count their operations: host tasks begin when a given number is done. */
+const OPS_DONE = 0;
+/** Model word: changes that the host has begun and not ended. */
+const CHANGING = 1;
+const ALL_DONE = 1 << 20;
 
 /** Operations of a vCPU that checks what it reads. */
 export const memoryOps: fc.Arbitrary<Op> = fc.record({
-  op: fc.constantFrom('store', 'store', 'store', 'load', 'load', 'fill', 'exit', 'slice', 'scatter'),
+  op: fc.constantFrom(
+    'store',
+    'store',
+    'store',
+    'load',
+    'load',
+    'fill',
+    'exit',
+    'slice',
+    'scatter',
+    'poll',
+    'rest',
+  ),
   a: fc.nat({ max: PAGES - 1 }),
   b: fc.nat({ max: WORDS - 1 }),
 });
 const hostOps = (slots: boolean): fc.Arbitrary<Op> =>
   fc.record({
-    op: fc.constantFrom('discard', 'discard', 'discard', 'discard-late', ...(slots ? ['slot', 'slot'] : [])),
+    op: fc.constantFrom('discard', 'discard', ...(slots ? ['slot', 'slot'] : [])),
     a: fc.nat({ max: 2 * PAGES - 1 }),
-    b: fc.nat({ max: 3 }),
+    /** Low two bits: pages more than one; above: operations of the vCPUs to wait for. */
+    b: fc.nat({ max: 4 * 24 - 1 }),
   });
 
 function programs(shape: LabShape, slots: boolean): fc.Arbitrary<FuzzProgram> {
@@ -31,7 +49,7 @@ function programs(shape: LabShape, slots: boolean): fc.Arbitrary<FuzzProgram> {
     host: fc.array(hostOps(slots), { minLength: 1, maxLength: 6 }),
     cpus: fc.tuple(
       ...Array.from({ length: shape.vms * shape.vcpus }, () =>
-        fc.array(memoryOps, { minLength: 2, maxLength: 14 }),
+        fc.array(memoryOps, { minLength: 2, maxLength: 12 }),
       ),
     ),
   });
@@ -39,7 +57,7 @@ function programs(shape: LabShape, slots: boolean): fc.Arbitrary<FuzzProgram> {
 
 /** Model word of a page: odd while the host changes what is behind it, and moved by every such change. */
 function pageWord(vm: number, page: number): number {
-  return vm * 64 + page;
+  return 16 + vm * 64 + page;
 }
 
 function hostTask(lab: HostLab, op: Op): TaskBody {
@@ -47,16 +65,20 @@ function hostTask(lab: HostLab, op: Op): TaskBody {
   const { vm, file } = lab.vms[vmIndex];
   const { model } = lab;
   const page = Math.floor(op.a / 2) % PAGES;
-  const count = Math.min(1 + op.b, PAGES - page);
+  const count = Math.min(1 + (op.b & 3), PAGES - page);
+  const after = op.b >> 2;
   const change = function* (
     first: number,
     n: number,
     body: () => Generator<unknown, unknown, void>,
   ): TaskBody {
+    if (model[OPS_DONE] < after) yield () => model[OPS_DONE] >= after;
+    model[CHANGING]++;
     for (let p = first; p < first + n; p++) model[pageWord(vmIndex, p)] += 1 << 8;
     for (let p = first; p < first + n; p++) model[pageWord(vmIndex, p)]++;
     yield* body() as TaskBody;
     for (let p = first; p < first + n; p++) model[pageWord(vmIndex, p)]--;
+    model[CHANGING]--;
   };
   if (op.op === 'slot') {
     const region = {
@@ -70,11 +92,6 @@ function hostTask(lab: HostLab, op: Op): TaskBody {
     return change(0, PAGES, () => replaceSlot(vm, region));
   }
   return change(page, count, function* () {
-    // Some discards wait for a fault first, so that there is a mapping to take away.
-    if (op.op === 'discard-late') {
-      const seen = vm.counters.eptViolations;
-      for (let i = 0; i < 20 && vm.counters.eptViolations === seen; i++) yield undefined;
-    }
     yield* vm.discard(Int32Array.of(page, count), 1);
   });
 }
@@ -160,6 +177,8 @@ export function runMemoryOps(lab: VcpuLab, ops: readonly Op[], vm: number, id: n
   try {
     vcpu.enterGuest();
     for (const { op, a, b } of ops) {
+      lab.model[OPS_DONE]++;
+      lab.tellHost();
       const page = gfn(a % PAGES);
       const word = cells.word(b % WORDS);
       const value = cells.next(page);
@@ -183,6 +202,19 @@ export function runMemoryOps(lab: VcpuLab, ops: readonly Op[], vm: number, id: n
         case 'exit':
           vcpu.mmioRead(0xfe_0000_0000, 4);
           break;
+        case 'poll':
+          // Waits for the host without leaving guest mode, as a spinning guest does: sections are all it offers.
+          while (lab.model[CHANGING] > 0) {
+            vcpu.beginSection();
+            vcpu.port.relax();
+          }
+          break;
+        case 'rest':
+          // Outside, the host need not wait for this vCPU.
+          vcpu.leaveGuest();
+          while (lab.model[CHANGING] > 0) vcpu.port.relax();
+          vcpu.enterGuest();
+          break;
         case 'slice':
           vcpu.leaveGuest();
           vcpu.enterGuest();
@@ -194,6 +226,9 @@ export function runMemoryOps(lab: VcpuLab, ops: readonly Op[], vm: number, id: n
     vcpu.leaveGuest();
   } catch (error) {
     if (!(error instanceof VmKilled)) throw error;
+  } finally {
+    lab.model[OPS_DONE] += ALL_DONE;
+    lab.tellHost();
   }
 }
 
