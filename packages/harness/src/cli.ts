@@ -17,6 +17,9 @@ import { compareSchema } from './compare/schema.ts';
 import { emitJson, jsonToStdout, progressLine, say, writeOut } from './cli-output.ts';
 import { fidelity } from './fidelity.ts';
 import { addFuzzCommands } from './fuzz/commands.ts';
+import { PROPERTIES } from './fuzz/properties.ts';
+import { EXHIBITS } from './museum/exhibits.ts';
+import { runExhibit } from './museum/run-exhibit.ts';
 import { addMutantCommand } from './mutants/commands.ts';
 import { addCheckCommand } from './protocol/commands.ts';
 import { renderReport } from './report/report.ts';
@@ -173,9 +176,10 @@ function compareTable(outcome: CompareOutcome): string {
 program
   .command('run')
   .description('run a scenario and evaluate its checks')
-  .argument('<scenario>', `one of ${SCENARIOS.map((s) => s.name).join(', ')}`)
+  .argument('<scenario>', `one of ${[...SCENARIOS, ...EXHIBITS].map((s) => s.name).join(', ')}`)
   .option('--schedule <kind>', 'threads or inline', 'threads')
   .option('--seed <n>', 'seed of the scenario', '1')
+  .option('--profile <kind>', 'of an exhibit of the museum: broken, fixed or both', 'both')
   .option(
     '--trace-out <prefix>',
     'write allocation events (tracefs text) and device events (QEMU trace lines)',
@@ -183,11 +187,19 @@ program
   .option('--json <file>', 'write the result as JSON; - for standard output')
   .addHelpText(
     'after',
-    '\nExamples:\n  ebb run pressure\n  ebb run reporting --schedule inline --trace-out out/reporting\n  ebb run balloon --json -',
+    '\nExamples:\n  ebb run pressure\n  ebb run reporting --schedule inline --trace-out out/reporting\n  ebb run balloon --json -\n  ebb run firecracker-6167 --profile broken',
   )
   .action(
-    async (name: string, flags: { schedule: string; seed: string; traceOut?: string; json?: string }) => {
+    async (
+      name: string,
+      flags: { schedule: string; seed: string; profile: string; traceOut?: string; json?: string },
+    ) => {
       jsonToStdout(flags.json);
+      const exhibit = EXHIBITS.find((e) => e.name === name);
+      if (exhibit !== undefined) {
+        runExhibit(exhibit, flags.profile, flags.json);
+        return;
+      }
       const scenario = findScenario(name);
       const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
       const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
@@ -229,7 +241,7 @@ program
 
 program
   .command('list')
-  .description('list scenarios and shipped traces')
+  .description('list scenarios, museum, properties and shipped traces')
   .option('--json <file>', 'as JSON; - for standard output')
   .addHelpText('after', '\nExamples:\n  ebb list\n  ebb list --json -')
   .action((flags: { json?: string }) => {
@@ -237,16 +249,20 @@ program
     const table = new Table({
       style: { head: [], border: [] },
       head: ['scenario', 'shows', 'rows'],
-      colWidths: [18, 84, 32],
+      colWidths: [28, 84, 24],
       wordWrap: true,
     });
     for (const s of SCENARIOS) table.push([s.name, s.about, s.rows]);
+    for (const e of EXHIBITS) table.push([e.name, `museum: ${e.about}`, e.rows]);
+    for (const p of PROPERTIES) table.push([p.name, `property of \`ebb fuzz\`: ${p.about}`, p.rows]);
     say(table.toString());
     say(`shipped traces: ${SHIPPED_TRACES.join(', ')}`);
     emitJson(flags.json, {
       schema: 1,
       ebb: EBB_VERSION,
       scenarios: SCENARIOS.map(({ name, about, rows }) => ({ name, about, rows })),
+      museum: EXHIBITS.map(({ name, about, rows }) => ({ name, about, rows })),
+      properties: PROPERTIES.map(({ name, about, rows }) => ({ name, about, rows })),
       traces: SHIPPED_TRACES,
     });
   });

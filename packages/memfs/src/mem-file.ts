@@ -59,6 +59,11 @@ export class MemFile {
     this.#listeners.add(listener);
   }
 
+  /** Forgets a mapper that maps no block any more. */
+  removeListener(listener: InvalidationListener): void {
+    this.#listeners.delete(listener);
+  }
+
   /** Frame of block `index`, −1 for a hole. No effect. */
   bmap(index: number): number {
     return this.blocks[index];

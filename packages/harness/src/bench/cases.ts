@@ -21,7 +21,7 @@ import { spawnWorker } from '../run/worker-endpoint.ts';
 import { turn } from '../run/worker-port.ts';
 import { SCENARIOS } from '../scenarios/scenarios.ts';
 import { makePlan } from '../trace/replay-plan.ts';
-import { benchMachine } from './machines.ts';
+import { smallMachine } from '../run/small-machine.ts';
 import type { ExitWorker } from './exit-worker.ts';
 import type { RingWorker } from './ring-worker.ts';
 
@@ -51,7 +51,7 @@ export async function ring(batch: number, chains: boolean, total: number): Promi
 
 /** Nanoseconds per exit round trip, or per demand fault, between two threads. */
 export async function exitThreads(count: number, faults: boolean): Promise<number> {
-  const machine = benchMachine(256 * MiB, 'never');
+  const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'never' });
   const worker = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
   try {
     let result = -1;
@@ -72,7 +72,7 @@ export async function exitThreads(count: number, faults: boolean): Promise<numbe
 
 /** Nanoseconds of one EPT violation served inline by an exit nobody answers (cost without a page). */
 export function exitInline(count: number): number {
-  const vcpu = benchMachine(64 * MiB, 'never').vcpu(15);
+  const vcpu = smallMachine({ ramBytes: 64 * MiB, huge: 'never' }).vms[0].vcpu(15);
   vcpu.enterGuest();
   return timed(count, () => {
     for (let i = 0; i < count; i++) vcpu.mmioRead(0xfe_0000_0000, 4);
@@ -85,8 +85,8 @@ export function exitInline(count: number): number {
  */
 export function demandZero(): number {
   const pages = 65536;
-  const machine = benchMachine(pages * PAGE_SIZE, 'never');
-  const vcpu = machine.vcpu(15);
+  const machine = smallMachine({ ramBytes: pages * PAGE_SIZE, huge: 'never' });
+  const vcpu = machine.vms[0].vcpu(15);
   let best = Number.POSITIVE_INFINITY;
   for (let round = 0; round < 5; round++) {
     vcpu.enterGuest();
@@ -97,8 +97,7 @@ export function demandZero(): number {
       }),
     );
     vcpu.leaveGuest();
-    const discard = machine.vm.discard(Int32Array.of(0, pages), 1);
-    while (discard.next().done !== true);
+    machine.finish(machine.vms[0].vm.discard(Int32Array.of(0, pages), 1));
   }
   return best;
 }
@@ -124,8 +123,8 @@ let accessRaw: Int32Array | null = null;
 export function access(): AccessFigures {
   const pages = GiB / PAGE_SIZE;
   if (accessVcpu === null) {
-    const machine = benchMachine(GiB, 'always');
-    accessVcpu = machine.vcpu(18);
+    const machine = smallMachine({ ramBytes: GiB, huge: 'always' });
+    accessVcpu = machine.vms[0].vcpu(18);
     accessRaw = machine.memory.i32;
     accessVcpu.enterGuest();
     for (let p = 0; p < pages; p++) accessVcpu.store32(gfn(p), 0, p);
@@ -208,8 +207,8 @@ function rawScatter(raw: Int32Array, order: Int32Array): void {
 /** Nanoseconds per operation of the guest's allocator, locks, counters and shadow in; no page is touched. */
 export function buddy(what: 'bulk' | 'random' | 'mixed'): number {
   const maxPfn = 131072;
-  const machine = benchMachine(512 * MiB, 'always');
-  const vcpu = machine.vcpu(12);
+  const machine = smallMachine({ ramBytes: 512 * MiB, huge: 'always' });
+  const vcpu = machine.vms[0].vcpu(12);
   const config: GuestConfig = {
     e820: [{ start: 0, end: maxPfn }],
     nodes: [{ start: 0, end: maxPfn }],

@@ -244,6 +244,15 @@ export const MUTANTS: readonly Mutant[] = [
     test('host-kvm/src/mm/host-buddy.property.test.ts'),
   ),
 
+  fault(
+    'removed-slot-polled',
+    VM,
+    '        yield () => this.slots.find(gfn) !== slot;\n        continue;\n',
+    '        yield undefined;\n        continue;\n',
+    'I24: a fault polls for a slot that waits for a flush (found by fuzzing)',
+    props('slots'),
+  ),
+
   // ── The vCPU's side ──
   fault(
     'mode-after-check',
@@ -580,6 +589,15 @@ export const MUTANTS: readonly Mutant[] = [
     ALLOC_TEST,
   ),
 
+  fault(
+    'due-after-request',
+    'packages/guest-kernel/src/drivers/reporting.ts',
+    '    this.#dueInTwoSeconds();\n    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);\n',
+    '    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);\n    this.#w[T_REPORTING + R_DUE_MS] = Math.ceil((this.#vcpu.clock + PAGE_REPORTING_DELAY) / NS_PER_MS);\n',
+    'memory model: the time is stored after the request is published (found by fuzzing)',
+    props('reporting'),
+  ),
+
   // ── Page cache and write-back ──
   fault(
     'reclaim-no-freeze',
@@ -598,11 +616,11 @@ export const MUTANTS: readonly Mutant[] = [
     props('cache'),
   ),
   fault(
-    'dirty-before-content',
+    'write-not-marked',
     CACHE,
-    '    if (ok) this.#vcpu.i32.set(words, this.#vcpu.at >> 2);\n    this.markDirty(pfn);\n',
-    '    this.markDirty(pfn);\n    if (ok && this.#vcpu.window(pfn * 4096, words.length * 4, true))\n      this.#vcpu.i32.set(words, this.#vcpu.at >> 2);\n',
-    'model disk: the mark precedes the content',
+    '    this.markDirty(pfn);\n    this.#alloc.put(pfn);\n    return ok;\n',
+    '    this.#alloc.put(pfn);\n    return ok;\n',
+    'model disk: a page written is not marked dirty',
     props('cache'),
   ),
   fault(

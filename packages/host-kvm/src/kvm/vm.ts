@@ -449,8 +449,10 @@ export class Vm implements InvalidationListener {
       this.#mmuLock.release();
       this.end(EMPTY, 0);
     }
-    if (kind === 'delete') this.slots.remove(slot.id);
-    else {
+    if (kind === 'delete') {
+      this.slots.remove(slot.id);
+      if (!this.slots.all.some((s) => s.file === slot.file)) slot.file.removeListener(this);
+    } else {
       if (kind === 'create') slot.file.addListener(this);
       this.slots.install(slot);
     }
