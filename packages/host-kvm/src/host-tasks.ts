@@ -63,6 +63,13 @@ export class HostTasks {
     );
   }
 
+  /** Where every task that has not ended is, for reports. */
+  describe(): string {
+    const names = (tasks: readonly HostTask[], what: string): string[] =>
+      tasks.map((t) => `${t.name} ${what}`);
+    return [...names(this.#next, 'ready'), ...names(this.#blocked, 'blocked')].join(', ') || 'no task';
+  }
+
   /** True if a task waits for its turn. */
   get anyReady(): boolean {
     return this.#next.length > 0 || this.#ready.length > 0;

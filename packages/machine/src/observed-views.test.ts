@@ -55,6 +55,12 @@ describe('races', () => {
     void vb[7];
     expect(b.races.length).toBe(1);
   });
+  test('a plain store to a word that another thread loads atomically', () => {
+    const { b, va } = pair();
+    va[60] = 1;
+    b.atomic(ARENA | 60, true, false);
+    expect(b.races.map((r) => r.kind)).toEqual(['read after write']);
+  });
   test('words that are racy by design are let go; a whole fill counts word by word', () => {
     const { b, va, vb } = pair();
     va[99] = 1;

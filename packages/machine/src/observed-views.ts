@@ -139,6 +139,12 @@ export class RaceDetector {
     this.races.push({ region, word, kind, by: this.#thread, other });
   }
 
+  /** Whether this very operation acquires what `writer` released after its plain store. */
+  #ordersBy(slot: number, word: number, writer: number, reads: boolean): boolean {
+    const at = SHADOW_BASE + (slot * MAX_WORDS + word) * PER_WORD;
+    return reads && this.#w[at + 1 + MAX_THREADS + writer] >= (this.#w[at] & 0xff_ffff);
+  }
+
   /** An atomic operation on word `id` (region code in the high byte). */
   atomic(id: number, reads: boolean, writes: boolean): void {
     if (!this.active) return;
@@ -147,6 +153,16 @@ export class RaceDetector {
     // Words of other regions share the clocks of a small table: more order than there is, never less.
     const slot = region === undefined ? -1 : OBSERVED.indexOf(region);
     const w = this.#w;
+    // A plain store must be ordered before an atomic access of another thread as well.
+    const plain = slot >= 0 && word < MAX_WORDS ? w[SHADOW_BASE + (slot * MAX_WORDS + word) * PER_WORD] : 0;
+    const writer = (plain >>> 24) - 1;
+    if (
+      plain !== 0 &&
+      writer !== this.#thread &&
+      (plain & 0xff_ffff) > w[this.#clock + writer] &&
+      !this.#ordersBy(slot, word, writer, reads)
+    )
+      this.#report(slot, word, writes ? 'write after write' : 'read after write', writer);
     const home = slot >= 0 ? slot * MAX_WORDS + word : (Math.imul(id, 0x9e3779b1) >>> 0) % MAX_WORDS;
     if (home >= OBSERVED.length * MAX_WORDS) return;
     const at = SHADOW_BASE + home * PER_WORD + 1 + MAX_THREADS;

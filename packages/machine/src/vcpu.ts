@@ -113,10 +113,12 @@ export interface VcpuOptions {
   readonly tlb?: SharedArrayBuffer;
 }
 
-/** Words of a kept TLB: epoch and the two cached tables, then the 2 MiB table, then the 4 KiB table. */
+/** Words of a kept TLB: epoch, the two cached tables with their frames' generations, then the 2 MiB table, then the 4 KiB table. */
 const TLB_EPOCH = 0;
-const TLB_GIGA_TABLE = 1;
-const TLB_HUGE_TABLE = 2;
+/** 1 once the vCPU has looked at its requests since it entered guest mode: only then may it use the TLB. */
+const TLB_CHECKED = 1;
+const TLB_GIGA_TABLE = 2;
+const TLB_HUGE_TABLE = 4;
 const TLB_HUGE_BASE = 16;
 const TLB_BASE: number = TLB_HUGE_BASE + 4 * HUGE_TLB_ENTRIES;
 
@@ -125,17 +127,33 @@ export function tlbBytes(bits: number): number {
   return (TLB_BASE + (4 << bits)) * 4;
 }
 
+/** Whether the vCPU may use this TLB at once, without looking at its flush requests first. */
+export function tlbInUse(tlb: Int32Array): boolean {
+  return tlb[TLB_CHECKED] !== 0;
+}
+
 /**
  * Whether a kept TLB still reaches `frame`: as a page's or block's frame, or as a cached table. For checkers: at the moment
  * a frame loses its owner no TLB that is in use may reach it (I4).
  */
-export function tlbReaches(tlb: Int32Array, frame: number): boolean {
+export function tlbReaches(tlb: Int32Array, frame: number, generation: Int32Array, frames: number): boolean {
   const epoch = tlb[TLB_EPOCH];
-  if (tlb[TLB_GIGA_TABLE] === frame || tlb[TLB_HUGE_TABLE] === frame) return true;
+  const now = generation[frame];
+  // A translation of an earlier life of the frame was somebody else's to flush, then.
+  if (tlb[TLB_GIGA_TABLE] === frame && tlb[TLB_GIGA_TABLE + 1] === now) return true;
+  if (tlb[TLB_HUGE_TABLE] === frame && tlb[TLB_HUGE_TABLE + 1] === now) return true;
   for (let at = TLB_BASE; at < tlb.length; at += 4)
-    if (tlb[at + 2] === frame && tlb[at] >= 0 && tlb[at] >> EPOCH_SHIFT === epoch) return true;
+    if (tlb[at + 2] === frame && tlb[at] >= 0 && tlb[at] >> EPOCH_SHIFT === epoch && tlb[at + 3] === now)
+      return true;
+  const block = generation[frames + (frame >>> 9)];
   for (let at = TLB_HUGE_BASE; at < TLB_BASE; at += 4)
-    if (tlb[at] >= 0 && tlb[at] >> EPOCH_SHIFT === epoch && (frame & ~511) === tlb[at + 2]) return true;
+    if (
+      tlb[at] >= 0 &&
+      tlb[at] >> EPOCH_SHIFT === epoch &&
+      (frame & ~511) === tlb[at + 2] &&
+      tlb[at + 3] === block
+    )
+      return true;
   return false;
 }
 
@@ -256,6 +274,7 @@ export class Vcpu implements GuestMemory {
 
   /** Enters guest mode: store the mode, *then* load the requests. Pairs with request-then-load-mode in the flusher. */
   enterGuest(): void {
+    if (this.#kept !== null) this.#kept[TLB_CHECKED] = 0;
     Atomics.store(this.#control, this.#base + VC_MODE, MODE_GUEST);
     this.section++;
     this.beginSection();
@@ -280,6 +299,7 @@ export class Vcpu implements GuestMemory {
     this.#left = (this.#controlled ? CONTROLLED_SECTION : SECTION_ACCESSES) - 1;
     const request = Atomics.load(this.#control, this.#base + VC_FLUSH_REQ);
     if (request !== this.#seen) this.#flush(request);
+    if (this.#controlled && this.#kept !== null) this.#kept[TLB_CHECKED] = 1;
   }
 
   /** Drops every translation, then acknowledges. The order is the promise: nothing old is used after the store. */
@@ -312,7 +332,9 @@ export class Vcpu implements GuestMemory {
     if (kept === null) return;
     kept[TLB_EPOCH] = this.#epochNumber;
     kept[TLB_GIGA_TABLE] = this.#pwcGiga < 0 ? -1 : this.#pwcGigaTable;
+    kept[TLB_GIGA_TABLE + 1] = this.#generation[this.#pwcGigaTable];
     kept[TLB_HUGE_TABLE] = this.#pwcHuge < 0 ? -1 : this.#pwcHugeTable;
+    kept[TLB_HUGE_TABLE + 1] = this.#generation[this.#pwcHugeTable];
   }
 
   /** Charges time in which this vCPU could not run: violations, flushes, requests it waits for. */

@@ -136,11 +136,13 @@ export class MemFile {
       if (first % this.granularity !== 0 || count % this.granularity !== 0) return err('EINVAL');
       assert(r === 0 || first >= runs[2 * r - 2] + runs[2 * r - 1], 'runs ascend');
     }
-    for (const listener of this.#listeners) yield* listener.begin(runs, nrRuns);
+    // Whoever was told of the beginning is told of the end, even if it leaves meanwhile.
+    const told = [...this.#listeners];
+    for (const listener of told) yield* listener.begin(runs, nrRuns);
     // Detach first, free last: between the two the frames belong to nobody who could resolve them.
     const freed: number[] = [];
     for (let r = 0; r < nrRuns; r++) this.#detach(runs[2 * r], runs[2 * r + 1], freed);
-    for (const listener of this.#listeners) listener.end(runs, nrRuns);
+    for (const listener of told) listener.end(runs, nrRuns);
     let total = 0;
     for (let i = 0; i < freed.length; i += 2) {
       this.#frames.free(hfn(freed[i]), freed[i + 1]);

@@ -176,7 +176,15 @@ function addReplay(program: Command): void {
           }
         };
         if (flags.story !== undefined)
-          told(flags.story, story({ property: name, program: what }, events, outcome.found));
+          told(
+            flags.story,
+            story(
+              { property: name, program: what },
+              events,
+              outcome.found,
+              flags.story === '-' ? 120 : events.length,
+            ),
+          );
         if (flags.perfetto !== undefined)
           told(flags.perfetto, perfetto(events, outcome.found, stage.threads));
         if (flags.story !== '-') for (const f of outcome.found) say(f);

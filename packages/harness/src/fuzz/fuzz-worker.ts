@@ -7,7 +7,6 @@ import {
   RaceDetector,
   regionOf,
   ScheduleAborted,
-  type ViolationLog,
 } from '@ebb/machine';
 import { exposeToParent } from '../run/worker-port.ts';
 import { HostLab, VcpuLab, type LabBuffers } from './lab.ts';
@@ -52,7 +51,7 @@ export class FuzzWorker {
     const control = new ControlledSchedule(lab.schedule, this.#thread);
     const found: string[] = [];
     let crash = '';
-    let log: ViolationLog | null = null;
+    let host: HostLab | null = null;
     races = observe ? new RaceDetector(lab.races, this.#thread, racyByDesign(lab.shape.ramPages)) : null;
     const begin = (): void => {
       schedule = control;
@@ -67,8 +66,7 @@ export class FuzzWorker {
     };
     try {
       if (this.#thread === 0) {
-        const host = new HostLab(lab, control);
-        log = host.log;
+        host = new HostLab(lab, control);
         const verdict = property.host(host, program);
         begin();
         host.serve();
@@ -89,8 +87,10 @@ export class FuzzWorker {
       if (!(error instanceof ScheduleAborted)) {
         crash = error instanceof Error ? `${error.message}\n${error.stack ?? ''}` : String(error);
         control.abandon();
-      } else if (log !== null && log.total > 0)
-        found.push(`${log.total} violation(s) before it was given up`);
+      } else if (host !== null) {
+        if (host.log.total > 0) found.push(`${host.log.total} violation(s) before it was given up`);
+        found.push(`host tasks: ${host.tasks.describe()}`);
+      }
     }
     return { found, crash, switched: control.switched };
   }

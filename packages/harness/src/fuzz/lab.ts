@@ -26,6 +26,7 @@ import {
   sharedI32,
   ThreadExitPort,
   tlbBytes,
+  tlbInUse,
   tlbReaches,
   VC_FLUSH_ACK,
   VC_FLUSH_REQ,
@@ -215,10 +216,11 @@ export class HostLab {
   #mustBeOutOfReach(first: number, count: number): void {
     for (const [i, tlb] of this.#tlbs.entries()) {
       const block = i * VCPU_BLOCK_WORDS;
-      const outside = this.#control[block + VC_MODE] === MODE_OUTSIDE;
-      if (outside && this.#control[block + VC_FLUSH_REQ] !== this.#control[block + VC_FLUSH_ACK]) continue;
+      const unused = this.#control[block + VC_MODE] === MODE_OUTSIDE || !tlbInUse(tlb);
+      if (unused && this.#control[block + VC_FLUSH_REQ] !== this.#control[block + VC_FLUSH_ACK]) continue;
       for (let f = first; f < first + count; f++) {
-        if (this.found.length > 8 || !tlbReaches(tlb, f)) continue;
+        if (this.found.length > 8 || !tlbReaches(tlb, f, this.ledger.generation, this.ledger.frames))
+          continue;
         const vcpu = `${Math.floor(i / this.shape.vcpus)}/${i % this.shape.vcpus}`;
         this.found.push(
           `reachable: frame 0x${f.toString(16)} of ${describeOwner(this.ledger.owner[f])} is given back while the TLB of vCPU ${vcpu} still reaches it (I4, I17)`,

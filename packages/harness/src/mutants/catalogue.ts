@@ -94,7 +94,7 @@ export const MUTANTS: readonly Mutant[] = [
   fault(
     'free-before-zap',
     FILE,
-    '    for (const listener of this.#listeners) yield* listener.begin(runs, nrRuns);\n',
+    '    for (const listener of told) yield* listener.begin(runs, nrRuns);\n',
     '',
     'I4: frames freed while mapped',
     props('invalidation'),
@@ -250,6 +250,15 @@ export const MUTANTS: readonly Mutant[] = [
     '        yield () => this.slots.find(gfn) !== slot;\n        continue;\n',
     '        yield undefined;\n        continue;\n',
     'I24: a fault polls for a slot that waits for a flush (found by fuzzing)',
+    props('slots'),
+  ),
+
+  fault(
+    'end-not-told',
+    FILE,
+    '    for (const listener of told) listener.end(runs, nrRuns);\n',
+    '    for (const listener of this.#listeners) listener.end(runs, nrRuns);\n',
+    'I24: a mapper that leaves during an invalidation never hears of its end (found by fuzzing)',
     props('slots'),
   ),
 
@@ -632,11 +641,11 @@ export const MUTANTS: readonly Mutant[] = [
     props('cache'),
   ),
   fault(
-    'cache-lock-dropped',
+    'lookup-without-lock',
     CACHE,
-    '  markDirty(pfn: number): void {\n    this.#lock();\n',
-    '  markDirty(pfn: number): void {\n    if (Atomics.load(this.#w, H_CACHE_LOCK) !== 0) this.#unlock();\n',
-    'I19: the page-cache lock is broken',
+    '  lookup(inode: number, index: number): number {\n    this.#lock();\n',
+    '  lookup(inode: number, index: number): number {\n',
+    'I19: the hash chains are walked without their lock',
     props('cache'),
   ),
   fault(

@@ -320,7 +320,7 @@ class GuestRun {
   }
 
   /** The liveness phase: no more operations; timers come due until everything has settled. */
-  settle(disk: boolean): void {
+  settle(disk: boolean, reporting: boolean): void {
     for (let i = 0; i < this.#held.length; i++) this.#verify(i);
     if (disk) {
       for (let index = 0; index < FILE_PAGES; index++) this.#read(index);
@@ -333,6 +333,12 @@ class GuestRun {
       this.#kernel.vcpu.port.relax();
     }
     for (let i = 0; i < 12; i++) {
+      // Blocks used and freed again are to be reported again.
+      if (reporting && i < 4) {
+        for (let n = 0; n < 3; n++) this.#alloc(3, 1);
+        while (this.#held.length > 0) this.#free(0);
+        this.#kernel.parts.pcp.drain(0);
+      }
       this.#kernel.vcpu.clock += 1.1 * NS_PER_S;
       this.due();
     }
@@ -371,7 +377,7 @@ function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number)
     }
     lab.model[OPS_DONE] += ALL_DONE;
     lab.tellHost();
-    run.settle(kind.disk);
+    run.settle(kind.disk, kind.reportingOrder < 9);
     kernel.leave();
     lab.model[1 + id] = 1;
     lab.model[0] = 1;
