@@ -14,7 +14,7 @@ export interface Outcome extends ScheduleOutcome {
 }
 
 /** Steps after which an execution is a livelock. */
-const STEP_LIMIT = 40_000;
+const STEP_LIMIT = 200_000;
 
 export class Stage {
   readonly property: Property;
