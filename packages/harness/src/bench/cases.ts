@@ -9,7 +9,18 @@ import {
   bootMemory,
   type GuestConfig,
 } from '@ebb/guest-kernel';
-import { gfn, GiB, MiB, NS_PER_S, PAGE_SIZE, Prng, type Vcpu } from '@ebb/machine';
+import {
+  ControlledSchedule,
+  gfn,
+  GiB,
+  MiB,
+  NS_PER_S,
+  PAGE_SIZE,
+  Prng,
+  ScheduleBuffer,
+  type Vcpu,
+} from '@ebb/machine';
+import { fuzz } from '../fuzz/fuzz.ts';
 import { loadTrace } from '../compare/options.ts';
 import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
 import { fileStorage } from '../run/file-storage.ts';
@@ -326,4 +337,56 @@ export function returned(name: 'balloon' | 'reporting'): number {
   const began = performance.now();
   const { result } = runInline(spec, buffers, (_vm, bytes) => fileStorage(bytes));
   return result.vms[0].returnedBytes / GiB / ((performance.now() - began) / 1000);
+}
+
+/** Nanoseconds of a schedule point that does not switch. */
+export function pointCost(): number {
+  const buffer = new ScheduleBuffer();
+  let best = Number.POSITIVE_INFINITY;
+  for (let round = 0; round < 5; round++) {
+    const count = 500_000;
+    buffer.prepare({
+      threads: 1,
+      strategy: 'random',
+      seed: 1,
+      depth: 0,
+      length: 1,
+      choices: [],
+      limit: 2 * count,
+    });
+    const schedule = new ControlledSchedule(buffer.buffer, 0);
+    schedule.start();
+    best = Math.min(
+      best,
+      timed(count, () => {
+        for (let i = 0; i < count; i++) schedule.point('section', i);
+      }),
+    );
+  }
+  return best;
+}
+
+/** Controlled executions of the invalidation property: per second over all cores, and points in each. */
+export async function executions(
+  strategy: 'random' | 'pct',
+): Promise<{ perSecond: number; points: number; pointsPerSecond: number }> {
+  const milliseconds = 6000;
+  const result = await fuzz(
+    {
+      properties: ['invalidation'],
+      runs: 0,
+      milliseconds,
+      seed: 1,
+      strategy,
+      preemptions: 0,
+      workers: 0,
+      keepGoing: true,
+    },
+    () => undefined,
+  );
+  return {
+    perSecond: (result.runs * 1000) / milliseconds,
+    points: result.points / result.runs,
+    pointsPerSecond: (result.points * 1000) / milliseconds,
+  };
 }

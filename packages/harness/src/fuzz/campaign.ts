@@ -43,10 +43,7 @@ const TURN = 16;
 const SHRINK_MS = 15_000;
 
 /** Searches; `tell` hears of progress and of each failure. */
-export async function campaign(
-  options: CampaignOptions,
-  tell: (message: CampaignMessage) => void,
-): Promise<void> {
+async function campaign(options: CampaignOptions, tell: (message: CampaignMessage) => void): Promise<void> {
   const began = performance.now();
   const stages = new Map<string, Stage>();
   const hashes = new Set<string>();
@@ -134,8 +131,9 @@ export async function campaign(
   tell({ kind: 'done', progress: progress() });
 }
 
-if (process.send !== undefined && process.argv[2]?.startsWith('{') === true) {
-  const options = JSON.parse(process.argv[2]) as CampaignOptions;
+const work = process.argv[2] ?? '';
+if (process.send !== undefined && work.startsWith('{')) {
+  const options = JSON.parse(work) as CampaignOptions;
   await campaign(options, (message) => process.send?.(message));
   process.disconnect?.();
 }

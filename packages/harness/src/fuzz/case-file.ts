@@ -6,7 +6,7 @@ import { EBB_VERSION } from '../version.ts';
 
 const opSchema = z.object({ op: z.string(), a: z.number(), b: z.number() });
 
-export const caseSchema = z.object({
+const caseSchema = z.object({
   schema: z.literal(1),
   ebb: z.string(),
   property: z.string(),

@@ -2,14 +2,13 @@
  * The search: programs from a seed, each under a schedule from a strategy, until the runs or the time are used up or
  * something is found; then shrinking. Run `n` of a seed is the same program and schedule whoever runs it.
  */
-import fc from 'fast-check';
+import * as fc from 'fast-check';
 import type { Strategy } from '@ebb/machine';
-import type { FuzzCase } from './case-file.ts';
 import type { FuzzProgram, Property } from './property.ts';
 import { Stage, type Outcome } from './stage.ts';
 
 export const SEARCHES = ['random', 'pct', 'mixed', 'exhaustive'] as const;
-export type Search = (typeof SEARCHES)[number];
+type Search = (typeof SEARCHES)[number];
 
 export interface SearchOptions {
   readonly seed: number;
@@ -182,8 +181,4 @@ function trimmed(choices: readonly number[]): number[] {
   let end = choices.length;
   while (end > 0 && choices[end - 1] === 0) end--;
   return choices.slice(0, end);
-}
-
-export interface Failure {
-  readonly case: Omit<FuzzCase, 'schema' | 'ebb'>;
 }

@@ -57,7 +57,7 @@ export interface LabShape {
 const RC_DONE = 640;
 const TLB_BITS = 6;
 /** Words for the models of a property, in a buffer of their own. */
-export const MODEL_WORDS = 16384;
+const MODEL_WORDS = 16384;
 
 export interface LabBuffers {
   readonly shape: LabShape;
@@ -238,14 +238,12 @@ export class HostLab {
   /** Starts a host task that the execution waits for. */
   spawn(name: string, body: TaskBody): void {
     this.#running++;
-    const lab = this;
-    this.tasks.spawn(
-      name,
-      (function* (): TaskBody {
-        yield* body;
-        lab.#running--;
-      })(),
-    );
+    this.tasks.spawn(name, this.#counted(body));
+  }
+
+  *#counted(body: TaskBody): TaskBody {
+    yield* body;
+    this.#running--;
   }
 
   /** The host's loop: serves until every vCPU thread and every spawned task has ended. */

@@ -2,7 +2,7 @@
  * What a property is: a machine, a generator of programs, and what each thread does with its part. Threads are the host
  * (0) and one per vCPU. A program is plain data: it shrinks, and it is saved with a failing case.
  */
-import type fc from 'fast-check';
+import type * as fc from 'fast-check';
 import type { HostLab, LabShape, VcpuLab } from './lab.ts';
 
 /** One operation; what `a` and `b` mean is the property's. */

@@ -32,10 +32,13 @@ function wordName(detail: number): string {
       return RUN_WORDS.get(index) ?? `run control word ${index}`;
     case 'dram':
       return `frame 0x${(index >> 10).toString(16)} word ${index & 1023}`;
+    case 'arena':
+    case 'ledger':
+    case 'violations':
+    case 'tlb':
+      return `${region} word ${index}`;
     case undefined:
       return `word ${index}`;
-    default:
-      return `${region} word ${index}`;
   }
 }
 
@@ -76,12 +79,18 @@ export function describeEvent({ point, detail }: ScheduleEvent): string {
       return 'has to wait';
     case 'end':
       return 'ends';
-    default:
+    case 'start':
+    case 'lock':
+    case 'unlock':
+    case 'doorbell':
+    case 'index-publish':
+    case 'device-wait':
+    case 'stored':
       return `${point} ${detail}`;
   }
 }
 
-export function threadName(thread: number): string {
+function threadName(thread: number): string {
   return thread === 0 ? 'host' : `vcpu${thread - 1}`;
 }
 

@@ -22,7 +22,7 @@ export const ROOT: string = fileURLToPath(new URL('../../../../', import.meta.ur
 const COPIED = ['package.json', 'tsconfig.base.json', 'vitest.config.ts', 'vitest.shared.ts', 'packages'];
 
 /** Every source file that a check may depend on, from the top of the repository. */
-export function sourceFiles(): string[] {
+function sourceFiles(): string[] {
   const out: string[] = [];
   const walk = (folder: string): void => {
     for (const entry of readdirSync(folder, { withFileTypes: true })) {

@@ -10,13 +10,13 @@ import {
 } from '@ebb/virtio/uapi';
 import type { DeviceEvent, DeviceTrace } from './device-events.ts';
 
-export interface Rule {
+interface Rule {
   readonly section: string;
   readonly title: string;
   readonly must: string;
 }
 
-export interface Breach extends Rule {
+interface Breach extends Rule {
   readonly line: number;
   readonly who: 'driver' | 'device';
   readonly what: string;
@@ -146,6 +146,22 @@ const REPORTED_TWICE: Rule = {
 /** Answer of a request (5.15.6). */
 const ACK = 0;
 
+/** What a memory device's trace shows. */
+type MemEvent = Extract<
+  DeviceEvent,
+  {
+    event:
+      | 'mem-config'
+      | 'usable'
+      | 'unplugged-all'
+      | 'plug'
+      | 'unplug'
+      | 'unplug-all'
+      | 'state'
+      | 'response';
+  }
+>;
+
 interface Buffer {
   readonly writable: number;
 }
@@ -224,8 +240,16 @@ class DeviceChecker {
       case 'target':
         this.#onBalloon(e);
         break;
-      default:
+      case 'mem-config':
+      case 'usable':
+      case 'unplugged-all':
+      case 'plug':
+      case 'unplug':
+      case 'unplug-all':
+      case 'state':
+      case 'response':
         this.#onMem(e);
+        break;
     }
   }
 
@@ -354,7 +378,7 @@ class DeviceChecker {
 
   // ── Memory device ────────────────────────────────────────────────────────────────────────────────────────────────
 
-  #onMem(e: DeviceEvent): void {
+  #onMem(e: MemEvent): void {
     switch (e.event) {
       case 'mem-config': {
         this.#block = e.block_size;
@@ -384,8 +408,6 @@ class DeviceChecker {
         break;
       case 'response':
         this.#answer(e.type);
-        break;
-      default:
         break;
     }
   }

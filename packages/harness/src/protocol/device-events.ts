@@ -11,7 +11,7 @@ const segment = z.tuple([z.number(), z.number()]);
 const at = { t: z.number().optional(), device: z.string().optional() };
 
 /** One line of the JSON-lines format. Addresses and lengths are bytes, `pfns` are 4 KiB page numbers. */
-export const deviceEventSchema = z.discriminatedUnion('event', [
+const deviceEventSchema = z.discriminatedUnion('event', [
   z.object({
     ...at,
     event: z.literal('features'),

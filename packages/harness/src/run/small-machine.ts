@@ -15,7 +15,7 @@ import {
 } from '@ebb/machine';
 import { MemFile, type HugePolicy } from '@ebb/memfs';
 
-export interface SmallVm {
+interface SmallVm {
   readonly vm: Vm;
   readonly file: MemFile;
   /** Its one vCPU on this thread. */

@@ -21,7 +21,7 @@ import {
   VIRTIO_BALLOON_F_REPORTING,
   VIRTIO_BALLOON_F_STATS_VQ,
 } from '@ebb/virtio/uapi';
-import fc from 'fast-check';
+import * as fc from 'fast-check';
 import { attachDevice } from '../attach-device.ts';
 import { auditGuest, balloonPages } from '../guest-audit.ts';
 import type { HostLab, LabShape, VcpuLab } from '../lab.ts';

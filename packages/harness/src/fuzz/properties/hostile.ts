@@ -19,10 +19,10 @@ import {
   MMIO_QUEUE_SEL,
   MMIO_STATUS,
 } from '@ebb/virtio/uapi';
-import fc from 'fast-check';
+import * as fc from 'fast-check';
 import { attachDevice } from '../attach-device.ts';
 import type { LabShape, VcpuLab } from '../lab.ts';
-import type { FuzzProgram, Op, Property } from '../property.ts';
+import type { Op, Property } from '../property.ts';
 import { memoryOps, runMemoryOps } from './memory.ts';
 
 const RAM = 32;
@@ -191,7 +191,7 @@ export const hostile: Property = {
       fc.array(hostileOp, { minLength: 4, maxLength: 30 }),
       fc.array(memoryOps, { minLength: 2, maxLength: 10 }),
     ),
-  }) as fc.Arbitrary<FuzzProgram>,
+  }),
   host(lab) {
     const [{ vm }] = lab.vms;
     const port: DevicePort = {

@@ -6,7 +6,7 @@
  */
 import type { TaskBody, Vm } from '@ebb/host-kvm';
 import { gfn, PAGE_SIZE, VmKilled } from '@ebb/machine';
-import fc from 'fast-check';
+import * as fc from 'fast-check';
 import type { HostLab, LabShape, VcpuLab } from '../lab.ts';
 import type { FuzzProgram, Op, Property } from '../property.ts';
 
