@@ -20,6 +20,7 @@ import { addFuzzCommands } from './fuzz/commands.ts';
 import { PROPERTIES } from './fuzz/properties.ts';
 import { EXHIBITS } from './museum/exhibits.ts';
 import { runExhibit } from './museum/run-exhibit.ts';
+import { addLitmusCommand } from './litmus/commands.ts';
 import { addMutantCommand } from './mutants/commands.ts';
 import { addCheckCommand } from './protocol/commands.ts';
 import { renderReport } from './report/report.ts';
@@ -386,6 +387,7 @@ trace
 addFuzzCommands(program);
 addMutantCommand(program);
 addCheckCommand(program);
+addLitmusCommand(program);
 
 /** Maps what went wrong to an exit code and one line. */
 function fail(error: unknown): number {

@@ -11,6 +11,7 @@ export * from './guest-memory.ts';
 export * from './host-memory.ts';
 export * from './layout.ts';
 export * from './ledger.ts';
+export * from './lock-order.ts';
 export * from './observed-atomics.ts';
 export * from './observed-views.ts';
 export * from './prng.ts';

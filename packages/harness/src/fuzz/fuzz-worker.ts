@@ -1,7 +1,9 @@
 /** One thread of a controlled execution: the host, or a vCPU. Lives through many executions; told of each by Comlink. */
 import {
   ControlledSchedule,
+  LockOrder,
   observedAtomics,
+  observeLocks,
   observeViews,
   plainView,
   RaceDetector,
@@ -53,7 +55,9 @@ export class FuzzWorker {
     let crash = '';
     let host: HostLab | null = null;
     races = observe ? new RaceDetector(lab.races, this.#thread, racyByDesign(lab.shape.ramPages)) : null;
+    const order = new LockOrder(lab.lockOrder);
     const begin = (): void => {
+      observeLocks(order);
       schedule = control;
       control.start();
       if (races !== null) races.active = true;
@@ -62,6 +66,9 @@ export class FuzzWorker {
       control.end();
       schedule = null;
       for (const race of races?.races ?? []) found.push(describeRace(race));
+      for (const cycle of order.cycles)
+        found.push(`lock order: arena words ${cycle.join(' → ')} are taken in a circle (I23)`);
+      observeLocks(null);
       races = null;
     };
     try {

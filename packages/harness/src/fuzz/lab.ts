@@ -15,6 +15,7 @@ import {
   hfn,
   HostMemory,
   ledgerBytes,
+  LOCK_ORDER_BYTES,
   MODE_OUTSIDE,
   nudgeSleepingHost,
   PAGE_SIZE,
@@ -71,6 +72,7 @@ export interface LabBuffers {
   /** TLBs of the vCPUs, and the race detector's memory. */
   readonly tlbs: readonly SharedArrayBuffer[];
   readonly races: SharedArrayBuffer;
+  readonly lockOrder: SharedArrayBuffer;
   readonly schedule: SharedArrayBuffer;
 }
 
@@ -86,13 +88,14 @@ export function labBuffers(shape: LabShape): LabBuffers {
     model: new SharedArrayBuffer(MODEL_WORDS * 4),
     tlbs: Array.from({ length: shape.vms * shape.vcpus }, () => new SharedArrayBuffer(tlbBytes(TLB_BITS))),
     races: new SharedArrayBuffer(RACE_BYTES),
+    lockOrder: new SharedArrayBuffer(LOCK_ORDER_BYTES),
     schedule: new SharedArrayBuffer(SCHEDULE_BYTES),
   };
 }
 
 /** Empties everything but DRAM, which the host zeroes frame by frame. */
 export function resetLab(lab: LabBuffers): void {
-  for (const buffer of [lab.ledger, lab.violations, lab.control, lab.runControl, lab.model])
+  for (const buffer of [lab.ledger, lab.violations, lab.control, lab.runControl, lab.model, lab.lockOrder])
     new Uint8Array(buffer).fill(0);
   for (const arena of lab.arenas) new Uint8Array(arena).fill(0);
 }

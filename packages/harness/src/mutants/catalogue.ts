@@ -404,7 +404,7 @@ export const MUTANTS: readonly Mutant[] = [
   fault(
     'lock-not-taken',
     LOCK,
-    '  if (Atomics.compareExchange(words, index, 0, holder + 1) === 0) return;\n',
+    '  if (Atomics.compareExchange(words, index, 0, holder + 1) === 0) {\n    if (observer !== null) observer.taken(words, index, true);\n    return;\n  }\n',
     '  if (words[index] === 0) return;\n',
     'I19: a lock that excludes nobody',
     props('allocator'),
@@ -440,6 +440,15 @@ export const MUTANTS: readonly Mutant[] = [
     'if (Atomics.load(this.#w, base + C_LEASE) !== LEASE_DRAINER) {',
     'I19: a drain of lists in use',
     props('allocator'),
+  ),
+
+  fault(
+    'lock-order-turned',
+    CACHE,
+    '    this.#unlock();\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#lru.add(node, L_INACTIVE, pfn);\n    this.#lru.unlock(node);\n    return true;\n',
+    '    this.#unlock();\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#lock();\n    this.#lru.add(node, L_INACTIVE, pfn);\n    this.#unlock();\n    this.#lru.unlock(node);\n    return true;\n',
+    'I23: the LRU lock before the page-cache lock',
+    props('cache'),
   ),
 
   // ── The guest's allocator ──

@@ -56,7 +56,7 @@ async function byProperties(
       '--json',
       '-',
     ],
-    milliseconds + 60_000,
+    milliseconds + 25_000,
   );
   if (out.stopped) return { caught: true, by: names.join(' '), how: 'the search did not end', runs: 0 };
   if (out.code === 0) return MISSED;

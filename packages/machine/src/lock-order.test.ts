@@ -1,0 +1,35 @@
+import { expect, test } from 'vitest';
+import { LOCK_ORDER_BYTES, LockOrder } from './lock-order.ts';
+
+const words = new Int32Array(128);
+
+test('two locks taken in both orders, by two threads that never met, are a cycle', () => {
+  const buffer = new SharedArrayBuffer(LOCK_ORDER_BYTES);
+  const a = new LockOrder(buffer);
+  const b = new LockOrder(buffer);
+  a.taken(words, 10, true);
+  a.taken(words, 20, true);
+  a.released(words, 20);
+  a.released(words, 10);
+  b.taken(words, 20, true);
+  b.taken(words, 10, true);
+  expect(a.cycles).toEqual([]);
+  expect(b.cycles).toEqual([[10, 20]]);
+});
+
+test('a try-lock adds no edge to itself, and three locks can close a circle', () => {
+  const buffer = new SharedArrayBuffer(LOCK_ORDER_BYTES);
+  const order = new LockOrder(buffer);
+  const both = (first: number, second: number, waits: boolean): void => {
+    order.taken(words, first, true);
+    order.taken(words, second, waits);
+    order.released(words, second);
+    order.released(words, first);
+  };
+  both(1, 2, true);
+  both(2, 1, false);
+  expect(order.cycles).toEqual([]);
+  both(2, 3, true);
+  both(3, 1, true);
+  expect(order.cycles.length).toBe(1);
+});
