@@ -20,8 +20,6 @@ export interface SearchOptions {
 
 /** Programs are drawn in batches, so that drawing costs little and run `n` needs no other run. */
 const BATCH = 16;
-/** PCT spreads its change points over about as many steps as an execution has. */
-const PCT_LENGTH = 600;
 const OBSERVED_RUN = 2;
 
 export interface Run {
@@ -72,7 +70,7 @@ export function execute(stage: Stage, run: Run, choices: readonly number[] = [])
     strategy: run.strategy,
     seed: run.seed,
     depth: run.depth,
-    length: PCT_LENGTH,
+    length: stage.property.steps,
     choices,
     observe: run.observe,
   });

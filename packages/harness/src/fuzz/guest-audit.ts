@@ -2,6 +2,7 @@
 import {
   Arena,
   P_SHADOW,
+  SHADOW_ALLOCATED,
   pcpPages,
   SHADOW_BALLOON,
   SHADOW_BUDDY,
@@ -22,6 +23,7 @@ import {
   P_PREV,
   PG_BUDDY,
 } from '@ebb/guest-kernel';
+import { plainView } from '@ebb/machine';
 
 /** Word of the balloon driver's state that counts its pages. */
 const BALLOON_NR_PAGES: number = T_BALLOON + 3;
@@ -80,4 +82,16 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
 /** Pages in the balloon as the driver counts them. */
 export function balloonPages(arena: Arena): number {
   return arena.w[BALLOON_NR_PAGES];
+}
+
+/** Pages that somebody has allocated, by the shadow. */
+export function allocatedPages(arena: Arena): number {
+  // An auditor's look is no access of a vCPU's.
+  const w = plainView(arena.w);
+  const { memmap } = arena;
+  let pages = 0;
+  for (const zone of zoneBases(w))
+    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++)
+      if (w[memmap + (pfn << 4) + P_SHADOW] === SHADOW_ALLOCATED) pages++;
+  return pages;
 }

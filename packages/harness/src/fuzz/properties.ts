@@ -2,6 +2,7 @@
 import { allocator, balloon, cache, reporting } from './properties/guest.ts';
 import { hostile } from './properties/hostile.ts';
 import { invalidation, isolation, slots } from './properties/memory.ts';
+import { queue } from './properties/queue.ts';
 import { UserError } from '../trace/trace.ts';
 import type { Property } from './property.ts';
 
@@ -13,6 +14,7 @@ export const PROPERTIES: readonly Property[] = [
   reporting,
   balloon,
   cache,
+  queue,
   hostile,
 ];
 

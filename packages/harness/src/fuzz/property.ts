@@ -27,6 +27,8 @@ export interface Property {
   /** Invariants and rows of the specification it stands for. */
   readonly rows: string;
   readonly shape: LabShape;
+  /** Points of a typical run: PCT spreads its change points over so many. */
+  readonly steps: number;
   readonly program: fc.Arbitrary<FuzzProgram>;
   /** Prepares the host (before the schedule starts): spawns tasks, attaches devices. Its verdict comes after all ended. */
   host(lab: HostLab, program: FuzzProgram): Verdict;

@@ -445,9 +445,9 @@ export const MUTANTS: readonly Mutant[] = [
   fault(
     'lock-order-turned',
     CACHE,
-    '    this.#unlock();\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#lru.add(node, L_INACTIVE, pfn);\n    this.#lru.unlock(node);\n    return true;\n',
-    '    this.#unlock();\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#lock();\n    this.#lru.add(node, L_INACTIVE, pfn);\n    this.#unlock();\n    this.#lru.unlock(node);\n    return true;\n',
-    'I23: the LRU lock before the page-cache lock',
+    '    this.#unhash(pfn);\n    this.#unlock();\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#lru.remove(node, pfn);\n    this.#lru.unlock(node);\n    return true;\n',
+    '    this.#unhash(pfn);\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#unlock();\n    this.#lock();\n    this.#unlock();\n    this.#lru.remove(node, pfn);\n    this.#lru.unlock(node);\n    return true;\n',
+    'I23: the page-cache lock inside the LRU lock, and the LRU lock inside it',
     props('cache'),
   ),
 
@@ -673,7 +673,7 @@ export const MUTANTS: readonly Mutant[] = [
     '    const head = s[this.#base + S_FREE_HEAD];\n    let index = head;\n',
     '    const head = s[this.#base + S_FREE_HEAD];\n    let index = head;\n    this.#pushAvail(memory, head);\n    this.publish(memory);\n    s[this.#base + S_AVAIL] = (s[this.#base + S_AVAIL] + 0xffff) & 0xffff;\n',
     'I21: published before it is written',
-    props('balloon', 'reporting'),
+    props('queue'),
   ),
   fault(
     'event-dekker-driver',
@@ -681,7 +681,7 @@ export const MUTANTS: readonly Mutant[] = [
     '    Atomics.store(memory.u16, (memory.at + AVAIL_IDX) >> 1, idx);\n    s[this.#base + S_PUBLISHED] = idx;\n    return this.needsKick(memory);',
     '    s[this.#base + S_PUBLISHED] = idx;\n    const kick = this.needsKick(memory);\n    this.#window(memory, this.rings.driver, availBytes(this.size));\n    Atomics.store(memory.u16, (memory.at + AVAIL_IDX) >> 1, idx);\n    return kick;',
     'I24: the event is read before the index is stored',
-    props('balloon', 'reporting', 'cache'),
+    props('queue'),
   ),
   fault(
     'device-no-recheck',
@@ -689,7 +689,7 @@ export const MUTANTS: readonly Mutant[] = [
     '    return this.hasAvail();\n',
     '    return false;\n',
     'I24: kicks armed without another look',
-    props('balloon', 'reporting', 'cache'),
+    props('queue'),
   ),
   fault(
     'driver-no-recheck',
@@ -697,7 +697,7 @@ export const MUTANTS: readonly Mutant[] = [
     '    return this.hasUsed(memory);\n',
     '    return false;\n',
     'I24: interrupts armed without another look',
-    props('balloon', 'reporting', 'cache'),
+    props('queue'),
   ),
   fault(
     'need-event-wrap',

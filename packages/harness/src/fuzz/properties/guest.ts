@@ -4,6 +4,7 @@
  */
 import {
   Arena,
+  filePages,
   GuestKernel,
   LINE_BALLOON,
   LINE_BLK,
@@ -23,7 +24,7 @@ import {
 } from '@ebb/virtio/uapi';
 import * as fc from 'fast-check';
 import { attachDevice } from '../attach-device.ts';
-import { auditGuest, balloonPages } from '../guest-audit.ts';
+import { allocatedPages, auditGuest, balloonPages } from '../guest-audit.ts';
 import type { HostLab, LabShape, VcpuLab } from '../lab.ts';
 import type { FuzzProgram, Op, Property, Verdict } from '../property.ts';
 
@@ -103,6 +104,11 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
     if (lab.model[0] === 0) return found;
     const arena = new Arena(lab.arena(0), PAGES);
     found.push(...auditGuest(arena, lab.shape.vcpus));
+    let expected = lab.model[ALLOCATED_AT_START] + filePages(arena);
+    for (let cpu = 0; cpu < lab.shape.vcpus; cpu++) expected += lab.model[HELD_AT_END + cpu];
+    const allocated = allocatedPages(arena);
+    if (allocated !== expected)
+      found.push(`leak: ${allocated} pages are allocated, their owners know of ${expected} (I19)`);
     if (balloon !== null) found.push(...balloonVerdict(arena, balloon));
     if (kind.disk) found.push(...diskVerdict(lab, disk));
     return found;
@@ -169,6 +175,9 @@ function diskVerdict(lab: HostLab, disk: Uint8Array): string[] {
 
 /** Model words: 0 is set when the guest has ended in order; then the version of each file page. */
 const OPS_DONE = 8;
+/** Pages allocated once the guest is up, and those that each vCPU still holds at the end. */
+const ALLOCATED_AT_START = 10;
+const HELD_AT_END = 11;
 /** Host commands not yet given. */
 const COMMANDS = 9;
 const ALL_DONE = 1 << 20;
@@ -198,6 +207,11 @@ class GuestRun {
     this.#kernel = kernel;
     this.#lab = lab;
     this.#id = id;
+  }
+
+  /** Pages of the allocations it has not freed. */
+  get heldPages(): number {
+    return this.#held.reduce((sum, { order }) => sum + (1 << order), 0);
   }
 
   #complain(what: string): void {
@@ -364,6 +378,7 @@ function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number)
         kernel.boot();
         vcpu.leaveGuest();
         if (kind.disk) hog(kernel);
+        lab.model[ALLOCATED_AT_START] = allocatedPages(kernel.arena);
       });
     }
     while (!kernel.booted) lab.schedule.spin('spin', 1);
@@ -379,6 +394,7 @@ function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number)
     lab.tellHost();
     run.settle(kind.disk, kind.reportingOrder < 9);
     kernel.leave();
+    lab.model[HELD_AT_END + id] = run.heldPages;
     lab.model[1 + id] = 1;
     lab.model[0] = 1;
     for (let c = 0; c < lab.shape.vcpus; c++) if (lab.model[1 + c] === 0) lab.model[0] = 0;
@@ -402,6 +418,7 @@ function guestProperty(
     about,
     rows,
     shape,
+    steps: 9000,
     program: programs(kind, shape.vcpus),
     host: (lab, program) => host(kind, lab, program),
     cpu: (lab, program, _vm, id) => runGuest(kind, lab, program.cpus[id], id),

@@ -244,6 +244,7 @@ function memoryProperty(
     about,
     rows,
     shape,
+    steps: 800,
     program: programs(shape, slots),
     host(lab, program) {
       program.host.forEach((op, i) => lab.spawn(`${op.op} ${i}`, hostTask(lab, op)));
