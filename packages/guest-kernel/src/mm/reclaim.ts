@@ -151,9 +151,9 @@ export class Reclaim {
       const pfn = this.#lru.tail(node, list);
       if (pfn < 0) break;
       this.#lru.remove(node, pfn);
-      // On the LRU a page has at least the cache's reference, or its remover is waiting for this lock.
-      Atomics.add(w, this.#memmap + (pfn << 4) + P_REF, 1);
-      out[n++] = pfn;
+      // A page whose last reference is gone is being freed by whoever dropped it, who waits for this lock to take it off
+      // the list: it must not be revived (`folio_try_get`).
+      if (tryGet(w, this.#memmap + (pfn << 4) + P_REF)) out[n++] = pfn;
     }
     this.#lru.unlock(node);
     return n;
@@ -240,5 +240,14 @@ export class Reclaim {
     }
     this.#inside = false;
     return wrote;
+  }
+}
+
+/** Takes a reference unless there is none left. */
+function tryGet(w: Int32Array, ref: number): boolean {
+  for (;;) {
+    const count = Atomics.load(w, ref);
+    if (count === 0) return false;
+    if (Atomics.compareExchange(w, ref, count, count + 1) === count) return true;
   }
 }

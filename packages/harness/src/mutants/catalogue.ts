@@ -666,6 +666,15 @@ export const MUTANTS: readonly Mutant[] = [
     props('cache'),
   ),
 
+  fault(
+    'isolate-revives',
+    RECLAIM,
+    '    if (count === 0) return false;\n',
+    '',
+    'I19: reclaim takes a page whose last reference is gone (found by fuzzing)',
+    props('cache'),
+  ),
+
   // ── Virtqueues ──
   fault(
     'avail-before-desc',
