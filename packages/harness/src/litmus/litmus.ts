@@ -6,7 +6,7 @@
  */
 
 /** A step of one thread over shared variables; `atomic` is what the sources use. */
-export type Step =
+type Step =
   | { readonly op: 'store'; readonly to: string; readonly atomic: boolean }
   | { readonly op: 'load'; readonly from: string };
 
