@@ -48,7 +48,20 @@ import { FRAME_FREE, type FrameLedger } from './ledger.ts';
 import { freeSchedule, type Schedule } from './schedule.ts';
 import { sharedF64, sharedI32 } from './shared-views.ts';
 import { PAGE_SIZE } from './units.ts';
+import * as tlbLayout from './tlb.ts';
 import type { ViolationLog } from './violations.ts';
+
+// A module's own constants are folded into machine code, imported ones are read at each use.
+const {
+  EPOCH_SHIFT,
+  HUGE_TLB_ENTRIES,
+  TLB_BASE,
+  TLB_CHECKED,
+  TLB_EPOCH,
+  TLB_GIGA_TABLE,
+  TLB_HUGE_BASE,
+  TLB_HUGE_TABLE,
+} = tlbLayout;
 
 /** Exit reasons in the mailbox. */
 export const EXIT_EPT_VIOLATION = 1;
@@ -66,11 +79,7 @@ export const RESULT_KILLED = 2;
 const SECTION_ACCESSES = 64;
 /** The same in a controlled run: long enough that an access without a check occurs, short enough that checks do. */
 const CONTROLLED_SECTION = 3;
-/** Tag: gfn in the low 23 bits (32 GiB of guest-physical space), epoch above. Gfns beyond are never cached. */
-const EPOCH_SHIFT = 23;
 const MAX_CACHED_GFN: number = 1 << EPOCH_SHIFT;
-/** Entries of the TLB for 2 MiB blocks: 2 GiB of reach. */
-const HUGE_TLB_ENTRIES = 1024;
 /** Epochs stay positive, so that no tag is −1, which marks an empty entry. */
 const MAX_EPOCH = 0xff;
 const ZERO_PAGE = new Uint8Array(PAGE_SIZE);
@@ -111,50 +120,6 @@ export interface VcpuOptions {
   readonly tlbBits?: number;
   /** Where to keep the TLB (`tlbBytes`), so that a checker can look into it; private memory by default. */
   readonly tlb?: SharedArrayBuffer;
-}
-
-/** Words of a kept TLB: epoch, the two cached tables with their frames' generations, then the 2 MiB table, then the 4 KiB table. */
-const TLB_EPOCH = 0;
-/** 1 once the vCPU has looked at its requests since it entered guest mode: only then may it use the TLB. */
-const TLB_CHECKED = 1;
-const TLB_GIGA_TABLE = 2;
-const TLB_HUGE_TABLE = 4;
-const TLB_HUGE_BASE = 16;
-const TLB_BASE: number = TLB_HUGE_BASE + 4 * HUGE_TLB_ENTRIES;
-
-/** Bytes of a TLB of 2^bits entries that others may look into. */
-export function tlbBytes(bits: number): number {
-  return (TLB_BASE + (4 << bits)) * 4;
-}
-
-/** Whether the vCPU may use this TLB at once, without looking at its flush requests first. */
-export function tlbInUse(tlb: Int32Array): boolean {
-  return tlb[TLB_CHECKED] !== 0;
-}
-
-/**
- * Whether a kept TLB still reaches `frame`: as a page's or block's frame, or as a cached table. For checkers: at the moment
- * a frame loses its owner no TLB that is in use may reach it (I4).
- */
-export function tlbReaches(tlb: Int32Array, frame: number, generation: Int32Array, frames: number): boolean {
-  const epoch = tlb[TLB_EPOCH];
-  const now = generation[frame];
-  // A translation of an earlier life of the frame was somebody else's to flush, then.
-  if (tlb[TLB_GIGA_TABLE] === frame && tlb[TLB_GIGA_TABLE + 1] === now) return true;
-  if (tlb[TLB_HUGE_TABLE] === frame && tlb[TLB_HUGE_TABLE + 1] === now) return true;
-  for (let at = TLB_BASE; at < tlb.length; at += 4)
-    if (tlb[at + 2] === frame && tlb[at] >= 0 && tlb[at] >> EPOCH_SHIFT === epoch && tlb[at + 3] === now)
-      return true;
-  const block = generation[frames + (frame >>> 9)];
-  for (let at = TLB_HUGE_BASE; at < TLB_BASE; at += 4)
-    if (
-      tlb[at] >= 0 &&
-      tlb[at] >> EPOCH_SHIFT === epoch &&
-      (frame & ~511) === tlb[at + 2] &&
-      tlb[at + 3] === block
-    )
-      return true;
-  return false;
 }
 
 /** Counters of one vCPU, private to its worker. */
