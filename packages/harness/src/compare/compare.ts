@@ -13,7 +13,7 @@ import { COST_TABLE, costTableHash, GiB, NS_PER_S, PAGE_SIZE, Prng } from '@ebb/
 import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
 import { fileStorage } from '../run/file-storage.ts';
 import { guestOf, REPLAY_DISK_BYTES } from '../run/guest-of.ts';
-import type { RunResult } from '../run/host-side.ts';
+import type { RunResult } from '../run/run-result.ts';
 import { runInline } from '../run/inline-run.ts';
 import { runThreads, ThreadPool, workersFor } from '../run/threads-run.ts';
 import type { RunSpec, Technique, VmSpec } from '../run/spec.ts';

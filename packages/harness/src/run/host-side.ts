@@ -5,16 +5,7 @@
  * A window ends at the next thing the host has to do (a boot, a sample, a policy step) and at most 10 ms after the next
  * thing a guest has to do, since vCPUs of one VM interact. Between windows every worker has reported `done`.
  */
-import {
-  Arena,
-  filePages,
-  freePages,
-  LINE_BALLOON,
-  LINE_BLK,
-  MMIO_BASE,
-  MMIO_STRIDE,
-  pcpPages,
-} from '@ebb/guest-kernel';
+import { Arena, LINE_BALLOON, LINE_BLK, MMIO_BASE, MMIO_STRIDE } from '@ebb/guest-kernel';
 import {
   BalloonDevice,
   BlockDevice,
@@ -36,14 +27,7 @@ import {
   NS_PER_S,
   PAGE_SIZE,
   RC_VMS_ON,
-  sharedF64,
   sharedI32,
-  VC_STALL_BUCKETS,
-  VC_STALL_HIST,
-  VC_STALL_MAX_F64,
-  VC_STALL_TOTAL_F64,
-  VCPU_BLOCK_BYTES,
-  VCPU_BLOCK_WORDS,
   describeOwner,
   describeViolation,
   ViolationLog,
@@ -54,86 +38,21 @@ import { MmioTransport } from '@ebb/virtio/device';
 import { MMIO_REGION_BYTES } from '@ebb/virtio/uapi';
 import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
 import {
-  RC_VM,
-  RC_VM_EVENTS,
-  VM_FAILED,
-  VM_KILLED,
-  type RunBuffers,
-  type RunSpec,
-  type VmSpec,
-} from './spec.ts';
+  auditFrames,
+  sampleOf,
+  stallsOf,
+  vmResult,
+  type RunningVm,
+  type RunResult,
+  type Sample,
+} from './run-result.ts';
+import { RC_VM, RC_VM_EVENTS, VM_FAILED, type RunBuffers, type RunSpec } from './spec.ts';
 
 /** Longest window while vCPUs that may interact have something to do. */
 const WINDOW_NS: number = 10 * NS_PER_MS;
 /** Longest window while the vCPUs of only one worker have: what they wake on another waits no longer than this. */
 const LONE_WINDOW_NS: number = 100 * NS_PER_MS;
 const POLICY_NS: number = NS_PER_S;
-
-/** One point of the timeline: bytes. */
-export interface Sample {
-  readonly atNs: number;
-  readonly hostUsed: number;
-  readonly guests: readonly {
-    readonly free: number;
-    readonly cached: number;
-    readonly used: number;
-    readonly balloon: number;
-    readonly host: number;
-  }[];
-}
-
-export interface VmResult {
-  readonly state: 'off' | 'running' | 'finished' | 'failed' | 'killed';
-  readonly events: number;
-  readonly guestFreeBytes: number;
-  readonly returnedBytes: number;
-  readonly eptViolations: number;
-  readonly faultRetries: number;
-  readonly tlbFlushes: number;
-  readonly kicks: number;
-  readonly descriptors: number;
-  readonly balloonPages: number;
-  readonly ballooned: Readonly<Record<string, number>>;
-  readonly block: Readonly<Record<string, number>>;
-  /** H33: pages the guest promised in its balloon and yet has memory behind. */
-  readonly reusedBalloonPages: number;
-  readonly hintedPages: number;
-}
-
-export interface RunResult {
-  readonly ok: boolean;
-  /** Why the run failed; empty when it did not. */
-  readonly why: string;
-  readonly endNs: number;
-  readonly hostPeakBytes: number;
-  readonly hostEndBytes: number;
-  readonly zeroedFrames: number;
-  readonly ledgerViolations: number;
-  readonly violations: readonly string[];
-  readonly stall: {
-    readonly total: number;
-    readonly p50: number;
-    readonly p99: number;
-    readonly max: number;
-  };
-  readonly vms: readonly VmResult[];
-  readonly samples: readonly Sample[];
-  readonly deviceTrace: readonly string[];
-}
-
-interface RunningVm {
-  readonly spec: VmSpec;
-  readonly vm: Vm;
-  readonly file: MemFile;
-  readonly arena: Arena;
-  readonly balloon: BalloonDevice | null;
-  readonly block: BlockDevice | null;
-  readonly transports: MmioTransport[];
-  policyDue: number;
-  targets: (readonly [number, number])[];
-  hints: { at: number; start: boolean }[];
-  hintedPages: number;
-}
 
 export class HostSide {
   readonly tasks: HostTasks;
@@ -424,45 +343,12 @@ export class HostSide {
   // ── Accounts and results ─────────────────────────────────────────────────────────────────────────────────────────
 
   sample(now: number): Sample {
-    return {
-      atNs: now,
-      hostUsed: this.pool.used * PAGE_SIZE,
-      guests: this.vms.map(({ arena, file, balloon: device }) => {
-        const free = (freePages(arena) + pcpPages(arena, this.#spec.vcpusPerVm)) * PAGE_SIZE;
-        const cached = filePages(arena) * PAGE_SIZE;
-        const balloon = (device?.actual ?? 0) * PAGE_SIZE;
-        return {
-          free,
-          cached,
-          balloon,
-          used: file.nrBlocks * PAGE_SIZE - free - cached - balloon,
-          host: file.assigned * PAGE_SIZE,
-        };
-      }),
-    };
+    return sampleOf(now, this.pool.used, this.vms, this.#spec.vcpusPerVm);
   }
 
   /** Both sums of I9, recounted. An empty string when they hold, else what does not. Only between windows. */
   audit(): string {
-    const counts = this.pool.ledger.recount();
-    const total = Object.values(counts).reduce((sum, n) => sum + n, 0);
-    const outside = this.pool.ledger.frames - this.pool.frames;
-    if (total !== this.pool.ledger.frames) return `frames: ${total} accounted of ${this.pool.ledger.frames}`;
-    if (counts.free - outside !== this.pool.buddy.free)
-      return `free frames: ledger ${counts.free - outside}, allocator ${this.pool.buddy.free}`;
-    const assigned = this.vms.reduce((sum, { file }) => sum + file.assigned, 0);
-    const ram = counts.guestAssigned + counts.memfsUnmapped;
-    if (assigned !== ram) return `guest frames: files hold ${assigned}, ledger says ${ram}`;
-    const tables = this.vms.reduce((sum, { vm }) => sum + vm.mmu.counters.tables, 0);
-    if (tables !== counts.pageTable)
-      return `table frames: MMUs hold ${tables}, ledger says ${counts.pageTable}`;
-    for (const { file } of this.vms) {
-      let holes = 0;
-      for (const frame of file.blocks) if (frame < 0) holes++;
-      if (holes + file.assigned !== file.nrBlocks)
-        return `${file.name}: ${holes} holes and ${file.assigned} blocks are not ${file.nrBlocks}`;
-    }
-    return '';
+    return auditFrames(this.pool, this.vms);
   }
 
   result(): RunResult {
@@ -494,90 +380,18 @@ export class HostSide {
         ...this.violations.list().map((v) => describeViolation(v, describeOwner)),
         ...(audit === '' ? [] : [`accounting: ${audit}`]),
       ],
-      stall: this.#stalls(),
-      vms: this.#spec.vms.map((_, k) => this.#vmResult(k)),
+      stall: stallsOf(this.#buffers.control, this.vms.length * this.#spec.vcpusPerVm),
+      vms: this.#spec.vms.map((_, k) =>
+        vmResult(
+          this.vms[k],
+          this.#status(k),
+          this.#finished(k),
+          Atomics.load(this.#runControl, RC_VM_EVENTS + k),
+        ),
+      ),
       samples: this.samples,
       deviceTrace: this.#deviceTrace,
     };
-  }
-
-  #vmResult(k: number): VmResult {
-    const running = this.vms[k];
-    const events = Atomics.load(this.#runControl, RC_VM_EVENTS + k);
-    if (running === undefined) {
-      return {
-        state: 'off',
-        events,
-        guestFreeBytes: 0,
-        returnedBytes: 0,
-        eptViolations: 0,
-        faultRetries: 0,
-        tlbFlushes: 0,
-        kicks: 0,
-        descriptors: 0,
-        balloonPages: 0,
-        ballooned: {},
-        block: {},
-        reusedBalloonPages: 0,
-        hintedPages: 0,
-      };
-    }
-    const { vm, balloon, block, arena, transports, file } = running;
-    const status = this.#status(k);
-    let reused = 0;
-    if (balloon !== null)
-      for (let pfn = 0; pfn < file.nrBlocks; pfn++)
-        if (balloon.ballooned.has(pfn) && file.blocks[pfn] >= 0) reused++;
-    return {
-      state:
-        vm.killed || (status & VM_KILLED) !== 0
-          ? 'killed'
-          : (status & VM_FAILED) !== 0
-            ? 'failed'
-            : this.#finished(k)
-              ? 'finished'
-              : 'running',
-      events,
-      guestFreeBytes: freePages(arena) * PAGE_SIZE,
-      returnedBytes: vm.counters.returnedBytes,
-      eptViolations: vm.counters.eptViolations,
-      faultRetries: vm.counters.faultRetries,
-      tlbFlushes: vm.counters.tlbFlushes,
-      kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
-      descriptors:
-        (balloon?.counters.descriptors ?? 0) +
-        (block === null ? 0 : 3 * (block.counters.reads + block.counters.writes)),
-      balloonPages: balloon?.actual ?? 0,
-      ballooned: balloon === null ? {} : { ...balloon.counters },
-      block: block === null ? {} : { ...block.counters },
-      reusedBalloonPages: reused,
-      hintedPages: running.hintedPages,
-    };
-  }
-
-  /** Stalls of all vCPUs that ran; percentiles from the log₂ histogram (quarter-octave steps). */
-  #stalls(): RunResult['stall'] {
-    const control = sharedI32('vcpu-control', this.#buffers.control);
-    const f64 = sharedF64('vcpu-control', this.#buffers.control);
-    const histogram = new Float64Array(VC_STALL_BUCKETS);
-    let total = 0;
-    let max = 0;
-    for (let block = 0; block < this.vms.length * this.#spec.vcpusPerVm; block++) {
-      total += f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_TOTAL_F64];
-      max = Math.max(max, f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_MAX_F64]);
-      for (let b = 0; b < VC_STALL_BUCKETS; b++)
-        histogram[b] += control[block * VCPU_BLOCK_WORDS + VC_STALL_HIST + b];
-    }
-    const count = histogram.reduce((sum, n) => sum + n, 0);
-    const percentile = (share: number): number => {
-      let seen = 0;
-      for (let b = 0; b < VC_STALL_BUCKETS; b++) {
-        seen += histogram[b];
-        if (count > 0 && seen >= share * count) return Math.round(Math.min(max, 2 ** (8 + (b + 1) / 4)));
-      }
-      return 0;
-    };
-    return { total: Math.round(total), p50: percentile(0.5), p99: percentile(0.99), max: Math.round(max) };
   }
 }
 

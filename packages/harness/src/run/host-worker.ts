@@ -18,7 +18,8 @@ import {
   sharedI32,
 } from '@ebb/machine';
 import { fileStorage } from './file-storage.ts';
-import { HostSide, type RunResult } from './host-side.ts';
+import { HostSide } from './host-side.ts';
+import type { RunResult } from './run-result.ts';
 import type { RunBuffers, RunSpec } from './spec.ts';
 import { exposeToParent, turn } from './worker-port.ts';
 

@@ -2,7 +2,8 @@
 import type { BlockStorage } from '@ebb/host-kvm';
 import { InlineExitPort, inlineSchedule } from '@ebb/machine';
 import { CpuSide } from './cpu-side.ts';
-import { HostSide, type RunResult } from './host-side.ts';
+import { HostSide } from './host-side.ts';
+import type { RunResult } from './run-result.ts';
 import type { RunBuffers, RunSpec } from './spec.ts';
 
 export interface InlineRun {

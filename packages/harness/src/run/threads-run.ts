@@ -6,7 +6,7 @@ import { availableParallelism } from 'node:os';
 import { RC_DOORBELL, RC_STOP, RC_WINDOW } from '@ebb/machine';
 import type { CpuWorker } from './cpu-worker.ts';
 import type { HostProgress, HostWorker } from './host-worker.ts';
-import type { RunResult } from './host-side.ts';
+import type { RunResult } from './run-result.ts';
 import type { RunBuffers, RunSpec } from './spec.ts';
 import { spawnWorker, WorkerDied, type SpawnedWorker } from './worker-endpoint.ts';
 

@@ -12,7 +12,7 @@ import {
   VIRTIO_BALLOON_F_REPORTING,
   VIRTIO_BALLOON_F_STATS_VQ,
 } from '@ebb/virtio/uapi';
-import type { RunResult } from '../run/host-side.ts';
+import type { RunResult } from '../run/run-result.ts';
 import type { RunSpec, VmSpec } from '../run/spec.ts';
 
 export interface ScenarioOutcome {

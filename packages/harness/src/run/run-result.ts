@@ -1,0 +1,209 @@
+/** What a run comes to: figures of the host and of each VM, the timeline, the audit of frames, stalls. Reads; changes nothing. */
+import { filePages, freePages, pcpPages, type Arena } from '@ebb/guest-kernel';
+import type { BalloonDevice, BlockDevice, FramePool, Vm } from '@ebb/host-kvm';
+import {
+  PAGE_SIZE,
+  sharedF64,
+  sharedI32,
+  VC_STALL_BUCKETS,
+  VC_STALL_HIST,
+  VC_STALL_MAX_F64,
+  VC_STALL_TOTAL_F64,
+  VCPU_BLOCK_BYTES,
+  VCPU_BLOCK_WORDS,
+} from '@ebb/machine';
+import type { MemFile } from '@ebb/memfs';
+import type { MmioTransport } from '@ebb/virtio/device';
+import { VM_FAILED, VM_KILLED, type VmSpec } from './spec.ts';
+
+/** One point of the timeline: bytes. */
+export interface Sample {
+  readonly atNs: number;
+  readonly hostUsed: number;
+  readonly guests: readonly {
+    readonly free: number;
+    readonly cached: number;
+    readonly used: number;
+    readonly balloon: number;
+    readonly host: number;
+  }[];
+}
+
+export interface VmResult {
+  readonly state: 'off' | 'running' | 'finished' | 'failed' | 'killed';
+  readonly events: number;
+  readonly guestFreeBytes: number;
+  readonly returnedBytes: number;
+  readonly eptViolations: number;
+  readonly faultRetries: number;
+  readonly tlbFlushes: number;
+  readonly kicks: number;
+  readonly descriptors: number;
+  readonly balloonPages: number;
+  readonly ballooned: Readonly<Record<string, number>>;
+  readonly block: Readonly<Record<string, number>>;
+  /** H33: pages the guest promised in its balloon and yet has memory behind. */
+  readonly reusedBalloonPages: number;
+  readonly hintedPages: number;
+}
+
+export interface RunResult {
+  readonly ok: boolean;
+  /** Why the run failed; empty when it did not. */
+  readonly why: string;
+  readonly endNs: number;
+  readonly hostPeakBytes: number;
+  readonly hostEndBytes: number;
+  readonly zeroedFrames: number;
+  readonly ledgerViolations: number;
+  readonly violations: readonly string[];
+  readonly stall: {
+    readonly total: number;
+    readonly p50: number;
+    readonly p99: number;
+    readonly max: number;
+  };
+  readonly vms: readonly VmResult[];
+  readonly samples: readonly Sample[];
+  readonly deviceTrace: readonly string[];
+}
+
+/** A VM that has been switched on, as the host's side keeps it. */
+export interface RunningVm {
+  readonly spec: VmSpec;
+  readonly vm: Vm;
+  readonly file: MemFile;
+  readonly arena: Arena;
+  readonly balloon: BalloonDevice | null;
+  readonly block: BlockDevice | null;
+  readonly transports: MmioTransport[];
+  policyDue: number;
+  targets: (readonly [number, number])[];
+  hints: { at: number; start: boolean }[];
+  hintedPages: number;
+}
+
+/** The timeline's point at `now`. */
+export function sampleOf(now: number, hostFrames: number, vms: readonly RunningVm[], nrCpus: number): Sample {
+  return {
+    atNs: now,
+    hostUsed: hostFrames * PAGE_SIZE,
+    guests: vms.map(({ arena, file, balloon: device }) => {
+      const free = (freePages(arena) + pcpPages(arena, nrCpus)) * PAGE_SIZE;
+      const cached = filePages(arena) * PAGE_SIZE;
+      const balloon = (device?.actual ?? 0) * PAGE_SIZE;
+      return {
+        free,
+        cached,
+        balloon,
+        used: file.nrBlocks * PAGE_SIZE - free - cached - balloon,
+        host: file.assigned * PAGE_SIZE,
+      };
+    }),
+  };
+}
+
+/** Both sums of I9, recounted. An empty string when they hold, else what does not. Only between windows. */
+export function auditFrames(pool: FramePool, vms: readonly RunningVm[]): string {
+  const counts = pool.ledger.recount();
+  const total = Object.values(counts).reduce((sum, n) => sum + n, 0);
+  const outside = pool.ledger.frames - pool.frames;
+  if (total !== pool.ledger.frames) return `frames: ${total} accounted of ${pool.ledger.frames}`;
+  if (counts.free - outside !== pool.buddy.free)
+    return `free frames: ledger ${counts.free - outside}, allocator ${pool.buddy.free}`;
+  const assigned = vms.reduce((sum, { file }) => sum + file.assigned, 0);
+  const ram = counts.guestAssigned + counts.memfsUnmapped;
+  if (assigned !== ram) return `guest frames: files hold ${assigned}, ledger says ${ram}`;
+  const tables = vms.reduce((sum, { vm }) => sum + vm.mmu.counters.tables, 0);
+  if (tables !== counts.pageTable)
+    return `table frames: MMUs hold ${tables}, ledger says ${counts.pageTable}`;
+  for (const { file } of vms) {
+    let holes = 0;
+    for (const frame of file.blocks) if (frame < 0) holes++;
+    if (holes + file.assigned !== file.nrBlocks)
+      return `${file.name}: ${holes} holes and ${file.assigned} blocks are not ${file.nrBlocks}`;
+  }
+  return '';
+}
+
+/** Figures of one VM; `running` is undefined if it never started. */
+export function vmResult(
+  running: RunningVm | undefined,
+  status: number,
+  finished: boolean,
+  events: number,
+): VmResult {
+  if (running === undefined) {
+    return {
+      state: 'off',
+      events,
+      guestFreeBytes: 0,
+      returnedBytes: 0,
+      eptViolations: 0,
+      faultRetries: 0,
+      tlbFlushes: 0,
+      kicks: 0,
+      descriptors: 0,
+      balloonPages: 0,
+      ballooned: {},
+      block: {},
+      reusedBalloonPages: 0,
+      hintedPages: 0,
+    };
+  }
+  const { vm, balloon, block, arena, transports, file } = running;
+  let reused = 0;
+  if (balloon !== null)
+    for (let pfn = 0; pfn < file.nrBlocks; pfn++)
+      if (balloon.ballooned.has(pfn) && file.blocks[pfn] >= 0) reused++;
+  return {
+    state:
+      vm.killed || (status & VM_KILLED) !== 0
+        ? 'killed'
+        : (status & VM_FAILED) !== 0
+          ? 'failed'
+          : finished
+            ? 'finished'
+            : 'running',
+    events,
+    guestFreeBytes: freePages(arena) * PAGE_SIZE,
+    returnedBytes: vm.counters.returnedBytes,
+    eptViolations: vm.counters.eptViolations,
+    faultRetries: vm.counters.faultRetries,
+    tlbFlushes: vm.counters.tlbFlushes,
+    kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
+    descriptors:
+      (balloon?.counters.descriptors ?? 0) +
+      (block === null ? 0 : 3 * (block.counters.reads + block.counters.writes)),
+    balloonPages: balloon?.actual ?? 0,
+    ballooned: balloon === null ? {} : { ...balloon.counters },
+    block: block === null ? {} : { ...block.counters },
+    reusedBalloonPages: reused,
+    hintedPages: running.hintedPages,
+  };
+}
+
+/** Stalls of all vCPUs that ran; percentiles from the log₂ histogram (quarter-octave steps). */
+export function stallsOf(buffer: SharedArrayBuffer, nrVcpus: number): RunResult['stall'] {
+  const control = sharedI32('vcpu-control', buffer);
+  const f64 = sharedF64('vcpu-control', buffer);
+  const histogram = new Float64Array(VC_STALL_BUCKETS);
+  let total = 0;
+  let max = 0;
+  for (let block = 0; block < nrVcpus; block++) {
+    total += f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_TOTAL_F64];
+    max = Math.max(max, f64[(block * VCPU_BLOCK_BYTES) / 8 + VC_STALL_MAX_F64]);
+    for (let b = 0; b < VC_STALL_BUCKETS; b++)
+      histogram[b] += control[block * VCPU_BLOCK_WORDS + VC_STALL_HIST + b];
+  }
+  const count = histogram.reduce((sum, n) => sum + n, 0);
+  const percentile = (share: number): number => {
+    let seen = 0;
+    for (let b = 0; b < VC_STALL_BUCKETS; b++) {
+      seen += histogram[b];
+      if (count > 0 && seen >= share * count) return Math.round(Math.min(max, 2 ** (8 + (b + 1) / 4)));
+    }
+    return 0;
+  };
+  return { total: Math.round(total), p50: percentile(0.5), p99: percentile(0.99), max: Math.round(max) };
+}
