@@ -255,6 +255,7 @@ export class Vcpu implements GuestMemory {
     this.#left = 0;
     this.section++;
     this.#controlF64[this.#baseF64 + VC_CLOCK_F64] = this.clock;
+    if (this.#kept !== null) this.#kept[TLB_CHECKED] = 0;
     Atomics.store(this.#control, this.#base + VC_MODE, MODE_OUTSIDE);
   }
 

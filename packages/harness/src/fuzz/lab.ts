@@ -16,7 +16,6 @@ import {
   HostMemory,
   ledgerBytes,
   LOCK_ORDER_BYTES,
-  MODE_OUTSIDE,
   nudgeSleepingHost,
   PAGE_SIZE,
   RACE_BYTES,
@@ -31,7 +30,6 @@ import {
   tlbReaches,
   VC_FLUSH_ACK,
   VC_FLUSH_REQ,
-  VC_MODE,
   VCPU_BLOCK_WORDS,
   Vcpu,
   VCPU_BLOCK_BYTES,
@@ -219,8 +217,9 @@ export class HostLab {
   #mustBeOutOfReach(first: number, count: number): void {
     for (const [i, tlb] of this.#tlbs.entries()) {
       const block = i * VCPU_BLOCK_WORDS;
-      const unused = this.#control[block + VC_MODE] === MODE_OUTSIDE || !tlbInUse(tlb);
-      if (unused && this.#control[block + VC_FLUSH_REQ] !== this.#control[block + VC_FLUSH_ACK]) continue;
+      // Not in use, and told to flush: it will be before it is used again.
+      if (!tlbInUse(tlb) && this.#control[block + VC_FLUSH_REQ] !== this.#control[block + VC_FLUSH_ACK])
+        continue;
       for (let f = first; f < first + count; f++) {
         if (this.found.length > 8 || !tlbReaches(tlb, f, this.ledger.generation, this.ledger.frames))
           continue;

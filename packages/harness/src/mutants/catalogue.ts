@@ -663,7 +663,7 @@ export const MUTANTS: readonly Mutant[] = [
     "      case 'gone':\n        this.#alloc.put(pfn);\n",
     "      case 'gone':\n",
     'I19: a page whose last reference is lost',
-    props('cache'),
+    test('guest-kernel/src/mm/reclaim.test.ts'),
   ),
 
   fault(
@@ -672,7 +672,7 @@ export const MUTANTS: readonly Mutant[] = [
     '    if (count === 0) return false;\n',
     '',
     'I19: reclaim takes a page whose last reference is gone (found by fuzzing)',
-    props('cache'),
+    test('guest-kernel/src/mm/reclaim.test.ts'),
   ),
 
   // ── Virtqueues ──

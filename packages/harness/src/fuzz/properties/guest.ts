@@ -34,7 +34,7 @@ const FILE_PAGES = 6;
 /** The last of them is written and dropped from the cache, never read: what it holds is nobody's promise. */
 const KEPT_PAGES: number = FILE_PAGES - 1;
 /** With a disk, the guest starts with this many pages free, so that reclaim has work. */
-const FREE_AT_START = 130;
+const FREE_AT_START = 100;
 
 interface GuestKind {
   readonly features: readonly number[] | null;
