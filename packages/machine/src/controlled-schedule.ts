@@ -18,6 +18,8 @@ import { POINTS, type Point, type Schedule } from './schedule.ts';
 /** How the next thread is picked once the given choices are used up. */
 export const STRATEGIES = ['none', 'random', 'pct'] as const;
 export type Strategy = (typeof STRATEGIES)[number];
+const NONE: number = STRATEGIES.indexOf('none');
+const RANDOM: number = STRATEGIES.indexOf('random');
 
 export const MAX_THREADS = 8;
 const MAX_CHOICES = 16384;
@@ -25,7 +27,6 @@ const MAX_EVENTS = 65536;
 const MAX_CHANGES = 8;
 
 // Words of the buffer.
-const RUNNING = 0;
 const STEPS = 1;
 /** Moves with each step that could let a spinning thread go on. */
 const PROGRESS = 2;
@@ -304,7 +305,7 @@ export class ControlledSchedule implements Schedule {
     const w = this.#w;
     if (n < 2 || w[QUIET] !== 0 || w[this.#me + STATE] !== RUNNABLE) return 0;
     this.#record('task-choice', n);
-    return this.#choice(n, w[STRATEGY] === 0 ? 0 : nextRandom(w) % n, true);
+    return this.#choice(n, w[STRATEGY] === NONE ? 0 : nextRandom(w) % n, true);
   }
 
   /** Nothing to do until there has been progress: since the last spin, so that a change after the last look counts. */
@@ -383,8 +384,8 @@ export class ControlledSchedule implements Schedule {
     if (n === 0) return -1;
     if (n === 1 || w[QUIET] !== 0) return this.#candidates[0];
     let wanted = 0;
-    if (w[STRATEGY] === 1) wanted = nextRandom(w) % n;
-    else if (w[STRATEGY] === 2) wanted = this.#highest(n);
+    if (w[STRATEGY] === RANDOM) wanted = nextRandom(w) % n;
+    else if (w[STRATEGY] !== NONE) wanted = this.#highest(n);
     return this.#candidates[this.#choice(n, wanted, this.#candidates[0] === this.thread)];
   }
 
@@ -432,7 +433,6 @@ export class ControlledSchedule implements Schedule {
 
   #go(next: number): void {
     const w = this.#w;
-    w[RUNNING] = next;
     store(w, THREAD_BASE + 16 * next + GO, 1);
     notify(w, THREAD_BASE + 16 * next + GO);
   }

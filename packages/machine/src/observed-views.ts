@@ -7,7 +7,7 @@
  * the word's, an acquire the word's into the thread's. The hand-over of the schedule orders nothing here. Clocks and
  * shadow are in shared memory; only the thread that runs touches them.
  *
- * Observed are the guest kernel's arena and the control words; what is racy by design is named in `RACY`, with the reason.
+ * Observed is the guest kernel's arena; whoever makes the detector says which of its words are racy by design.
  */
 import { MAX_THREADS } from './controlled-schedule.ts';
 import { SHARED_REGIONS, type SharedRegion } from './shared-views.ts';

@@ -71,8 +71,9 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
       tell({ kind: 'progress', progress: progress() });
     }
   };
-  /** True: stop. */
-  const failed = async (stage: Stage, draw: Runs, n: number, outcome: Outcome): Promise<boolean> => {
+  /** Whether the search is over: this run failed, and the first failure stops it. */
+  const over = async (stage: Stage, draw: Runs, n: number, outcome: Outcome): Promise<boolean> => {
+    if (outcome.found.length === 0) return false;
     violations++;
     const at = performance.now() - began;
     const run = draw.get(n);
@@ -114,14 +115,14 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
           if (options.strategy === 'exhaustive') {
             for await (const { outcome } of exhaustive(stage, draw.get(n), options.preemptions)) {
               note(outcome);
-              if (outcome.found.length > 0 && (await failed(stage, draw, n, outcome))) break search;
+              if (await over(stage, draw, n, outcome)) break search;
               if (outcome.found.length > 0 || spent()) break;
             }
             continue;
           }
           const outcome = await execute(stage, draw.get(n));
           note(outcome);
-          if (outcome.found.length > 0 && (await failed(stage, draw, n, outcome))) break search;
+          if (await over(stage, draw, n, outcome)) break search;
         }
       }
     }

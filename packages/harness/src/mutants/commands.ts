@@ -18,7 +18,7 @@ export function addMutantCommand(program: Command): void {
     .option('--json <file>', 'write the result as JSON; - for standard output')
     .addHelpText(
       'after',
-      '\nExamples:\n  ebb mutants --list\n  ebb mutants skip-flush no-zero\n  ebb mutants --patch my-fault.diff',
+      '\nExamples:\n  ebb mutants --list\n  ebb mutants skip-flush no-zeroing\n  ebb mutants --patch my-fault.diff',
     )
     .action(async (names: string[], flags: { patch?: string[]; list?: boolean; json?: string }) => {
       jsonToStdout(flags.json);

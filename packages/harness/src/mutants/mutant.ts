@@ -18,6 +18,23 @@ export interface Mutant {
   readonly by: Catcher;
 }
 
+export function fault(
+  name: string,
+  file: string,
+  find: string,
+  replace: string,
+  stands: string,
+  by: Catcher,
+): Mutant {
+  return { name, file, find, replace, stands, by };
+}
+
+/** Caught by searching these properties. */
+export const props = (...properties: string[]): Catcher => ({ properties });
+
+/** Caught by this test, from `packages/`. */
+export const test = (path: string): Catcher => ({ test: `packages/${path}` });
+
 /** A fault that cannot matter, with the argument. */
 export interface Equivalent {
   readonly name: string;

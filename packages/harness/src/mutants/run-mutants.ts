@@ -108,7 +108,7 @@ async function tryMutant(scratch: Scratch, mutant: Mutant): ReturnType<Check> {
   }
 }
 
-/** Tries a unified diff: every property, then the tests of the packages it touches, then all tests. */
+/** Tries a unified diff: the tests of the packages it touches, then every property, then all tests. */
 async function tryPatch(scratch: Scratch, path: string): ReturnType<Check> {
   const before = new Map<string, string>();
   const touched = new Set<string>();

@@ -1,0 +1,65 @@
+/** Seeded faults. The guest's allocator. */
+import { fault, props, type Mutant } from '../mutant.ts';
+
+const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
+const PCP = 'packages/guest-kernel/src/mm/per-cpu-pages.ts';
+const ALLOC = 'packages/guest-kernel/src/mm/page-alloc.ts';
+
+export const ALLOCATOR_FAULTS: readonly Mutant[] = [
+  fault(
+    'buddy-order-unchecked',
+    BUDDY,
+    'if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) break;',
+    'if ((w[page + P_FLAGS] & PG_BUDDY) === 0) break;',
+    'I19: merges unequal blocks',
+    props('allocator'),
+  ),
+  fault(
+    'buddy-not-free',
+    BUDDY,
+    'if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) break;',
+    'if (w[page + P_ORDER] !== o) break;',
+    'I19: merges with a block in use',
+    props('allocator'),
+  ),
+  fault(
+    'expand-forgets-half',
+    BUDDY,
+    '      this.#addHead(zone, pfn + (1 << o), o, migratetype);\n',
+    '      if (o > 0) this.#addHead(zone, pfn + (1 << o), o, migratetype);\n',
+    'I19: a half is lost when a block is split',
+    props('allocator'),
+  ),
+  fault(
+    'free-count-drifts',
+    BUDDY,
+    '      w[zone + Z_FREE] -= 1 << order;\n      return pfn;\n    }\n    return -1;',
+    '      w[zone + Z_FREE] -= 1;\n      return pfn;\n    }\n    return -1;',
+    'I19: the free count drifts',
+    props('allocator'),
+  ),
+  fault(
+    'no-init-on-alloc',
+    ALLOC,
+    'if (this.#options.initOnAlloc) vcpu.zeroPages(gfn(pfn), count);',
+    '',
+    'I2: a fresh page shows its old content',
+    props('allocator'),
+  ),
+  fault(
+    'pcp-count-drifts',
+    PCP,
+    '    w[pcp + C_COUNT] -= 1 << order;\n    return pfn;',
+    '    w[pcp + C_COUNT] -= 1;\n    return pfn;',
+    'I19: the per-CPU count drifts',
+    props('allocator'),
+  ),
+  fault(
+    'isolate-keeps-block',
+    BUDDY,
+    '    this.#remove(zone, pfn, order, this.pageblockType(pfn));\n    w[zone + Z_FREE]',
+    '    w[zone + Z_FREE]',
+    'L25 I3: a block is reported while it can be allocated',
+    props('reporting'),
+  ),
+];

@@ -1,0 +1,120 @@
+/** Seeded faults. Reporting and balloon. */
+import { fault, props, test, type Mutant } from '../mutant.ts';
+
+const VM = 'packages/host-kvm/src/kvm/vm.ts';
+const BALLOON_DEVICE = 'packages/host-kvm/src/devices/balloon.ts';
+const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
+const BALLOON = 'packages/guest-kernel/src/drivers/balloon.ts';
+const GUEST_QUEUE = 'packages/guest-kernel/src/drivers/virtio-guest.ts';
+const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
+const BALLOON_TEST = test('host-kvm/src/devices/balloon.test.ts');
+const DRIVER_TEST = test('guest-kernel/src/drivers/balloon.conformance.test.ts');
+const ALLOC_TEST = test('guest-kernel/src/mm/allocator.property.test.ts');
+
+export const BALLOON_FAULTS: readonly Mutant[] = [
+  fault(
+    'report-putback-early',
+    GUEST_QUEUE,
+    '    const token = this.waitUsed(queue);\n',
+    '    const token = 0;\n',
+    'I3 I5: no wait for the acknowledgement',
+    props('reporting', 'balloon'),
+  ),
+  fault(
+    'report-ack-early',
+    BALLOON_DEVICE,
+    '        const cost = yield* this.#handle(role, chain);\n',
+    '        if (role === "reporting") queue.push(chain, 0);\n        const cost = yield* this.#handle(role, chain);\n',
+    'I3: acknowledged before the discard',
+    props('reporting'),
+  ),
+  fault(
+    'inflate-ack-then-discard',
+    BALLOON_DEVICE,
+    '        const cost = yield* this.#handle(role, chain);\n',
+    '        if (role === "inflate") queue.push(chain, 0);\n        const cost = yield* this.#handle(role, chain);\n',
+    'I3b I16: the buffer is returned before the discard',
+    props('balloon'),
+  ),
+  fault(
+    'deflate-release-first',
+    BALLOON,
+    '    this.#tellHost(Q_DEFLATE, pages);\n    for',
+    '    for',
+    'I5: pages used before the deflate is acknowledged',
+    DRIVER_TEST,
+  ),
+  fault(
+    'discard-rounds-out',
+    VM,
+    'const from = Math.ceil(first / unit) * unit;',
+    'const from = Math.floor(first / unit) * unit;',
+    'I15: a range rounded outward',
+    VM_TEST,
+  ),
+  fault(
+    'poison-ignored',
+    BALLOON_DEVICE,
+    'if (this.inhibited || this.poisonValue !== 0 || gpa % unitBytes',
+    'if (this.inhibited || gpa % unitBytes',
+    'PAGE_POISON: content promised is discarded',
+    BALLOON_TEST,
+  ),
+  fault(
+    'inhibit-ignored',
+    BALLOON_DEVICE,
+    'if (runs.length === 0 || this.inhibited) return',
+    'if (runs.length === 0) return',
+    'Y19: pinned memory is discarded',
+    BALLOON_TEST,
+  ),
+  fault(
+    'partial-survives-reset',
+    BALLOON_DEVICE,
+    '    this.#partial.clear();\n',
+    '',
+    'QEMU 2019: a half-ballooned page survives a reset',
+    BALLOON_TEST,
+  ),
+  fault(
+    'hint-of-old-round',
+    BALLOON_DEVICE,
+    "} else if (id === this.hintCommandId && this.#hintState === 'requested') this.#hintState = 'start';",
+    "} else if (this.#hintState === 'requested') this.#hintState = 'start';",
+    'The device MUST ignore pages of a command ID that does not match',
+    BALLOON_TEST,
+  ),
+  fault(
+    'actual-not-told',
+    BALLOON,
+    'if (diff !== 0) this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, w[T_BALLOON + V_NR_PAGES]);',
+    '',
+    'the driver MUST update actual',
+    DRIVER_TEST,
+  ),
+  fault(
+    'oom-frees-first',
+    BALLOON,
+    '      this.#adjustManaged(pfn, 1);\n      this.#alloc.free(pfn, 0);',
+    '      this.#alloc.free(pfn, 0);',
+    'MemTotal does not grow back',
+    DRIVER_TEST,
+  ),
+  fault(
+    'report-below-watermark',
+    BUDDY,
+    '    if (w[zone + Z_FREE] - (1 << order) < w[zone + Z_MIN]) return false;\n',
+    '',
+    'L35: isolation below the min watermark',
+    ALLOC_TEST,
+  ),
+
+  fault(
+    'due-after-request',
+    'packages/guest-kernel/src/drivers/reporting.ts',
+    '    this.#dueInTwoSeconds();\n    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);\n',
+    '    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);\n    this.#w[T_REPORTING + R_DUE_MS] = Math.ceil((this.#vcpu.clock + PAGE_REPORTING_DELAY) / NS_PER_MS);\n',
+    'memory model: the time is stored after the request is published (found by fuzzing)',
+    props('reporting'),
+  ),
+];

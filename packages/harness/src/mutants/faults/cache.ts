@@ -1,0 +1,65 @@
+/** Seeded faults. Page cache and write-back. */
+import { fault, props, test, type Mutant } from '../mutant.ts';
+
+const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
+const RECLAIM = 'packages/guest-kernel/src/mm/reclaim.ts';
+
+export const CACHE_FAULTS: readonly Mutant[] = [
+  fault(
+    'reclaim-no-freeze',
+    CACHE,
+    'Atomics.compareExchange(w, page + P_REF, 2, 1) !== 2',
+    'Atomics.exchange(w, page + P_REF, 1) < 0',
+    'stamps: a page is freed under its user',
+    props('cache'),
+  ),
+  fault(
+    'wb-clear-dirty-late',
+    CACHE,
+    '      Atomics.and(w, page + P_FLAGS, ~PG_WRITEBACK);\n',
+    '      Atomics.and(w, page + P_FLAGS, ~(PG_WRITEBACK | PG_DIRTY));\n',
+    'model disk: a store during write-back is lost',
+    props('cache'),
+  ),
+  fault(
+    'write-not-marked',
+    CACHE,
+    '    this.markDirty(pfn);\n    this.#alloc.put(pfn);\n    return ok;\n',
+    '    this.#alloc.put(pfn);\n    return ok;\n',
+    'model disk: a page written is not marked dirty',
+    props('cache'),
+  ),
+  fault(
+    'uptodate-early',
+    CACHE,
+    '      if (fill) {\n        this.#pfns[0]',
+    '      Atomics.or(this.#w, this.#memmap + (pfn << 4) + P_FLAGS, PG_UPTODATE);\n      if (fill) {\n        this.#pfns[0]',
+    'a page is read before it was filled',
+    props('cache'),
+  ),
+  fault(
+    'lookup-without-lock',
+    CACHE,
+    '  lookup(inode: number, index: number): number {\n    this.#lock();\n',
+    '  lookup(inode: number, index: number): number {\n',
+    'I19: the hash chains are walked without their lock',
+    props('cache'),
+  ),
+  fault(
+    'isolate-keeps-reference',
+    RECLAIM,
+    "      case 'gone':\n        this.#alloc.put(pfn);\n",
+    "      case 'gone':\n",
+    'I19: a page whose last reference is lost',
+    test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
+
+  fault(
+    'isolate-revives',
+    RECLAIM,
+    '    if (count === 0) return false;\n',
+    '',
+    'I19: reclaim takes a page whose last reference is gone (found by fuzzing)',
+    test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
+];

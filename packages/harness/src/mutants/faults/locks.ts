@@ -1,0 +1,59 @@
+/** Seeded faults. Locks. */
+import { fault, props, type Mutant } from '../mutant.ts';
+
+const LOCK = 'packages/machine/src/spin-lock.ts';
+const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
+const PCP = 'packages/guest-kernel/src/mm/per-cpu-pages.ts';
+const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
+
+export const LOCKS_FAULTS: readonly Mutant[] = [
+  fault(
+    'lock-not-taken',
+    LOCK,
+    '  if (Atomics.compareExchange(words, index, 0, holder + 1) === 0) {\n    if (observer !== null) observer.taken(words, index, true);\n    return;\n  }\n',
+    '  if (words[index] === 0) return;\n',
+    'I19: a lock that excludes nobody',
+    props('allocator'),
+  ),
+  fault(
+    'unlock-plain',
+    LOCK,
+    '  Atomics.store(words, index, 0);\n',
+    '  words[index] = 0;\n',
+    'memory model: a release that orders nothing',
+    props('allocator'),
+  ),
+  fault(
+    'zone-lock-dropped',
+    BUDDY,
+    '    spinLock(this.w, zone + Z_LOCK, this.vcpu.id, this.#relax);\n  }\n\n  unlock(zone: number): void {\n    spinUnlock(this.w, zone + Z_LOCK);\n',
+    '  }\n\n  unlock(_zone: number): void {\n',
+    'I19: the zone lock is gone',
+    props('allocator'),
+  ),
+  fault(
+    'lease-not-taken',
+    PCP,
+    'while (Atomics.compareExchange(this.#w, at, LEASE_FREE, LEASE_OWNER) !== LEASE_FREE) this.#relax();',
+    'Atomics.store(this.#w, at, LEASE_OWNER);',
+    'I19: two CPUs on one per-CPU list',
+    props('allocator'),
+  ),
+  fault(
+    'drain-without-lease',
+    PCP,
+    'if (Atomics.compareExchange(this.#w, base + C_LEASE, LEASE_FREE, LEASE_DRAINER) === LEASE_FREE) {',
+    'if (Atomics.load(this.#w, base + C_LEASE) !== LEASE_DRAINER) {',
+    'I19: a drain of lists in use',
+    props('allocator'),
+  ),
+
+  fault(
+    'lock-order-turned',
+    CACHE,
+    '    this.#unhash(pfn);\n    this.#unlock();\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#lru.remove(node, pfn);\n    this.#lru.unlock(node);\n    return true;\n',
+    '    this.#unhash(pfn);\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#unlock();\n    this.#lock();\n    this.#unlock();\n    this.#lru.remove(node, pfn);\n    this.#lru.unlock(node);\n    return true;\n',
+    'I23: the page-cache lock inside the LRU lock, and the LRU lock inside it',
+    props('cache'),
+  ),
+];

@@ -1,0 +1,147 @@
+/** Seeded faults. The vCPU's side. */
+import { fault, props, test, type Mutant } from '../mutant.ts';
+
+const VCPU = 'packages/machine/src/vcpu.ts';
+const PORT = 'packages/machine/src/exit-port.ts';
+const BELL = 'packages/machine/src/doorbell.ts';
+const VM = 'packages/host-kvm/src/kvm/vm.ts';
+const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
+
+export const VCPU_FAULTS: readonly Mutant[] = [
+  fault(
+    'mode-after-check',
+    VCPU,
+    '    Atomics.store(this.#control, this.#base + VC_MODE, MODE_GUEST);\n    this.section++;\n    this.beginSection();\n',
+    '    this.section++;\n    this.beginSection();\n    Atomics.store(this.#control, this.#base + VC_MODE, MODE_GUEST);\n',
+    'I17: requests loaded before the mode is stored',
+    props('invalidation'),
+  ),
+  fault(
+    'ack-before-drop',
+    VCPU,
+    '    this.#epochNumber++;\n    this.#loadPage',
+    '    Atomics.store(this.#control, this.#base + VC_FLUSH_ACK, request);\n    this.#epochNumber++;\n    this.#loadPage',
+    'I4: acknowledged before the TLB is dropped',
+    props('invalidation'),
+  ),
+  fault(
+    'outside-forgets-request',
+    VCPU,
+    '    this.section++;\n    this.beginSection();\n',
+    '    this.section++;\n    this.#seen = Atomics.load(this.#control, this.#base + VC_FLUSH_REQ);\n    this.beginSection();\n',
+    'I17: a request made while outside is lost',
+    props('invalidation'),
+  ),
+  fault(
+    'flush-keeps-epoch',
+    VCPU,
+    '    this.#epoch = this.#epochNumber << EPOCH_SHIFT;\n',
+    '',
+    'I4: a flush that drops nothing',
+    props('invalidation'),
+  ),
+  fault(
+    'translation-over-check',
+    VCPU,
+    '    this.#loadPage = -1;\n    this.#storePage = -1;\n    this.#pwcGiga',
+    '    this.#pwcGiga',
+    'I4: the last page outlives the flush',
+    test('harness/src/check/hammer.test.ts'),
+  ),
+  fault(
+    'walk-cache-survives',
+    VCPU,
+    '    this.#pwcGiga = -1;\n    this.#pwcHuge = -1;\n    if',
+    '    if',
+    'I4: cached tables outlive the flush',
+    props('invalidation'),
+  ),
+  fault(
+    'ad-blind-or',
+    VCPU,
+    'Atomics.compareExchange(dram, walk.word, walk.low, walk.low | set) !== walk.low',
+    '(Atomics.or(dram, walk.word, set) & 0) !== 0',
+    'a bit set in a cleared entry revives it',
+    props('invalidation'),
+  ),
+  fault(
+    'write-through-clean',
+    VCPU,
+    'table[slot + 1] = write || (walk.low & (EPT_W | EPT_D)) === (EPT_W | EPT_D) ? tag : -1;',
+    'table[slot + 1] = tag;',
+    'I18: stores without a D bit',
+    props('invalidation'),
+  ),
+  fault(
+    'write-needs-no-permission',
+    VCPU,
+    'const need = write ? EPT_R | EPT_W : EPT_R;',
+    'const need = EPT_R;',
+    'K: stores through a read-only leaf',
+    VM_TEST,
+  ),
+  fault(
+    'port-never-nudges',
+    PORT,
+    '    nudgeSleepingHost(this.#runControl);\n    for',
+    '    for',
+    'I24: an exit does not wake the host',
+    props('invalidation'),
+  ),
+  fault(
+    'ack-does-not-wake',
+    VCPU,
+    '    nudgeSleepingHost(this.#runControl);\n    this.stall(this.costs.flushPerVcpuNs);',
+    '    this.stall(this.costs.flushPerVcpuNs);',
+    'I24: an acknowledgement does not wake the host',
+    props('invalidation'),
+  ),
+  fault(
+    'leave-does-not-wake',
+    VCPU,
+    '    this.#outside();\n    nudgeSleepingHost(this.#runControl);\n',
+    '    this.#outside();\n',
+    'I24: leaving guest mode does not wake the host',
+    props('invalidation'),
+  ),
+  fault(
+    'bell-rings-unheard',
+    BELL,
+    '    Atomics.add(runControl, RC_DOORBELL, 1);\n    Atomics.notify',
+    '    Atomics.notify',
+    'I24: notify without a new count',
+    props('invalidation'),
+  ),
+  fault(
+    'done-without-notify',
+    VM,
+    '    if (old === EXIT_REQUEST_SLEEPING) Atomics.notify(this.#control, base + VC_EXIT_STATE);\n',
+    '',
+    'I24: a sleeping vCPU is not told',
+    props('invalidation'),
+  ),
+  fault(
+    'done-before-answer',
+    VM,
+    '    this.#control[base + VC_EXIT_RESULT] = result;\n    this.#control[base + VC_EXIT_RDATA] = data;\n    this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_COST_F64] = cost;\n    const old = Atomics.exchange(this.#control, base + VC_EXIT_STATE, EXIT_DONE);\n',
+    '    const old = Atomics.exchange(this.#control, base + VC_EXIT_STATE, EXIT_DONE);\n    this.#control[base + VC_EXIT_RESULT] = result;\n    this.#control[base + VC_EXIT_RDATA] = data;\n    this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_COST_F64] = cost;\n',
+    'the answer follows its publication',
+    props('invalidation', 'slots'),
+  ),
+  fault(
+    'sleep-unannounced',
+    PORT,
+    'if (Atomics.compareExchange(control, state, EXIT_REQUEST, EXIT_REQUEST_SLEEPING) !== EXIT_REQUEST) return;',
+    'if (Atomics.load(control, state) === EXIT_DONE) return;',
+    'I24: sleeps without saying so',
+    props('invalidation'),
+  ),
+  fault(
+    'interrupt-without-notify',
+    VM,
+    '      Atomics.notify(this.#control, irq);\n',
+    '',
+    'I24: a halted vCPU is not woken',
+    props('balloon'),
+  ),
+];
