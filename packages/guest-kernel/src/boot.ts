@@ -11,6 +11,7 @@ import {
   H_RESERVED_PAGES,
   H_TOTAL_PAGES,
   MAX_ZONES,
+  SECTION_PAGES,
   ZONE_BASE,
   ZONE_WORDS,
 } from './layout.ts';
@@ -44,6 +45,7 @@ import {
   Z_PRESENT,
   Z_START,
   Z_TYPE,
+  ZONE_NORMAL,
   zoneSpans,
 } from './mm/zone.ts';
 
@@ -82,6 +84,8 @@ export interface GuestConfig {
   /** Smallest order that is reported (Linux's `page_reporting_order`); pageblock order, 9, by default. */
   readonly reportingOrder?: number;
   readonly blk: boolean;
+  /** Memory devices and how their memory is used; without it this guest has no driver for them. */
+  readonly hotplug?: HotplugConfig;
   /** Capture to start from; freshly booted without one. */
   readonly start?: StartState;
   /** Where file pages are on the disk. */
@@ -89,6 +93,29 @@ export interface GuestConfig {
     | { readonly kind: 'hash'; readonly nrBlocks: number }
     | { readonly kind: 'linear'; readonly pagesPerFile: number };
 }
+
+/** How added memory is put to use (`memory_hotplug.online_policy`, `memhp_default_state`). */
+export interface HotplugConfig {
+  /** Devices on the lines from `LINE_MEM`. */
+  readonly devices: number;
+  readonly policy: 'online' | 'online_movable' | 'auto-movable';
+  /** `auto_movable_ratio`, in percent. */
+  readonly autoMovableRatio: number;
+  /** Pages of a memory block: `SECTION_PAGES` for Linux on x86, 512 for a guest that adds 2 MiB at a time. */
+  readonly sectionPages: number;
+  /** Highest zone type for the memmap of added memory: Normal in Linux, DMA32 keeps it in boot memory. */
+  readonly memmapZone: number;
+  /** Plugged memory found at probe is taken as it is (RFC) instead of being unplugged first (Linux). */
+  readonly adopts: boolean;
+}
+
+export const LINUX_HOTPLUG: Omit<HotplugConfig, 'devices'> = {
+  policy: 'online',
+  autoMovableRatio: 301,
+  sectionPages: SECTION_PAGES,
+  memmapZone: ZONE_NORMAL,
+  adopts: false,
+};
 
 /** First words of the zones, by index. */
 export function zoneBases(w: Int32Array): number[] {
@@ -102,7 +129,7 @@ const KERNEL_PAGES = 4096;
 /** Builds the memmap, zones and free lists. Touches the pages that are in use. */
 export function bootMemory(arena: Arena, vcpu: Vcpu, config: GuestConfig): void {
   const { w, memmap } = arena;
-  const spans = zoneSpans(config.nodes);
+  const spans = zoneSpans(config.nodes, config.hotplug !== undefined);
   if (spans.length > MAX_ZONES) throw new Error(`${spans.length} zones do not fit the arena`);
   w[H_NR_ZONES] = spans.length;
   w[H_MAX_PFN] = config.maxPfn;

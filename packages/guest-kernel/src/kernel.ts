@@ -12,9 +12,11 @@ import { BALLOON_PAGES, BalloonDriver } from './drivers/balloon.ts';
 import { BlkDriver } from './drivers/blk.ts';
 import { PageReporting } from './drivers/reporting.ts';
 import { LINE_BALLOON } from './drivers/virtio-guest.ts';
+import { MEM_DRIVER_PAGES, VirtioMemDriver } from './drivers/virtio-mem.ts';
 import { H_BOOTED, H_NR_FILE_PAGES } from './layout.ts';
 import { Buddy } from './mm/buddy.ts';
 import { Lru } from './mm/lru.ts';
+import { MemoryHotplug } from './mm/memory-hotplug.ts';
 import { P_FLAGS, P_INODE, PG_CACHED } from './mm/page.ts';
 import { PageAllocator } from './mm/page-alloc.ts';
 import { PageCache, type BlockMap } from './mm/page-cache.ts';
@@ -63,6 +65,7 @@ export class GuestKernel {
       });
     if (this.config.blk) parts.blk.probe(takePages(4));
     if (this.config.balloon && parts.balloon.probe(takePages(BALLOON_PAGES))) parts.reporting.notifyFree();
+    for (const driver of parts.mem) driver.probe(takePages(MEM_DRIVER_PAGES));
     parts.pcp.leave();
     // Publishes the booted arena. Pairs with the load in `booted`.
     Atomics.store(this.arena.w, H_BOOTED, 1);
@@ -100,10 +103,40 @@ export class GuestKernel {
       reclaim: (node) => reclaim.direct(node),
       outOfMemory: () => balloon.oomNotify(),
     };
+    const mem: VirtioMemDriver[] = [];
+    if (config.hotplug !== undefined) {
+      const hotplug = new MemoryHotplug(
+        arena,
+        vcpu,
+        buddy,
+        pcp,
+        alloc,
+        cache,
+        zones,
+        config.hotplug,
+        config.nrCpus,
+        config.initOnAlloc,
+      );
+      for (let i = 0; i < config.hotplug.devices; i++)
+        mem.push(new VirtioMemDriver(arena, vcpu, hotplug, config.hotplug, i, inWait));
+    }
     const nodes = [...new Set(zones.map((z) => arena.w[z + Z_NODE]))].filter(
       (node) => config.cpuNode.indexOf(node) === vcpu.id,
     );
-    return { zones, buddy, pcp, alloc, blk, lru, cache, reclaim, balloon, reporting, kswapdNodes: nodes };
+    return {
+      zones,
+      buddy,
+      pcp,
+      alloc,
+      blk,
+      lru,
+      cache,
+      reclaim,
+      balloon,
+      reporting,
+      mem,
+      kswapdNodes: nodes,
+    };
   }
 
   /** Begins a slice: guest mode, and the lease on this CPU's page lists. */
@@ -120,7 +153,7 @@ export class GuestKernel {
 
   /** Takes interrupts and runs the kernel threads that are due. Between program steps. */
   runDue(until: number): void {
-    const { balloon, reporting, reclaim, pcp, kswapdNodes } = this.parts;
+    const { balloon, reporting, reclaim, pcp, mem, kswapdNodes } = this.parts;
     const { vcpu } = this;
     pcp.serveDrainRequest();
     const lines = vcpu.takeInterrupts();
@@ -131,6 +164,13 @@ export class GuestKernel {
       }
       if (balloon.nextDue(vcpu.clock) <= vcpu.clock) balloon.work(until);
       if (reporting.nextDue() <= vcpu.clock) reporting.pass();
+      for (const driver of mem) {
+        if ((lines & (1 << driver.guest.line)) !== 0 || driver.guest.interruptTaken) {
+          driver.guest.interruptTaken = false;
+          driver.interrupt();
+        }
+        if (driver.nextDue(vcpu.clock) <= vcpu.clock) driver.work();
+      }
     }
     for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) reclaim.kswapd(node);
     reclaim.flusher();
@@ -142,10 +182,13 @@ export class GuestKernel {
 
   /** Virtual time at which a kernel thread of this vCPU is due; Infinity when none is. */
   nextDue(): number {
-    const { balloon, reporting, reclaim, kswapdNodes } = this.parts;
+    const { balloon, reporting, reclaim, mem, kswapdNodes } = this.parts;
     const now = this.vcpu.clock;
     let due = Number.POSITIVE_INFINITY;
-    if (this.vcpu.id === 0) due = Math.min(balloon.nextDue(now), reporting.nextDue());
+    if (this.vcpu.id === 0) {
+      due = Math.min(balloon.nextDue(now), reporting.nextDue());
+      for (const driver of mem) due = Math.min(due, driver.nextDue(now));
+    }
     for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) due = Math.min(due, now);
     return due;
   }
@@ -177,6 +220,8 @@ interface Parts {
   readonly reclaim: Reclaim;
   readonly balloon: BalloonDriver;
   readonly reporting: PageReporting;
+  /** One per memory device; they work on vCPU 0. */
+  readonly mem: readonly VirtioMemDriver[];
   /** Nodes whose kswapd runs on this vCPU. */
   readonly kswapdNodes: readonly number[];
 }

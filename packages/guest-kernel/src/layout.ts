@@ -8,6 +8,8 @@
  * pageblocks    one word per 512 pages: migratetype
  * memmap        16 words (64 B, one cache line) per page
  * hash          page-cache buckets
+ * sections      4 words per memory block: state, zone, memmap's page, virtio-mem state
+ * plugged       one bit per MiB of guest-physical space
  * ```
  */
 import { assert, HUGE_PAGES } from '@ebb/machine';
@@ -55,13 +57,18 @@ export const T_KSWAPD: number = T_BALLOON + 2 * THREAD_WORDS;
 export const T_WRITEBACK: number = T_KSWAPD + MAX_NODES * 16;
 export const T_BLK: number = T_BALLOON + 4 * THREAD_WORDS;
 
+// ── virtio-mem, one driver per device ────────────────────────────────────────────────────────────────────────────
+export const MAX_MEM_DEVICES = 4;
+export const MEM_THREAD_WORDS = 64;
+export const T_MEM: number = T_BALLOON + 5 * THREAD_WORDS;
+
 // ── Event counters per CPU, each written by its CPU only ─────────────────────────────────────────────────────────
-export const EVENTS_BASE: number = T_BALLOON + 5 * THREAD_WORDS;
+export const EVENTS_BASE: number = T_MEM + MAX_MEM_DEVICES * MEM_THREAD_WORDS;
 export const EVENTS_WORDS = 64;
 
 // ── Queues ───────────────────────────────────────────────────────────────────────────────────────────────────────
-/** Inflate, deflate, stats, hint, reporting, blk. */
-export const NR_QUEUES = 6;
+/** Inflate, deflate, stats, hint, reporting, blk, and one per memory device. */
+export const NR_QUEUES: number = 6 + MAX_MEM_DEVICES;
 export const QUEUE_WORDS: number = driverQueueWords(256);
 
 export const PAGE_STRUCT_WORDS = 16;
@@ -75,8 +82,19 @@ export interface ArenaLayout {
   readonly hash: number;
   /** Power of two. */
   readonly hashBuckets: number;
+  readonly sections: number;
+  readonly plugged: number;
   readonly words: number;
 }
+
+/** Words of a memory block's record. */
+export const SECTION_WORDS = 4;
+/** Pages of Linux's memory block on x86: 128 MiB. */
+export const SECTION_PAGES = 32768;
+/** Pages per bit of `plugged`: 1 MiB, the smallest block of a memory device. */
+export const PLUGGED_SHIFT = 8;
+/** The smallest memory block of any profile is 2 MiB. */
+const MIN_SECTION_PAGES = 512;
 
 /** Lays out an arena for pages `0 … maxPfn − 1`, hot-pluggable ones included. */
 export function arenaLayout(maxPfn: number): ArenaLayout {
@@ -88,5 +106,8 @@ export function arenaLayout(maxPfn: number): ArenaLayout {
   const hash = memmap + maxPfn * PAGE_STRUCT_WORDS;
   let hashBuckets = 1024;
   while (hashBuckets < maxPfn / 4) hashBuckets *= 2;
-  return { maxPfn, queues, pageblocks, memmap, hash, hashBuckets, words: hash + hashBuckets };
+  const sections = hash + hashBuckets;
+  const plugged = sections + Math.ceil(maxPfn / MIN_SECTION_PAGES) * SECTION_WORDS;
+  const words = plugged + Math.ceil(maxPfn / (1 << PLUGGED_SHIFT) / 32);
+  return { maxPfn, queues, pageblocks, memmap, hash, hashBuckets, sections, plugged, words };
 }

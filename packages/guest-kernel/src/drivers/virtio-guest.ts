@@ -14,6 +14,8 @@ export const MMIO_BASE = 0xfd_0000_0000;
 export const MMIO_STRIDE = 0x1000;
 export const LINE_BALLOON = 0;
 export const LINE_BLK = 1;
+/** First of the memory devices' lines. */
+export const LINE_MEM = 2;
 
 /** Queue numbers in the arena. */
 export const Q_INFLATE = 0;
@@ -22,6 +24,8 @@ export const Q_STATS = 2;
 export const Q_HINT = 3;
 export const Q_REPORTING = 4;
 export const Q_BLK = 5;
+/** First of the memory devices' queues. */
+export const Q_MEM = 6;
 
 /** Ranges in one report (`PAGE_REPORTING_CAPACITY`). */
 export const PAGE_REPORTING_CAPACITY = 32;

@@ -18,6 +18,7 @@ const { P_FLAGS, P_NEXT, P_ORDER, P_PREV, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, S
 const {
   MAX_ORDER,
   MIGRATE_HIGHATOMIC,
+  MIGRATE_ISOLATE,
   MIGRATE_MOVABLE,
   MIGRATE_RECLAIMABLE,
   MIGRATE_TYPES,
@@ -252,9 +253,10 @@ export class Buddy {
     return this.#smallest(zone, want, migratetype);
   }
 
-  /** Moves the free blocks inside one pageblock from one type's lists to another's. */
-  #moveFreepages(zone: number, block: number, from: number, to: number): void {
+  /** Moves the free blocks inside one pageblock from one type's lists to another's; the pages moved. */
+  #moveFreepages(zone: number, block: number, from: number, to: number): number {
     const w = this.w;
+    let moved = 0;
     for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
       const page = this.memmap + (p << 4);
       if ((w[page + P_FLAGS] & PG_BUDDY) === 0) {
@@ -267,7 +269,9 @@ export class Buddy {
       this.#addHead(zone, p, order, to);
       w[page + P_FLAGS] |= reported;
       p += 1 << order;
+      moved += 1 << order;
     }
+    return moved;
   }
 
   // ── Freeing ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -286,7 +290,8 @@ export class Buddy {
     const migratetype = w[this.pageblocks + (pfn >>> PAGEBLOCK_ORDER)];
     let at = pfn;
     let o = order;
-    w[zone + Z_FREE] += 1 << order;
+    // What is being isolated is nobody's to allocate, and does not count as free.
+    if (migratetype !== MIGRATE_ISOLATE) w[zone + Z_FREE] += 1 << order;
     while (o < MAX_ORDER) {
       const buddy = at ^ (1 << o);
       if (buddy < start || buddy >= end) break;
@@ -347,6 +352,66 @@ export class Buddy {
     this.freeOne(zone, pfn, order, false);
     if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order)
       w[page + P_FLAGS] |= PG_REPORTED;
+  }
+
+  // ── Isolation of pageblocks (`mm/page_isolation.c`) ──────────────────────────────────────────────────────────────
+
+  /** Takes a pageblock's free pages out of circulation and keeps what is freed there from being allocated. Needs the lock. */
+  isolatePageblock(zone: number, block: number): void {
+    const from = this.pageblockType(block);
+    this.#splitAcross(zone, block, from);
+    this.w[zone + Z_FREE] -= this.#moveFreepages(zone, block, from, MIGRATE_ISOLATE);
+    this.setPageblockType(block, MIGRATE_ISOLATE);
+  }
+
+  /** Puts an isolated pageblock back into circulation as `migratetype`. Needs the lock. */
+  unisolatePageblock(zone: number, block: number, migratetype: number): void {
+    const w = this.w;
+    this.setPageblockType(block, migratetype);
+    for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
+      const page = this.memmap + (p << 4);
+      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) {
+        p++;
+        continue;
+      }
+      const order = w[page + P_ORDER];
+      this.#remove(zone, p, order, MIGRATE_ISOLATE);
+      this.freeOne(zone, p, order, true);
+      p += 1 << order;
+    }
+  }
+
+  /** A free block of the largest order that reaches over a pageblock becomes one per pageblock. */
+  #splitAcross(zone: number, block: number, migratetype: number): void {
+    const head = block & ~((1 << MAX_ORDER) - 1);
+    const page = this.memmap + (head << 4);
+    const w = this.w;
+    if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== MAX_ORDER) return;
+    const reported = w[page + P_FLAGS] & PG_REPORTED;
+    this.#remove(zone, head, MAX_ORDER, migratetype);
+    for (let p = head; p < head + (1 << MAX_ORDER); p += PAGEBLOCK_PAGES) {
+      this.#addHead(zone, p, PAGEBLOCK_ORDER, migratetype);
+      w[this.memmap + (p << 4) + P_FLAGS] |= reported;
+    }
+  }
+
+  /**
+   * Takes every page of isolated pageblocks `[first, first + count)` off the free lists; false, and nothing taken, if one
+   * of them is not free. Needs the lock.
+   */
+  takeIsolated(zone: number, first: number, count: number): boolean {
+    const w = this.w;
+    for (let p = first; p < first + count; ) {
+      const page = this.memmap + (p << 4);
+      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) return false;
+      p += 1 << w[page + P_ORDER];
+    }
+    for (let p = first; p < first + count; ) {
+      const order = w[this.memmap + (p << 4) + P_ORDER];
+      this.#remove(zone, p, order, MIGRATE_ISOLATE);
+      p += 1 << order;
+    }
+    return true;
   }
 
   // ── Boot ─────────────────────────────────────────────────────────────────────────────────────────────────────────

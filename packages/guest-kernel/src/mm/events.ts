@@ -34,6 +34,12 @@ export const EVENT_NAMES = [
   'numa_miss',
   'remote_drain',
   'poison_checked',
+  'memory_added',
+  'memory_removed',
+  'isolate_fail',
+  'pgmigrate_success',
+  'pgmigrate_fail',
+  'mem_requests',
 ] as const;
 export type EventName = (typeof EVENT_NAMES)[number];
 

@@ -58,6 +58,8 @@ export const GFP_THISNODE = 64;
 export const GFP_MEMALLOC = 128;
 
 const MAX_RECLAIM_RETRIES = 16;
+/** Beyond it a guest word has no 32-bit number, which `scatter32` takes. */
+const MAX_WORD_PFN: number = 1 << 22;
 const POISON_FREE = 0xaaaaaaaa | 0;
 
 /** What the slow path may call upon; filled in by the kernel once reclaim and drivers exist. */
@@ -99,8 +101,9 @@ export class PageAllocator {
   readonly #buddy: Buddy;
   readonly #pcp: PerCpuPages;
   readonly #zones: readonly number[];
-  /** Zone numbers in the order to try, by highest zone type wanted. */
-  readonly #zonelists: readonly (readonly number[])[];
+  /** Zone numbers in the order to try, by node to begin with and highest zone type wanted. */
+  readonly #zonelists: readonly (readonly (readonly number[])[])[];
+  readonly #node: number;
   readonly #options: AllocatorOptions;
   readonly #events: number;
   /** Guest words where the stamps of one allocation go, and the stamps. */
@@ -123,25 +126,29 @@ export class PageAllocator {
     this.#zones = zones;
     this.#options = options;
     this.#events = eventRow(vcpu.id);
-    const node = options.cpuNode[vcpu.id] ?? 0;
-    this.#zonelists = [0, 1, 2, 3].map((highest) =>
-      zones
-        .map((_, i) => i)
-        .filter((i) => arena.w[zones[i] + Z_TYPE] <= highest)
-        .toSorted((a, b) => {
-          const local = (i: number): number => (arena.w[zones[i] + Z_NODE] === node ? 0 : 1);
-          return local(a) - local(b) || arena.w[zones[b] + Z_TYPE] - arena.w[zones[a] + Z_TYPE];
-        }),
+    this.#node = options.cpuNode[vcpu.id] ?? 0;
+    const nodes = Math.max(...zones.map((z) => arena.w[z + Z_NODE])) + 1;
+    this.#zonelists = Array.from({ length: nodes }, (_, node) =>
+      [0, 1, 2, 3].map((highest) =>
+        zones
+          .map((__, i) => i)
+          .filter((i) => arena.w[zones[i] + Z_TYPE] <= highest)
+          .toSorted((x, y) => {
+            const local = (i: number): number => (arena.w[zones[i] + Z_NODE] === node ? 0 : 1);
+            return local(x) - local(y) || arena.w[zones[y] + Z_TYPE] - arena.w[zones[x] + Z_TYPE];
+          }),
+      ),
     );
   }
 
   /**
    * Allocates 2^order pages, zeroes and stamps them; −1 when reclaim and notifiers could not help. `gfp` holds the
-   * highest zone type and `GFP_*` flags.
+   * highest zone type and `GFP_*` flags; `node` is tried first.
    */
-  alloc(order: number, migratetype: number, gfp: number): number {
-    let pfn = this.#fromFreelists(order, migratetype, gfp, Z_LOW);
-    if (pfn < 0) pfn = this.#slowPath(order, migratetype, gfp);
+  alloc(order: number, migratetype: number, gfp: number, node: number = this.#node): number {
+    const zonelist = this.#zonelists[node][gfp & GFP_ZONE_MASK];
+    let pfn = this.#fromFreelists(order, migratetype, gfp, Z_LOW, zonelist);
+    if (pfn < 0) pfn = this.#slowPath(order, migratetype, gfp, zonelist);
     const w = this.#w;
     if (pfn < 0) {
       w[this.#events + EV.alloc_fail]++;
@@ -173,7 +180,8 @@ export class PageAllocator {
       w[page + P_FLAGS] = PG_STAMPED;
       this.#firstWords[i] = (pfn + i) << 10;
     }
-    if (count === 1) vcpu.store32(gfn(pfn), 0, stamp);
+    if (count === 1 || pfn >= MAX_WORD_PFN)
+      for (let i = 0; i < count; i++) vcpu.store32(gfn(pfn + i), 0, stamp);
     else vcpu.scatter32(this.#firstWords, this.#stamps.fill(stamp, 0, count), 0, count);
   }
 
@@ -188,10 +196,15 @@ export class PageAllocator {
 
   // ── Fast path ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  #fromFreelists(order: number, migratetype: number, gfp: number, mark: number): number {
+  #fromFreelists(
+    order: number,
+    migratetype: number,
+    gfp: number,
+    mark: number,
+    list: readonly number[],
+  ): number {
     const w = this.#w;
     const highest = gfp & GFP_ZONE_MASK;
-    const list = this.#zonelists[highest];
     const firstNode = w[this.#zones[list[0]] + Z_NODE];
     for (let i = 0; i < list.length; i++) {
       const zoneIndex = list[i];
@@ -217,9 +230,9 @@ export class PageAllocator {
    * What this CPU's lists hold has left the zone's free count already: below the min watermark it is used up before
    * anything is drained or reclaimed. Linux drains first; near exhaustion that costs a drain per page for no other result.
    */
-  #fromOwnLists(order: number, migratetype: number, gfp: number): number {
+  #fromOwnLists(order: number, migratetype: number, zonelist: readonly number[]): number {
     if (pcpIndex(order, migratetype) < 0) return -1;
-    for (const zoneIndex of this.#zonelists[gfp & GFP_ZONE_MASK]) {
+    for (const zoneIndex of zonelist) {
       const pfn = this.#pcp.take(zoneIndex, order, migratetype);
       if (pfn < 0) continue;
       shadowMove(this.#w, this.#memmap, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_ALLOCATED);
@@ -245,26 +258,25 @@ export class PageAllocator {
 
   // ── Slow path ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  #slowPath(order: number, migratetype: number, gfp: number): number {
-    if ((gfp & GFP_NO_KSWAPD) === 0)
-      for (const i of this.#zonelists[gfp & GFP_ZONE_MASK]) this.pressure.wakeKswapd(this.#zones[i]);
-    let pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN);
+  #slowPath(order: number, migratetype: number, gfp: number, zonelist: readonly number[]): number {
+    if ((gfp & GFP_NO_KSWAPD) === 0) for (const i of zonelist) this.pressure.wakeKswapd(this.#zones[i]);
+    let pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN, zonelist);
     if (pfn >= 0 || (gfp & (GFP_NOWAIT | GFP_ATOMIC | GFP_MEMALLOC)) !== 0) return pfn;
     const w = this.#w;
-    pfn = this.#fromOwnLists(order, migratetype, gfp);
+    pfn = this.#fromOwnLists(order, migratetype, zonelist);
     if (pfn >= 0) return pfn;
-    const node = w[this.#zones[this.#zonelists[gfp & GFP_ZONE_MASK][0]] + Z_NODE];
+    const node = w[this.#zones[zonelist[0]] + Z_NODE];
     let drained = false;
     for (let tries = 0; tries < MAX_RECLAIM_RETRIES; tries++) {
       w[this.#events + EV.allocstall]++;
       const progress = this.pressure.reclaim(node);
-      pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN);
+      pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN, zonelist);
       if (pfn >= 0) return pfn;
       if (!drained) {
         // Pages on per-CPU lists are free, but not for us until they are drained.
         drained = true;
         this.#pcp.drainAll(this.#options.nrCpus);
-        pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN);
+        pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN, zonelist);
         if (pfn >= 0) return pfn;
         continue;
       }
@@ -307,7 +319,7 @@ export class PageAllocator {
     vcpu.clock += vcpu.costs.allocNs;
     if (this.trace !== null) this.trace('free', pfn, order, 0, 0);
     // Never touches a page that was not stamped, so not touched: the host may have no frame for it.
-    const together = count > 1 && (w[page + P_FLAGS] & PG_STAMPED) !== 0;
+    const together = count > 1 && pfn < MAX_WORD_PFN && (w[page + P_FLAGS] & PG_STAMPED) !== 0;
     if (together) {
       for (let i = 0; i < count; i++) this.#firstWords[i] = (pfn + i) << 10;
       vcpu.gather32(this.#firstWords, this.#stamps, 0, count);

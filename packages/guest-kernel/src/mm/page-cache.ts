@@ -22,6 +22,7 @@ import {
   PG_CACHED,
   PG_DIRTY,
   PG_REFERENCED,
+  PG_STAMPED,
   PG_UPTODATE,
   PG_WRITEBACK,
 } from './page.ts';
@@ -56,6 +57,8 @@ export class PageCache {
   readonly #relax: () => void;
   readonly #pfns = new Int32Array(WRITEBACK_BATCH);
   readonly #blocks = new Float64Array(WRITEBACK_BATCH);
+  /** One page on its way. */
+  readonly #page = new Uint8Array(4096);
 
   constructor(
     arena: Arena,
@@ -214,6 +217,61 @@ export class PageCache {
     this.#unhash(pfn);
     this.#unlock();
     return 'freed';
+  }
+
+  /**
+   * Moves a cached page to the freshly allocated page `to` (`migrate_pages`): content, place in the file, marks. Only
+   * while nobody but the cache holds it; the lock keeps lookups out until the file names the new page. False: it is in
+   * use or under write-back, and stays; `to` is the caller's.
+   */
+  migrate(from: number, to: number): boolean {
+    const w = this.#w;
+    const page = this.#memmap + (from << 4);
+    const target = this.#memmap + (to << 4);
+    this.#lock();
+    const inode = w[page + P_INODE];
+    if (
+      inode < 0 ||
+      (w[page + P_FLAGS] & PG_WRITEBACK) !== 0 ||
+      Atomics.compareExchange(w, page + P_REF, 1, 0) !== 1
+    ) {
+      this.#unlock();
+      return false;
+    }
+    const index = w[page + P_INDEX];
+    const node = this.nodeOf(from);
+    this.#lru.lock(node);
+    this.#lru.remove(node, from);
+    this.#lru.unlock(node);
+    this.#copy(from, to);
+    const flags = w[page + P_FLAGS] & (PG_DIRTY | PG_UPTODATE | PG_REFERENCED);
+    this.#unhash(from);
+    Atomics.and(w, target + P_FLAGS, ~PG_STAMPED);
+    w[target + P_INODE] = inode;
+    w[target + P_INDEX] = index;
+    const bucket = this.#bucket(inode, index);
+    w[target + P_HASH_NEXT] = w[bucket];
+    w[bucket] = to;
+    w[H_NR_FILE_PAGES]++;
+    if ((flags & PG_DIRTY) !== 0) w[H_NR_DIRTY]++;
+    Atomics.or(w, target + P_FLAGS, flags | PG_CACHED);
+    this.#unlock();
+    const home = this.nodeOf(to);
+    this.#lru.lock(home);
+    this.#lru.add(home, L_INACTIVE, to);
+    this.#lru.unlock(home);
+    // The reference that was frozen is the last one.
+    w[page + P_REF] = 1;
+    this.#alloc.put(from);
+    return true;
+  }
+
+  #copy(from: number, to: number): void {
+    const vcpu = this.#vcpu;
+    vcpu.window(from * 4096, 4096, false);
+    this.#page.set(vcpu.u8.subarray(vcpu.at, vcpu.at + 4096));
+    vcpu.window(to * 4096, 4096, true);
+    vcpu.u8.set(this.#page, vcpu.at);
   }
 
   // ── File I/O ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -31,6 +31,9 @@ export const P_STAMP = 9;
 export const P_SHADOW: number = SHADOW_WORD;
 export const P_ZONE = 11;
 
+/** Ends a list of pages. */
+export const PAGE_LIST_END = -1;
+
 export const PG_BUDDY = 1;
 export const PG_LRU = 2;
 export const PG_ACTIVE = 4;
@@ -39,7 +42,7 @@ export const PG_DIRTY = 16;
 export const PG_WRITEBACK = 32;
 export const PG_UPTODATE = 64;
 export const PG_RESERVED = 128;
-/** In the balloon (Linux `PageOffline`). */
+/** In the balloon, or in an online block but not plugged (Linux `PageOffline`). */
 export const PG_OFFLINE = 256;
 /** Free and known to the host (`PageReported`). */
 export const PG_REPORTED = 512;

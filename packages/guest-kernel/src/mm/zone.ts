@@ -67,8 +67,14 @@ export interface ZoneSpan {
 const DMA_END = 4096;
 const DMA32_END = 0x10_0000;
 
-/** Zones of the nodes' pfn ranges: DMA below 16 MiB, DMA32 below 4 GiB, then Normal; empty ones are left out. */
-export function zoneSpans(nodes: readonly { readonly start: number; readonly end: number }[]): ZoneSpan[] {
+/**
+ * Zones of the nodes' pfn ranges: DMA below 16 MiB, DMA32 below 4 GiB, then Normal; empty ones are left out. `hotplug`:
+ * every node also has a Normal and a Movable zone, empty until memory is added.
+ */
+export function zoneSpans(
+  nodes: readonly { readonly start: number; readonly end: number }[],
+  hotplug: boolean,
+): ZoneSpan[] {
   const spans: ZoneSpan[] = [];
   nodes.forEach(({ start, end }, node) => {
     for (const [type, from, to] of [
@@ -79,7 +85,9 @@ export function zoneSpans(nodes: readonly { readonly start: number; readonly end
       const a = Math.max(start, from);
       const b = Math.min(end, to);
       if (a < b) spans.push({ node, type, start: a, end: b });
+      else if (hotplug && type === ZONE_NORMAL) spans.push({ node, type, start: 0, end: 0 });
     }
+    if (hotplug) spans.push({ node, type: ZONE_MOVABLE, start: 0, end: 0 });
   });
   return spans;
 }
@@ -107,10 +115,15 @@ export function pcpBatch(managed: number): number {
 /** Writes watermarks, reserves and per-CPU limits of all zones. `bases` are the zones' first words. */
 export function setupWatermarks(w: Int32Array, bases: readonly number[], nrCpus: number): void {
   const managed = bases.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
-  const minFree = minFreePages(managed, bases.length);
+  const kernel = bases.reduce((sum, z) => sum + (w[z + Z_TYPE] === ZONE_MOVABLE ? 0 : w[z + Z_MANAGED]), 0);
+  const minFree = minFreePages(managed, bases.filter((z) => w[z + Z_MANAGED] > 0).length);
   for (const z of bases) {
     const pages = w[z + Z_MANAGED];
-    const min = Math.floor((minFree * pages) / Math.max(1, managed));
+    // The Movable zone keeps only a little: no kernel allocation depends on it.
+    const min =
+      w[z + Z_TYPE] === ZONE_MOVABLE
+        ? Math.min(128, Math.max(pages === 0 ? 0 : 32, pages >> 10))
+        : Math.floor((minFree * pages) / Math.max(1, kernel));
     const step = Math.max(min >> 2, Math.floor((pages * 10) / 10000));
     w[z + Z_MIN] = min;
     w[z + Z_LOW] = min + step;

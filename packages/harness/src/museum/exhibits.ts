@@ -6,7 +6,7 @@
 import { BalloonDevice, FramePool, type DevicePort, type DiscardPort, type TaskYield } from '@ebb/host-kvm';
 import { gfn, hfn, HUGE_PAGES, MiB, ownerOf, PAGE_SIZE, USE_RAM, type Hfn } from '@ebb/machine';
 import { smallMachine, type SmallMachine } from '../run/small-machine.ts';
-import type { Check } from '../scenarios/scenarios.ts';
+import type { Check } from '../scenarios/scenario.ts';
 import { inflate } from './inflate.ts';
 
 export interface Exhibit {

@@ -5,20 +5,9 @@
  * A window ends at the next thing the host has to do (a boot, a sample, a policy step) and at most 10 ms after the next
  * thing a guest has to do, since vCPUs of one VM interact. Between windows every worker has reported `done`.
  */
-import { Arena, LINE_BALLOON, LINE_BLK, MMIO_BASE, MMIO_STRIDE } from '@ebb/guest-kernel';
+import { Arena } from '@ebb/guest-kernel';
+import { FramePool, HostTasks, keepReserve, type BalloonPolicy, type BlockStorage } from '@ebb/host-kvm';
 import {
-  BalloonDevice,
-  BlockDevice,
-  FramePool,
-  HostTasks,
-  keepReserve,
-  Vm,
-  type BalloonPolicy,
-  type BlockStorage,
-  type DevicePort,
-} from '@ebb/host-kvm';
-import {
-  assert,
   COST_TABLE,
   FrameLedger,
   freeSchedule,
@@ -33,10 +22,7 @@ import {
   ViolationLog,
   type Schedule,
 } from '@ebb/machine';
-import { MemFile } from '@ebb/memfs';
-import { MmioTransport } from '@ebb/virtio/device';
-import { MMIO_REGION_BYTES } from '@ebb/virtio/uapi';
-import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
+import { powerOn } from './power-on.ts';
 import {
   auditFrames,
   sampleOf,
@@ -186,6 +172,7 @@ export class HostSide {
         vm.policyDue,
         vm.targets[0]?.[0] ?? Number.POSITIVE_INFINITY,
         vm.hints[0]?.at ?? Number.POSITIVE_INFINITY,
+        vm.sizes[0]?.[0] ?? Number.POSITIVE_INFINITY,
       );
     }
     return at;
@@ -195,6 +182,10 @@ export class HostSide {
   #serveTimers(now: number): void {
     for (const vm of this.vms) {
       const { balloon } = vm;
+      for (let next = vm.sizes[0]; next !== undefined && next[0] <= now; next = vm.sizes[0]) {
+        vm.sizes.shift();
+        vm.memory[next[1]].setRequested(next[2]);
+      }
       if (balloon === null) continue;
       while (vm.targets.length > 0 && vm.targets[0][0] <= now)
         balloon.setTarget((vm.targets.shift() as readonly [number, number])[1]);
@@ -223,121 +214,31 @@ export class HostSide {
     // The VMM, the root table, and one frame to begin with must be there.
     if (!this.pool.chargeVmm(id, Math.ceil(COST_TABLE.vmmBytesPerVm / PAGE_SIZE)) || this.pool.buddy.free < 2)
       return false;
-    const vm = new Vm({
-      id,
-      nrVcpus: this.#spec.vcpusPerVm,
-      control: this.#buffers.control,
-      firstBlock: k * this.#spec.vcpusPerVm,
-      pool: this.pool,
-      tasks: this.tasks,
-      violations: this.violations,
-      schedule: this.#schedule,
-      tableLive: this.#tableLive,
-      frameFlags: this.#frameFlags,
-    });
-    const huge =
-      this.#spec.backing === 'thp' ? 'always' : this.#spec.backing === 'hugetlb' ? 'hugetlb' : 'never';
-    const nrBlocks =
-      this.#spec.backing === 'hugetlb' ? Math.ceil(spec.guest.maxPfn / 512) * 512 : spec.guest.maxPfn;
-    const file = new MemFile({ name: `vm${k}/ram0`, nrBlocks, vm: id, frames: this.pool, huge });
-    // Two slots, so that the hole at 640 KiB is no memory.
-    let slot = 0;
-    for (const [from, to] of [
-      [0, Math.min(VGA_HOLE_START, nrBlocks)],
-      [VGA_HOLE_END, nrBlocks],
-    ] as const) {
-      if (from >= to) continue;
-      const region = {
-        slot: slot++,
-        flags: 0,
-        guestPhysAddr: from * PAGE_SIZE,
-        memorySize: (to - from) * PAGE_SIZE,
-        file,
-        fileOffset: from,
-      };
-      const done = runToEnd(vm.setUserMemoryRegion(region));
-      assert(done.ok, 'a fresh VM takes its slots');
-    }
-    const arena = new Arena(this.#buffers.arenas[k], spec.guest.maxPfn);
-    const transports: MmioTransport[] = [];
-    const port: DevicePort = {
-      spawn: (name, body) => void this.tasks.spawn(`vm${k}/${name}`, body),
-      now: () => vm.kickTime,
-      costs: vm.costs,
-    };
-    const attach = (line: number, device: BalloonDevice | BlockDevice): void => {
-      const transport = new MmioTransport({
-        device,
-        memory: vm.memory,
-        interrupt: () => vm.interrupt(line),
-        completed: (at) => vm.completed(line, at),
-        onLeaseBroken: (gpa) => this.#leaseBroken(k, gpa),
-      });
-      vm.addMmio({
-        base: MMIO_BASE + line * MMIO_STRIDE,
-        bytes: MMIO_REGION_BYTES,
-        read: (offset, width) => transport.read(offset, width),
-        write: (offset, width, value) => transport.write(offset, width, value),
-      });
-      transports.push(transport);
-    };
-    let balloon: BalloonDevice | null = null;
-    if (spec.balloonFeatures !== undefined) {
-      balloon = new BalloonDevice({
-        port,
-        features: spec.balloonFeatures,
-        memory: {
-          ramPages: nrBlocks,
-          unitPages: file.granularity,
-          discard: (runs, n) => vm.discard(runs, n),
-        },
+    this.vms.push(
+      powerOn({
+        spec,
+        id,
+        nrVcpus: this.#spec.vcpusPerVm,
+        backing: this.#spec.backing,
+        control: this.#buffers.control,
+        arena: new Arena(this.#buffers.arenas[k], spec.guest.maxPfn),
+        pool: this.pool,
+        tasks: this.tasks,
+        violations: this.violations,
+        schedule: this.#schedule,
+        tableLive: this.#tableLive,
+        frameFlags: this.#frameFlags,
+        storage: this.#storage,
+        policyDue: spec.balloonPolicy === true ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
         ...(this.#spec.traceOut
           ? {
               trace: (line: string) =>
                 this.#deviceTrace.push(`${k}@${(this.windowEnd / NS_PER_S).toFixed(6)}:${line}`),
             }
           : {}),
-      });
-      attach(LINE_BALLOON, balloon);
-    }
-    let block: BlockDevice | null = null;
-    if (spec.diskBytes > 0) {
-      block = new BlockDevice(this.#storage(k, spec.diskBytes), port);
-      attach(LINE_BLK, block);
-    }
-    this.vms.push({
-      spec,
-      vm,
-      file,
-      arena,
-      balloon,
-      block,
-      transports,
-      policyDue: spec.balloonPolicy === true ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
-      targets: [...(spec.balloonTargets ?? [])],
-      hints: (spec.hintRounds ?? []).flatMap(([start, stop]) => [
-        { at: start, start: true },
-        { at: stop, start: false },
-      ]),
-      hintedPages: 0,
-    });
+      }),
+    );
     return true;
-  }
-
-  #leaseBroken(vm: number, gpa: number): void {
-    this.violations.record({
-      kind: 'device-lease',
-      actor: 'device',
-      vm,
-      vcpu: -1,
-      gfn: Math.floor(gpa / PAGE_SIZE),
-      hfn: -1,
-      expected: 0,
-      found: 0,
-      owner: 0,
-      stepTaken: 0,
-      stepReleased: 0,
-    });
   }
 
   // ── Accounts and results ─────────────────────────────────────────────────────────────────────────────────────────
@@ -392,13 +293,5 @@ export class HostSide {
       samples: this.samples,
       deviceTrace: this.#deviceTrace,
     };
-  }
-}
-
-/** Drives a generator that has nobody to wait for. */
-function runToEnd<T>(body: Generator<unknown, T, void>): T {
-  for (;;) {
-    const step = body.next();
-    if (step.done === true) return step.value;
   }
 }

@@ -1,6 +1,13 @@
 /** What a run comes to: figures of the host and of each VM, the timeline, the audit of frames, stalls. Reads; changes nothing. */
 import { filePages, freePages, pcpPages, type Arena } from '@ebb/guest-kernel';
-import type { BalloonDevice, BlockDevice, FramePool, Vm } from '@ebb/host-kvm';
+import type {
+  BalloonDevice,
+  BlockDevice,
+  FramePool,
+  MemoryDevice,
+  MemoryDeviceCounters,
+  Vm,
+} from '@ebb/host-kvm';
 import {
   PAGE_SIZE,
   sharedF64,
@@ -45,6 +52,17 @@ export interface VmResult {
   /** H33: pages the guest promised in its balloon and yet has memory behind. */
   readonly reusedBalloonPages: number;
   readonly hintedPages: number;
+  readonly memoryDevices: readonly MemoryDeviceResult[];
+}
+
+/** What a memory device came to. Bytes. */
+interface MemoryDeviceResult {
+  readonly id: string;
+  readonly requested: number;
+  readonly plugged: number;
+  readonly usable: number;
+  readonly host: number;
+  readonly counters: Readonly<MemoryDeviceCounters>;
 }
 
 export interface RunResult {
@@ -72,13 +90,18 @@ export interface RunResult {
 export interface RunningVm {
   readonly spec: VmSpec;
   readonly vm: Vm;
+  /** Boot memory; the memory devices' regions follow it in `files`. */
   readonly file: MemFile;
+  readonly files: readonly MemFile[];
   readonly arena: Arena;
   readonly balloon: BalloonDevice | null;
   readonly block: BlockDevice | null;
+  readonly memory: readonly MemoryDevice[];
   readonly transports: MmioTransport[];
   policyDue: number;
   targets: (readonly [number, number])[];
+  /** Sizes to request of memory devices: time, device, bytes. */
+  sizes: (readonly [number, number, number])[];
   hints: { at: number; start: boolean }[];
   hintedPages: number;
 }
@@ -88,7 +111,7 @@ export function sampleOf(now: number, hostFrames: number, vms: readonly RunningV
   return {
     atNs: now,
     hostUsed: hostFrames * PAGE_SIZE,
-    guests: vms.map(({ arena, file, balloon: device }) => {
+    guests: vms.map(({ arena, file, files, memory, balloon: device }) => {
       const free = (freePages(arena) + pcpPages(arena, nrCpus)) * PAGE_SIZE;
       const cached = filePages(arena) * PAGE_SIZE;
       const balloon = (device?.actual ?? 0) * PAGE_SIZE;
@@ -96,8 +119,13 @@ export function sampleOf(now: number, hostFrames: number, vms: readonly RunningV
         free,
         cached,
         balloon,
-        used: file.nrBlocks * PAGE_SIZE - free - cached - balloon,
-        host: file.assigned * PAGE_SIZE,
+        used:
+          file.nrBlocks * PAGE_SIZE +
+          memory.reduce((sum, m) => sum + m.pluggedBytes, 0) -
+          free -
+          cached -
+          balloon,
+        host: files.reduce((sum, f) => sum + f.assigned, 0) * PAGE_SIZE,
       };
     }),
   };
@@ -111,13 +139,14 @@ export function auditFrames(pool: FramePool, vms: readonly RunningVm[]): string 
   if (total !== pool.ledger.frames) return `frames: ${total} accounted of ${pool.ledger.frames}`;
   if (counts.free - outside !== pool.buddy.free)
     return `free frames: ledger ${counts.free - outside}, allocator ${pool.buddy.free}`;
-  const assigned = vms.reduce((sum, { file }) => sum + file.assigned, 0);
+  const files = vms.flatMap((vm) => vm.files);
+  const assigned = files.reduce((sum, file) => sum + file.assigned, 0);
   const ram = counts.guestAssigned + counts.memfsUnmapped;
   if (assigned !== ram) return `guest frames: files hold ${assigned}, ledger says ${ram}`;
   const tables = vms.reduce((sum, { vm }) => sum + vm.mmu.counters.tables, 0);
   if (tables !== counts.pageTable)
     return `table frames: MMUs hold ${tables}, ledger says ${counts.pageTable}`;
-  for (const { file } of vms) {
+  for (const file of files) {
     let holes = 0;
     for (const frame of file.blocks) if (frame < 0) holes++;
     if (holes + file.assigned !== file.nrBlocks)
@@ -149,6 +178,7 @@ export function vmResult(
       block: {},
       reusedBalloonPages: 0,
       hintedPages: 0,
+      memoryDevices: [],
     };
   }
   const { vm, balloon, block, arena, transports, file } = running;
@@ -174,12 +204,21 @@ export function vmResult(
     kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
     descriptors:
       (balloon?.counters.descriptors ?? 0) +
-      (block === null ? 0 : 3 * (block.counters.reads + block.counters.writes)),
+      (block === null ? 0 : 3 * (block.counters.reads + block.counters.writes)) +
+      2 * running.memory.reduce((sum, { counters: c }) => sum + c.acks + c.nacks + c.busys + c.errors, 0),
     balloonPages: balloon?.actual ?? 0,
     ballooned: balloon === null ? {} : { ...balloon.counters },
     block: block === null ? {} : { ...block.counters },
     reusedBalloonPages: reused,
     hintedPages: running.hintedPages,
+    memoryDevices: running.memory.map((device, i) => ({
+      id: device.id,
+      requested: device.requestedBytes,
+      plugged: device.pluggedBytes,
+      usable: device.usableBytes,
+      host: running.files[1 + i].assigned * PAGE_SIZE,
+      counters: { ...device.counters },
+    })),
   };
 }
 

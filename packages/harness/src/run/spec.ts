@@ -1,5 +1,6 @@
 /** What a run is: plain data that every worker gets. */
 import type { GuestConfig } from '@ebb/guest-kernel';
+import type { MemoryProfile } from '@ebb/host-kvm';
 import type { ReplayPlan } from '../trace/replay-plan.ts';
 
 export type Backing = 'thp' | '4k' | 'hugetlb';
@@ -20,6 +21,8 @@ export type ProgramSpec =
   /** Allocates, touches and frees; then idles. */
   | {
       readonly kind: 'touch-free';
+      /** When it begins, absolute; at boot without it. */
+      readonly startNs?: number;
       readonly pages: number;
       readonly order: number;
       readonly rounds: number;
@@ -28,6 +31,17 @@ export type ProgramSpec =
     }
   /** Writes to pages the balloon or reporting holds (H33). */
   | { readonly kind: 'hostile-reuse'; readonly afterNs: number };
+
+/** A memory device of a VM. Sizes in bytes. */
+export interface MemoryDeviceSpec {
+  readonly id: string;
+  readonly addr: number;
+  readonly regionBytes: number;
+  readonly blockBytes: number;
+  readonly node: number;
+  readonly requestedBytes: number;
+  readonly profile: MemoryProfile;
+}
 
 export interface VmSpec {
   readonly bootAtNs: number;
@@ -39,6 +53,9 @@ export interface VmSpec {
   readonly balloonPolicy?: boolean;
   /** Logical sizes to set at given times: `[atNs, bytes]`. */
   readonly balloonTargets?: readonly (readonly [number, number])[];
+  readonly memoryDevices?: readonly MemoryDeviceSpec[];
+  /** Sizes to request at given times: `[atNs, device, bytes]`. */
+  readonly memoryTargets?: readonly (readonly [number, number, number])[];
   /** Rounds of free page hinting: start and stop times. */
   readonly hintRounds?: readonly (readonly [number, number])[];
   /** Disk size in bytes; 0: no disk. */

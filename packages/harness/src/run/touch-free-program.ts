@@ -18,7 +18,7 @@ export class TouchFreeProgram implements Program {
   constructor(kernel: GuestKernel, spec: Spec) {
     this.#kernel = kernel;
     this.#spec = spec;
-    this.#wakeAt = kernel.vcpu.clock;
+    this.#wakeAt = Math.max(kernel.vcpu.clock, spec.startNs ?? 0);
   }
 
   get ended(): boolean {

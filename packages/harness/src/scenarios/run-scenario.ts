@@ -7,7 +7,8 @@ import type { HostProgress } from '../run/host-worker.ts';
 import { runInline } from '../run/inline-run.ts';
 import { runThreads, ThreadPool, workersFor } from '../run/threads-run.ts';
 import { UserError } from '../trace/trace.ts';
-import { SCENARIOS, type Check, type Scenario, type ScenarioOutcome } from './scenarios.ts';
+import type { Check, Scenario, ScenarioOutcome } from './scenario.ts';
+import { SCENARIOS } from './scenarios.ts';
 
 export interface ScenarioRun {
   readonly scenario: Scenario;

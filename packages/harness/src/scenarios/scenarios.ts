@@ -2,8 +2,8 @@
  * Scenarios of `ebb run`: small runs that drive one mechanism end to end through guest loads and stores, rings and EPT,
  * in real threads or inline, and say what they saw. Each ends in checks; a failed check is exit code 1.
  */
-import { eventSum, type Arena, type GuestConfig } from '@ebb/guest-kernel';
-import { GiB, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
+import { eventSum } from '@ebb/guest-kernel';
+import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import {
   VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
   VIRTIO_BALLOON_F_FREE_PAGE_HINT,
@@ -12,83 +12,8 @@ import {
   VIRTIO_BALLOON_F_REPORTING,
   VIRTIO_BALLOON_F_STATS_VQ,
 } from '@ebb/virtio/uapi';
-import type { RunResult } from '../run/run-result.ts';
-import type { RunSpec, VmSpec } from '../run/spec.ts';
-
-export interface ScenarioOutcome {
-  readonly result: RunResult;
-  readonly arenas: readonly Arena[];
-}
-
-/** A figure that a scenario shows, and whether it is as it must be. */
-export interface Check {
-  readonly what: string;
-  readonly value: number | string;
-  readonly ok: boolean;
-}
-
-export interface Scenario {
-  readonly name: string;
-  readonly about: string;
-  /** Rows and invariants it shows. */
-  readonly rows: string;
-  spec(seed: number): RunSpec;
-  checks(outcome: ScenarioOutcome): Check[];
-}
-
-const second = (n: number): number => n * NS_PER_S;
-
-/** A freshly booted two-vCPU guest of `bytes`, on one node or two. */
-function freshGuest(
-  bytes: number,
-  options: { nodes?: 1 | 2; balloon?: boolean; blk?: boolean; poison?: boolean; pagesPerFile?: number } = {},
-): GuestConfig {
-  const maxPfn = bytes / PAGE_SIZE;
-  const half = Math.floor(maxPfn / 2 / 1024) * 1024;
-  const two = options.nodes === 2;
-  return {
-    e820: [
-      { start: 0, end: 160 },
-      { start: 256, end: maxPfn },
-    ],
-    nodes: two
-      ? [
-          { start: 0, end: half },
-          { start: half, end: maxPfn },
-        ]
-      : [{ start: 0, end: maxPfn }],
-    maxPfn,
-    nrCpus: 2,
-    cpuNode: two ? [0, 1] : [0, 0],
-    initOnAlloc: true,
-    pagePoison: options.poison ?? false,
-    balloon: options.balloon ?? false,
-    blk: options.blk ?? false,
-    blocks: { kind: 'linear', pagesPerFile: options.pagesPerFile ?? 1024 },
-  };
-}
-
-function spec(hostBytes: number, vms: readonly VmSpec[], over: Partial<RunSpec> = {}): RunSpec {
-  return {
-    hostFrames: hostBytes / PAGE_SIZE,
-    backing: 'thp',
-    vms,
-    vcpusPerVm: 2,
-    workers: 2,
-    sampleNs: NS_PER_S / 4,
-    graceNs: 0,
-    traceOut: false,
-    poison: 'full',
-    ...over,
-  };
-}
-
-const atLeast = (what: string, value: number, min: number): Check => ({ what, value, ok: value >= min });
-const exactly = (what: string, value: number, want: number): Check => ({ what, value, ok: value === want });
-const clean = ({ result }: ScenarioOutcome): Check[] => [
-  { what: 'run', value: result.ok ? 'finished' : result.why, ok: result.ok },
-  exactly('ledger violations', result.ledgerViolations, 0),
-];
+import { MEMORY_DEVICE_SCENARIOS } from './memory-device.ts';
+import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
 
 export const SCENARIOS: readonly Scenario[] = [
   {
@@ -361,4 +286,5 @@ export const SCENARIOS: readonly Scenario[] = [
       },
     ],
   },
+  ...MEMORY_DEVICE_SCENARIOS,
 ];

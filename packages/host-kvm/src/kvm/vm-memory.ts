@@ -18,6 +18,7 @@ import {
 } from '@ebb/machine';
 import type { FramePool } from '../mm/frame-pool.ts';
 import { KVM_MEM_READONLY, type Memslots } from './memslots.ts';
+import type { Verdict } from './region-gate.ts';
 import { FRAME_DIRTY } from './tdp-mmu.ts';
 
 export class VmMemory implements GuestMemory {
@@ -33,7 +34,9 @@ export class VmMemory implements GuestMemory {
   readonly #log: ViolationLog;
   readonly #frameFlags: Uint8Array;
   readonly #schedule: Schedule;
+  readonly #verdict: (gfn: number, write: boolean) => Verdict;
 
+  /** `verdict`: what an access to a page meets, as the device decides whose region it is in. */
   constructor(
     vm: number,
     pool: FramePool,
@@ -41,7 +44,9 @@ export class VmMemory implements GuestMemory {
     log: ViolationLog,
     frameFlags: Uint8Array,
     schedule: Schedule,
+    verdict: (gfn: number, write: boolean) => Verdict,
   ) {
+    this.#verdict = verdict;
     this.#vm = vm;
     this.#schedule = schedule;
     this.#memory = pool.memory;
@@ -60,6 +65,9 @@ export class VmMemory implements GuestMemory {
     if (length < 0 || offset + length > PAGE_SIZE) return false;
     const slot = this.#slots.find(gfn);
     if (slot === null || slot.invalid || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return false;
+    // Unplugged memory is not for DMA, whatever a CPU may read there (§ 5.15.6).
+    const verdict = this.#verdict(gfn, write);
+    if (verdict === 'zeros' || verdict === 'nothing') return false;
     const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), false);
     if (frame < 0) return false;
     const ledger = this.#pool.ledger;

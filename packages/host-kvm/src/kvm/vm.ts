@@ -16,9 +16,11 @@ import {
   EXIT_MMIO_WRITE,
   EXIT_REQUEST,
   EXIT_REQUEST_SLEEPING,
+  hfn,
   HUGE_PAGES,
   MODE_OUTSIDE,
   ok,
+  ownerOf,
   PAGE_SIZE,
   pagesPerEntry,
   RESULT_EMULATED,
@@ -26,6 +28,7 @@ import {
   RESULT_RETRY,
   sharedF64,
   sharedI32,
+  USE_VMM,
   VCPU_BLOCK_BYTES,
   VCPU_BLOCK_WORDS,
   VC_CLOCK_F64,
@@ -58,6 +61,7 @@ import {
   type SlotError,
   type UserMemoryRegion,
 } from './memslots.ts';
+import type { RegionGate, Verdict } from './region-gate.ts';
 import { TdpMmu } from './tdp-mmu.ts';
 import { VmMemory } from './vm-memory.ts';
 
@@ -124,6 +128,9 @@ export class Vm implements InvalidationListener {
   readonly #firstBlock: number;
   readonly #exitTasks: HostTask[] = [];
   readonly #regions: MmioRegion[] = [];
+  readonly #gates: RegionGate[] = [];
+  /** Frame of zeros that reads of unplugged memory map; −1 until the first. */
+  #zeroFrame = -1;
   /** Guards the EPT and the three fields below. Order: taken inside no other lock. */
   readonly #mmuLock = new TaskLock('mmu');
   #inProgress = 0;
@@ -151,6 +158,7 @@ export class Vm implements InvalidationListener {
       options.violations,
       options.frameFlags,
       options.schedule,
+      (gfn, write) => this.#verdict(gfn, write),
     );
     for (let v = 0; v < options.nrVcpus; v++) {
       this.#control[this.#base(v) + VC_EPT_ROOT] = this.mmu.root;
@@ -167,6 +175,19 @@ export class Vm implements InvalidationListener {
 
   addMmio(region: MmioRegion): void {
     this.#regions.push(region);
+  }
+
+  /** From now on `gate` is asked about accesses to its pages. */
+  addGate(gate: RegionGate): void {
+    this.#gates.push(gate);
+  }
+
+  #verdict(gfn: number, write: boolean): Verdict {
+    for (let i = 0; i < this.#gates.length; i++) {
+      const gate = this.#gates[i];
+      if (gfn >= gate.baseGfn && gfn < gate.baseGfn + gate.nrPages) return gate.verdict(gfn, write);
+    }
+    return 'memory';
   }
 
   /** Virtual clock of a vCPU as of its last exit or halt. */
@@ -222,7 +243,8 @@ export class Vm implements InvalidationListener {
       if (slot === null) return true;
       if (slot.invalid) return false;
       this.counters.eptViolations++;
-      const frame = this.#populate(vcpu, slot, gfn);
+      const write = this.#control[base + VC_EXIT_SIZE] !== 0;
+      const frame = this.#populate(vcpu, slot, gfn, write);
       if (frame >= 0) this.#install(vcpu, slot, gfn, frame);
     } else this.#register(vcpu, address);
     return true;
@@ -301,7 +323,7 @@ export class Vm implements InvalidationListener {
         continue;
       }
       yield undefined;
-      const frame = this.#populate(vcpu, slot, gfn);
+      const frame = this.#populate(vcpu, slot, gfn, write);
       if (frame < 0) return;
       yield undefined;
       while (!this.#mmuLock.tryAcquire()) yield () => !this.#mmuLock.held;
@@ -326,19 +348,40 @@ export class Vm implements InvalidationListener {
     return null;
   }
 
-  /** Frame of a page of `slot`, assigned at its first touch; −1 kills the VM: the host has none. */
-  #populate(vcpu: number, slot: Memslot, gfn: number): number {
+  /**
+   * Frame of a page of `slot`, assigned at its first touch. −1: answered already, because the page is not to be touched
+   * now, or because the host has no frame, which kills the VM. Asks the gate and assigns in one step, so that a page
+   * unplugged meanwhile gets none.
+   */
+  #populate(vcpu: number, slot: Memslot, gfn: number, write: boolean): number {
     this.#pool.lastZeroed = 0;
+    const verdict = this.#gates.length === 0 ? 'memory' : this.#verdict(gfn, write);
+    if (verdict === 'nothing') {
+      this.#unclaimed();
+      this.#complete(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
+      return -1;
+    }
+    if (verdict === 'zeros') return this.#zeros(vcpu);
     const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), hugeFits(slot, gfn));
     this.#zeroed = this.#pool.lastZeroed;
     if (frame < 0) this.#kill(vcpu);
+    else if (verdict === 'scribbled' && this.#zeroed > 0) this.#pool.memory.poisonFrame(hfn(frame), SCRIBBLE);
     return frame;
+  }
+
+  /** The frame of zeros, taken for the VMM at the first read that needs it. */
+  #zeros(vcpu: number): number {
+    if (this.#zeroFrame < 0) this.#zeroFrame = this.#pool.allocZeroed(0, ownerOf(this.id, USE_VMM));
+    this.#zeroed = 0;
+    if (this.#zeroFrame < 0) this.#kill(vcpu);
+    return this.#zeroFrame;
   }
 
   /** Maps a resolved page and answers the violation. Under the MMU lock, or with nobody else to take it. */
   #install(vcpu: number, slot: Memslot, gfn: number, frame: number): void {
-    const writable = (slot.flags & KVM_MEM_READONLY) === 0;
-    const level = leafLevelFor(slot, slot.fileOffset + (gfn - slot.baseGfn), gfn);
+    const zeros = frame === this.#zeroFrame;
+    const writable = (slot.flags & KVM_MEM_READONLY) === 0 && !zeros;
+    const level = zeros ? 1 : leafLevelFor(slot, slot.fileOffset + (gfn - slot.baseGfn), gfn);
     const offset = gfn & (pagesPerEntry(level) - 1);
     if (!this.mmu.map(gfn - offset, frame - offset, level, writable)) {
       this.#kill(vcpu);
@@ -432,6 +475,17 @@ export class Vm implements InvalidationListener {
     yield () => !pending();
   }
 
+  /** Drops every mapping of the pages and waits for the flush; the blocks stay. The next access faults. */
+  *unmap(gfn: number, count: number): Generator<TaskYield, void, void> {
+    yield* this.#mmuLock.acquire();
+    this.#inProgress++;
+    this.#coverRange(gfn, gfn + count);
+    if (this.mmu.zapRange(gfn, count) > 0) yield* this.#flushAll();
+    this.mmu.freeDetachedTables();
+    this.#mmuLock.release();
+    this.end(EMPTY, 0);
+  }
+
   // ── Slots and discards ───────────────────────────────────────────────────────────────────────────────────────────
 
   /** `KVM_SET_USER_MEMORY_REGION`. A delete or move marks the slot invalid, zaps and flushes, and only then removes it. */
@@ -441,13 +495,7 @@ export class Vm implements InvalidationListener {
     const { kind, slot, old } = judged.value;
     if (old !== null && kind !== 'flags') {
       this.slots.install({ ...old, invalid: true });
-      yield* this.#mmuLock.acquire();
-      this.#inProgress++;
-      this.#coverRange(old.baseGfn, old.baseGfn + old.nrPages);
-      if (this.mmu.zapRange(old.baseGfn, old.nrPages) > 0) yield* this.#flushAll();
-      this.mmu.freeDetachedTables();
-      this.#mmuLock.release();
-      this.end(EMPTY, 0);
+      yield* this.unmap(old.baseGfn, old.nrPages);
     }
     if (kind === 'delete') {
       this.slots.remove(slot.id);
@@ -498,6 +546,8 @@ export class Vm implements InvalidationListener {
 }
 
 const EMPTY = new Int32Array(0);
+/** What a device of the profile `scribble` leaves in unplugged memory. */
+const SCRIBBLE = 0x5c21_bb1e;
 
 /** Whether the aligned 2 MiB around `gfn` lies in the slot and is aligned alike in the file. */
 function hugeFits(slot: Memslot, gfn: number): boolean {

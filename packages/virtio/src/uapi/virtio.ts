@@ -21,6 +21,7 @@ export const VIRTIO_F_NOTIFICATION_DATA = 38;
 /** Device types (§ 5). */
 export const VIRTIO_ID_BLOCK = 2;
 export const VIRTIO_ID_BALLOON = 5;
+export const VIRTIO_ID_MEM = 24;
 
 /** A set of feature bits, `0 … 63`, as two 32-bit halves; bits above 63 are never offered. */
 export class Features {

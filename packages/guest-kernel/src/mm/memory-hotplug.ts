@@ -1,0 +1,365 @@
+/**
+ * Memory hotplug by memory block: add, online, take sub-blocks out of use and back, remove. Counterpart:
+ * `mm/memory_hotplug.c`, `mm/page_isolation.c`, `alloc_contig_range`.
+ *
+ * Runs on vCPU 0 alone (the virtio-mem driver's thread); other vCPUs allocate and free meanwhile. What they may touch,
+ * free lists, counts and pageblock types, changes under the zone lock; section records are this thread's own.
+ *
+ * Simplified: added memory has its memmap in the arena from the start; the guest pages that would back it are charged
+ * when a block is added and freed when it is removed (H31).
+ */
+import { gfn, type Vcpu } from '@ebb/machine';
+import type { Arena } from '../arena.ts';
+import type { HotplugConfig } from '../boot.ts';
+import { H_TOTAL_PAGES, SECTION_WORDS } from '../layout.ts';
+import type { Buddy } from './buddy.ts';
+import { EV, eventRow } from './events.ts';
+import {
+  P_FLAGS,
+  P_INODE,
+  P_NEXT,
+  P_ORDER,
+  P_SHADOW,
+  P_ZONE,
+  PAGE_LIST_END,
+  PG_BUDDY,
+  PG_CACHED,
+  PG_OFFLINE,
+  SHADOW_ABSENT,
+  SHADOW_ALLOCATED,
+  SHADOW_BUDDY,
+  SHADOW_PCP,
+  shadowMove,
+} from './page.ts';
+import { GFP_NORETRY, GFP_NOWAIT, type PageAllocator } from './page-alloc.ts';
+import type { PageCache } from './page-cache.ts';
+import type { PerCpuPages } from './per-cpu-pages.ts';
+import {
+  MAX_ORDER,
+  MIGRATE_MOVABLE,
+  MIGRATE_UNMOVABLE,
+  PAGEBLOCK_PAGES,
+  setupWatermarks,
+  Z_END,
+  Z_MANAGED,
+  Z_NODE,
+  Z_PRESENT,
+  Z_START,
+  Z_TYPE,
+  ZONE_MOVABLE,
+  ZONE_NORMAL,
+} from './zone.ts';
+
+/** Words of a section's record. */
+const S_STATE = 0;
+const S_ZONE = 1;
+const S_MEMMAP = 2;
+/** The fourth word is virtio-mem's. */
+export const S_DRIVER = 3;
+
+const ABSENT = 0;
+const ADDED = 1;
+const ONLINE = 2;
+
+/** Pages of memmap per page: 64 of 4096 bytes. */
+const PAGES_PER_MEMMAP_PAGE = 64;
+/** Highest zone a movable page may go to. */
+const MOVABLE_GFP: number = 3 | GFP_NORETRY;
+const MIGRATE_TRIES = 5;
+
+export class MemoryHotplug {
+  readonly sectionPages: number;
+  readonly #w: Int32Array;
+  readonly #memmap: number;
+  readonly #sections: number;
+  readonly #sectionsEnd: number;
+  readonly #vcpu: Vcpu;
+  readonly #buddy: Buddy;
+  readonly #pcp: PerCpuPages;
+  readonly #alloc: PageAllocator;
+  readonly #cache: PageCache;
+  readonly #zones: readonly number[];
+  readonly #config: HotplugConfig;
+  readonly #nrCpus: number;
+  readonly #initOnAlloc: boolean;
+  readonly #events: number;
+
+  constructor(
+    arena: Arena,
+    vcpu: Vcpu,
+    buddy: Buddy,
+    pcp: PerCpuPages,
+    alloc: PageAllocator,
+    cache: PageCache,
+    zones: readonly number[],
+    config: HotplugConfig,
+    nrCpus: number,
+    initOnAlloc: boolean,
+  ) {
+    this.sectionPages = config.sectionPages;
+    this.#w = arena.w;
+    this.#memmap = arena.memmap;
+    this.#sections = arena.layout.sections;
+    this.#sectionsEnd = this.section(arena.maxPfn);
+    this.#vcpu = vcpu;
+    this.#buddy = buddy;
+    this.#pcp = pcp;
+    this.#alloc = alloc;
+    this.#cache = cache;
+    this.#zones = zones;
+    this.#config = config;
+    this.#nrCpus = nrCpus;
+    this.#initOnAlloc = initOnAlloc;
+    this.#events = eventRow(vcpu.id);
+  }
+
+  /** First word of the record of the section that holds `pfn`. */
+  section(pfn: number): number {
+    return this.#sections + Math.floor(pfn / this.sectionPages) * SECTION_WORDS;
+  }
+
+  isOnline(pfn: number): boolean {
+    return this.#w[this.section(pfn) + S_STATE] === ONLINE;
+  }
+
+  /** Zone type of an online section. */
+  zoneTypeOf(pfn: number): number {
+    return this.#w[this.#zones[this.#w[this.section(pfn) + S_ZONE]] + Z_TYPE];
+  }
+
+  // ── Add and remove ───────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** `add_memory`: charges the block's memmap, on its node if it can. False: the guest has no memory for it. */
+  add(first: number, node: number): boolean {
+    const pages = Math.max(1, this.sectionPages / PAGES_PER_MEMMAP_PAGE);
+    const order = Math.log2(pages);
+    const gfp = this.#config.memmapZone | GFP_NORETRY;
+    let memmap = this.#alloc.alloc(order, MIGRATE_UNMOVABLE, gfp | GFP_NOWAIT, node);
+    if (memmap < 0) memmap = this.#singlePages(pages, gfp, node);
+    else this.#w[this.#memmap + (memmap << 4) + P_NEXT] = PAGE_LIST_END;
+    if (memmap < 0) return false;
+    const record = this.section(first);
+    this.#w[record + S_STATE] = ADDED;
+    this.#w[record + S_MEMMAP] = memmap;
+    this.#w[this.#events + EV.memory_added]++;
+    return true;
+  }
+
+  /** The memmap of single pages, chained; −1, and nothing taken, if they cannot be had. */
+  #singlePages(pages: number, gfp: number, node: number): number {
+    let list = PAGE_LIST_END;
+    for (let i = 0; i < pages; i++) {
+      const pfn = this.#alloc.alloc(0, MIGRATE_UNMOVABLE, gfp, node);
+      if (pfn < 0) {
+        this.#freeMemmap(list);
+        return -1;
+      }
+      this.#w[this.#memmap + (pfn << 4) + P_NEXT] = list;
+      list = pfn;
+    }
+    return list;
+  }
+
+  #freeMemmap(list: number): void {
+    for (let pfn = list; pfn >= 0; ) {
+      const page = this.#memmap + (pfn << 4);
+      const next = this.#w[page + P_NEXT];
+      this.#alloc.free(pfn, this.#w[page + P_ORDER]);
+      pfn = next;
+    }
+  }
+
+  /** Removes an offline block, or one whose every page is out of use, and gives its memmap back. */
+  remove(first: number): void {
+    const w = this.#w;
+    const record = this.section(first);
+    if (w[record + S_STATE] === ONLINE) this.#offline(first);
+    w[record + S_STATE] = ABSENT;
+    this.#freeMemmap(w[record + S_MEMMAP]);
+    w[this.#events + EV.memory_removed]++;
+  }
+
+  // ── Online and offline ───────────────────────────────────────────────────────────────────────────────────────────
+
+  /** The zone that the policy puts added memory of `node` into. */
+  zoneFor(node: number): number {
+    const { policy, autoMovableRatio } = this.#config;
+    if (policy === 'online') return ZONE_NORMAL;
+    if (policy === 'online_movable') return ZONE_MOVABLE;
+    // `auto_movable_can_online_movable`: Movable up to a ratio of the kernel memory this node had at boot.
+    const w = this.#w;
+    let movable = this.sectionPages;
+    let early = 0;
+    for (const zone of this.#zones) {
+      if (w[zone + Z_NODE] !== node) continue;
+      if (w[zone + Z_TYPE] === ZONE_MOVABLE) movable += w[zone + Z_PRESENT];
+      else early += w[zone + Z_PRESENT];
+    }
+    for (let s = this.#sections; s < this.#sectionsEnd; s += SECTION_WORDS) {
+      if (w[s + S_STATE] !== ONLINE) continue;
+      const zone = this.#zones[w[s + S_ZONE]];
+      if (w[zone + Z_NODE] === node && w[zone + Z_TYPE] !== ZONE_MOVABLE) early -= this.sectionPages;
+    }
+    return movable * 100 <= autoMovableRatio * early ? ZONE_MOVABLE : ZONE_NORMAL;
+  }
+
+  /** Puts an added block's plugged pages to use in a zone; the others are there, but offline. */
+  online(first: number, node: number, type: number, plugged: (pfn: number) => boolean): void {
+    const w = this.#w;
+    const index = this.#zones.findIndex((z) => w[z + Z_NODE] === node && w[z + Z_TYPE] === type);
+    const zone = this.#zones[index];
+    const end = first + this.sectionPages;
+    const base = this.#memmap + (first << 4);
+    w.fill(0, base, base + (this.sectionPages << 4));
+    for (let page = base; page < base + (this.sectionPages << 4); page += 16) {
+      w[page + P_ZONE] = index;
+      w[page + P_INODE] = -1;
+    }
+    this.#buddy.lock(zone);
+    const empty = w[zone + Z_PRESENT] === 0;
+    w[zone + Z_START] = empty ? first : Math.min(w[zone + Z_START], first);
+    w[zone + Z_END] = empty ? end : Math.max(w[zone + Z_END], end);
+    w[zone + Z_PRESENT] += this.sectionPages;
+    for (let pfn = first; pfn < end; pfn += PAGEBLOCK_PAGES) {
+      this.#buddy.setPageblockType(pfn, MIGRATE_MOVABLE);
+      if (plugged(pfn)) this.#release(zone, pfn, PAGEBLOCK_PAGES);
+      else this.#mark(pfn, PAGEBLOCK_PAGES, PG_OFFLINE);
+    }
+    this.#buddy.unlock(zone);
+    const record = this.section(first);
+    w[record + S_STATE] = ONLINE;
+    w[record + S_ZONE] = index;
+    this.#newTotals();
+  }
+
+  /** Everything in it is out of use: the zone forgets it. Its span shrinks only when nothing is left. */
+  #offline(first: number): void {
+    const w = this.#w;
+    const zone = this.#zones[w[this.section(first) + S_ZONE]];
+    this.#buddy.lock(zone);
+    w[zone + Z_PRESENT] -= this.sectionPages;
+    if (w[zone + Z_PRESENT] === 0) w.fill(0, zone + Z_START, zone + Z_END + 1);
+    this.#mark(first, this.sectionPages, 0);
+    this.#buddy.unlock(zone);
+    this.#newTotals();
+  }
+
+  #newTotals(): void {
+    const w = this.#w;
+    setupWatermarks(w, this.#zones, this.#nrCpus);
+    w[H_TOTAL_PAGES] = this.#zones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
+  }
+
+  #mark(first: number, count: number, flags: number): void {
+    for (let page = this.#memmap + (first << 4); page < this.#memmap + ((first + count) << 4); page += 16) {
+      this.#w[page + P_FLAGS] = flags;
+      this.#w[page + P_SHADOW] = SHADOW_ABSENT;
+    }
+  }
+
+  /** Gives pages that are nobody's to the zone's free lists, at their tails. Needs the lock. */
+  #release(zone: number, first: number, count: number): void {
+    this.#w[zone + Z_MANAGED] += count;
+    shadowMove(this.#w, this.#memmap, this.#vcpu, first, count, SHADOW_ABSENT, SHADOW_BUDDY);
+    for (let pfn = first; pfn < first + count; ) {
+      let order = 0;
+      while (order < MAX_ORDER && pfn % (2 << order) === 0 && pfn + (2 << order) <= first + count) order++;
+      this.#w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
+      this.#buddy.freeOne(zone, pfn, order, true, true);
+      pfn += 1 << order;
+    }
+  }
+
+  // ── Sub-blocks of an online block ────────────────────────────────────────────────────────────────────────────────
+
+  /** Puts freshly plugged pages of an online block to use (`virtio_mem_fake_online`). Whole pageblocks. */
+  fakeOnline(first: number, count: number): void {
+    const zone = this.#zones[this.#w[this.section(first) + S_ZONE]];
+    this.#buddy.lock(zone);
+    this.#mark(first, count, 0);
+    this.#release(zone, first, count);
+    this.#buddy.unlock(zone);
+    this.#newTotals();
+  }
+
+  /**
+   * Takes pages of an online block out of use (`virtio_mem_fake_offline`, `alloc_contig_range`): isolates their
+   * pageblocks, drains the per-CPU lists, moves what is movable elsewhere, and takes what is then free. False: some page
+   * cannot go, and all is as before. Whole pageblocks.
+   */
+  fakeOffline(first: number, count: number): boolean {
+    const w = this.#w;
+    const zone = this.#zones[w[this.section(first) + S_ZONE]];
+    const end = first + count;
+    if (this.#hasUnmovable(first, end)) return false;
+    this.#buddy.lock(zone);
+    for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.isolatePageblock(zone, p);
+    this.#buddy.unlock(zone);
+    let taken = false;
+    for (let tries = 0; tries < MIGRATE_TRIES && !taken; tries++) {
+      this.#pcp.drainAll(this.#nrCpus);
+      if (!this.#migrateRange(first, end)) break;
+      this.#buddy.lock(zone);
+      taken = this.#buddy.takeIsolated(zone, first, count);
+      if (taken) {
+        shadowMove(w, this.#memmap, this.#vcpu, first, count, SHADOW_BUDDY, SHADOW_ABSENT);
+        w[zone + Z_MANAGED] -= count;
+        this.#mark(first, count, PG_OFFLINE);
+        for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.setPageblockType(p, MIGRATE_MOVABLE);
+      }
+      this.#buddy.unlock(zone);
+    }
+    if (!taken) {
+      this.#buddy.lock(zone);
+      for (let p = first; p < end; p += PAGEBLOCK_PAGES)
+        this.#buddy.unisolatePageblock(zone, p, MIGRATE_MOVABLE);
+      this.#buddy.unlock(zone);
+      w[this.#events + EV.isolate_fail]++;
+      return false;
+    }
+    // A range taken this way is an allocation: `init_on_alloc` zeroes it, which is most of what unplugging costs.
+    if (this.#initOnAlloc) this.#vcpu.zeroPages(gfn(first), count);
+    this.#newTotals();
+    return true;
+  }
+
+  /** A quick look before anything is isolated: a page in use that nothing can move. */
+  #hasUnmovable(first: number, end: number): boolean {
+    const w = this.#w;
+    for (let pfn = first; pfn < end; ) {
+      const page = this.#memmap + (pfn << 4);
+      const flags = w[page + P_FLAGS];
+      // Read without the lock: a block that moves on only moves the decision.
+      if ((flags & PG_BUDDY) !== 0) {
+        pfn += 1 << Math.min(MAX_ORDER, w[page + P_ORDER]);
+        continue;
+      }
+      if (w[page + P_SHADOW] === SHADOW_ALLOCATED && (flags & PG_CACHED) === 0) return true;
+      if ((flags & PG_OFFLINE) !== 0) return true;
+      pfn++;
+    }
+    return false;
+  }
+
+  /** Moves every cached page of the range elsewhere. False: one will not move, or there is no room. */
+  #migrateRange(first: number, end: number): boolean {
+    const w = this.#w;
+    for (let pfn = first; pfn < end; pfn++) {
+      const page = this.#memmap + (pfn << 4);
+      if (w[page + P_SHADOW] === SHADOW_BUDDY || w[page + P_SHADOW] === SHADOW_PCP) continue;
+      if ((w[page + P_FLAGS] & PG_CACHED) === 0) {
+        if (w[page + P_SHADOW] === SHADOW_ALLOCATED) return false;
+        continue;
+      }
+      const to = this.#alloc.alloc(0, MIGRATE_MOVABLE, MOVABLE_GFP);
+      if (to < 0) return false;
+      if (this.#cache.migrate(pfn, to)) w[this.#events + EV.pgmigrate_success]++;
+      else {
+        this.#alloc.free(to, 0);
+        w[this.#events + EV.pgmigrate_fail]++;
+        if (w[page + P_SHADOW] === SHADOW_ALLOCATED) return false;
+      }
+    }
+    return true;
+  }
+}

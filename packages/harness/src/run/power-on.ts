@@ -1,0 +1,219 @@
+/**
+ * Switches a VM on: its RAM as files in slots, its devices behind register windows. What a VMM's command line does in
+ * a hypervisor; the guest finds the devices where `guest-kernel` looks for them.
+ */
+import { LINE_BALLOON, LINE_BLK, LINE_MEM, MMIO_BASE, MMIO_STRIDE, type Arena } from '@ebb/guest-kernel';
+import {
+  BalloonDevice,
+  BlockDevice,
+  MemoryDevice,
+  Vm,
+  type BlockStorage,
+  type DevicePort,
+  type FramePool,
+  type HostTasks,
+} from '@ebb/host-kvm';
+import { assert, HUGE_PAGES, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
+import { MemFile } from '@ebb/memfs';
+import { MmioTransport, type VirtioDevice } from '@ebb/virtio/device';
+import { MMIO_REGION_BYTES } from '@ebb/virtio/uapi';
+import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
+import type { RunningVm } from './run-result.ts';
+import type { Backing, MemoryDeviceSpec, VmSpec } from './spec.ts';
+
+/** First slot of the memory devices' regions. */
+const REGION_SLOT = 16;
+
+export interface PowerOn {
+  readonly spec: VmSpec;
+  readonly id: number;
+  readonly nrVcpus: number;
+  readonly backing: Backing;
+  readonly control: SharedArrayBuffer;
+  readonly arena: Arena;
+  readonly pool: FramePool;
+  readonly tasks: HostTasks;
+  readonly violations: ViolationLog;
+  readonly schedule: Schedule;
+  readonly tableLive: Int32Array;
+  readonly frameFlags: Uint8Array;
+  readonly storage: (vm: number, bytes: number) => BlockStorage;
+  /** When the balloon policy first acts; Infinity without one. */
+  readonly policyDue: number;
+  /** Told of device events as QEMU's trace lines name them. */
+  readonly trace?: (line: string) => void;
+  /** Told when a memory device's plugged size has changed. */
+  readonly onSize?: (device: string, bytes: number) => void;
+}
+
+export function powerOn(options: PowerOn): RunningVm {
+  const { spec, id, pool, backing } = options;
+  const vm = new Vm({
+    id,
+    nrVcpus: options.nrVcpus,
+    control: options.control,
+    firstBlock: id * options.nrVcpus,
+    pool,
+    tasks: options.tasks,
+    violations: options.violations,
+    schedule: options.schedule,
+    tableLive: options.tableLive,
+    frameFlags: options.frameFlags,
+  });
+  const huge = backing === 'thp' ? 'always' : backing === 'hugetlb' ? 'hugetlb' : 'never';
+  const newFile = (name: string, nrBlocks: number): MemFile =>
+    new MemFile({ name: `vm${id}/${name}`, nrBlocks, vm: id, frames: pool, huge });
+  const addSlot = (slot: number, file: MemFile, gfn: number, first: number, count: number): void => {
+    const region = {
+      slot,
+      flags: 0,
+      guestPhysAddr: gfn * PAGE_SIZE,
+      memorySize: count * PAGE_SIZE,
+      file,
+      fileOffset: first,
+    };
+    assert(runToEnd(vm.setUserMemoryRegion(region)).ok, 'a fresh VM takes its slots');
+  };
+  const file = newFile('ram0', bootBlocks(spec, backing));
+  bootRanges(spec, file.nrBlocks).forEach(([from, to], slot) => addSlot(slot, file, from, from, to - from));
+
+  const transports: MmioTransport[] = [];
+  const port: DevicePort = {
+    spawn: (name, body) => void options.tasks.spawn(`vm${id}/${name}`, body),
+    now: () => vm.kickTime,
+    costs: vm.costs,
+  };
+  const attach = (line: number, device: VirtioDevice): void => {
+    const transport = new MmioTransport({
+      device,
+      memory: vm.memory,
+      interrupt: () => vm.interrupt(line),
+      completed: (at) => vm.completed(line, at),
+      onLeaseBroken: (gpa) => leaseBroken(options.violations, id, gpa),
+    });
+    vm.addMmio({
+      base: MMIO_BASE + line * MMIO_STRIDE,
+      bytes: MMIO_REGION_BYTES,
+      read: (offset, width) => transport.read(offset, width),
+      write: (offset, width, value) => transport.write(offset, width, value),
+    });
+    transports.push(transport);
+  };
+  const tracing = options.trace === undefined ? {} : { trace: options.trace };
+
+  let balloon: BalloonDevice | null = null;
+  if (spec.balloonFeatures !== undefined) {
+    balloon = new BalloonDevice({
+      port,
+      features: spec.balloonFeatures,
+      memory: {
+        ramPages: file.nrBlocks,
+        unitPages: file.granularity,
+        discard: (runs, n) => vm.discard(runs, n),
+      },
+      ...tracing,
+    });
+    attach(LINE_BALLOON, balloon);
+  }
+  let block: BlockDevice | null = null;
+  if (spec.diskBytes > 0) {
+    block = new BlockDevice(options.storage(id, spec.diskBytes), port);
+    attach(LINE_BLK, block);
+  }
+  const files = [file];
+  const memory = (spec.memoryDevices ?? []).map((region, i) => {
+    const regionFile = newFile(region.id, region.regionBytes / PAGE_SIZE);
+    files.push(regionFile);
+    addSlot(REGION_SLOT + i, regionFile, region.addr / PAGE_SIZE, 0, regionFile.nrBlocks);
+    const device = memoryDevice(region, vm, port, regionFile, tracing, options.onSize);
+    attach(LINE_MEM + i, device);
+    return device;
+  });
+  return {
+    spec,
+    vm,
+    file,
+    files,
+    arena: options.arena,
+    balloon,
+    block,
+    memory,
+    transports,
+    policyDue: options.policyDue,
+    targets: [...(spec.balloonTargets ?? [])],
+    sizes: [...(spec.memoryTargets ?? [])],
+    hints: (spec.hintRounds ?? []).flatMap(([start, stop]) => [
+      { at: start, start: true },
+      { at: stop, start: false },
+    ]),
+    hintedPages: 0,
+  };
+}
+
+function memoryDevice(
+  spec: MemoryDeviceSpec,
+  vm: Vm,
+  port: DevicePort,
+  file: MemFile,
+  tracing: { readonly trace?: (line: string) => void },
+  onSize: PowerOn['onSize'],
+): MemoryDevice {
+  const device = new MemoryDevice({
+    ...spec,
+    port,
+    region: {
+      pageBytes: file.granularity * PAGE_SIZE,
+      discard: (gfn, count) => vm.discard(Int32Array.of(gfn, count), 1),
+      unmap: (gfn, count) => vm.unmap(gfn, count),
+    },
+    ...tracing,
+    ...(onSize === undefined ? {} : { onSize: (bytes: number) => onSize(spec.id, bytes) }),
+  });
+  vm.addGate(device);
+  return device;
+}
+
+/** Blocks of the boot memory's file: up to the last page that the firmware's map names. */
+function bootBlocks(spec: VmSpec, backing: Backing): number {
+  const end =
+    spec.guest.hotplug === undefined ? spec.guest.maxPfn : Math.max(...spec.guest.e820.map((r) => r.end));
+  return backing === 'hugetlb' ? Math.ceil(end / HUGE_PAGES) * HUGE_PAGES : end;
+}
+
+/**
+ * Where boot memory is. A capture touches pages its map does not name, so all but the hole at 640 KiB is memory; a guest
+ * with memory devices has the firmware's map, with the hole below 4 GiB.
+ */
+function bootRanges(spec: VmSpec, nrBlocks: number): (readonly [number, number])[] {
+  if (spec.guest.hotplug !== undefined) return spec.guest.e820.map(({ start, end }) => [start, end] as const);
+  return (
+    [
+      [0, Math.min(VGA_HOLE_START, nrBlocks)],
+      [VGA_HOLE_END, nrBlocks],
+    ] as const
+  ).filter(([from, to]) => from < to);
+}
+
+function leaseBroken(violations: ViolationLog, vm: number, gpa: number): void {
+  violations.record({
+    kind: 'device-lease',
+    actor: 'device',
+    vm,
+    vcpu: -1,
+    gfn: Math.floor(gpa / PAGE_SIZE),
+    hfn: -1,
+    expected: 0,
+    found: 0,
+    owner: 0,
+    stepTaken: 0,
+    stepReleased: 0,
+  });
+}
+
+/** Drives a generator that has nobody to wait for. */
+function runToEnd<T>(body: Generator<unknown, T, void>): T {
+  for (;;) {
+    const step = body.next();
+    if (step.done === true) return step.value;
+  }
+}

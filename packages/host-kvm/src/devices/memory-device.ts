@@ -1,0 +1,488 @@
+/**
+ * The memory device (virtio-mem), device 24 (virtio 1.2 § 5.15): a region of guest-physical addresses whose blocks its
+ * driver plugs and unplugs. The bitmap of plugged blocks is the truth; `plugged_size` is its population.
+ *
+ * Requests are answered in QEMU's order (`hw/virtio/virtio-mem.c`): a range that is not valid is an ERROR; a plug that
+ * would exceed the requested size a NACK; a block in the wrong state an ERROR; while a migration runs, BUSY; else ACK.
+ *
+ * What stands between a guest and unplugged memory is a property of the profile, since the specification only forbids
+ * the access (H10–H12, H32):
+ *
+ * | profile | reads of unplugged memory | writes |
+ * | --- | --- | --- |
+ * | `qemu` | memory, until the next discard | land, and vanish with the next discard |
+ * | `inaccessible` | nothing there: all ones, counted | dropped, counted |
+ * | `rfc-write-protect` | zeros; no frame is taken | dropped, counted |
+ * | `scribble` | whatever the device likes | may land, and are overwritten |
+ */
+import { assert, Bitmap, PAGE_SIZE } from '@ebb/machine';
+import {
+  Features,
+  MEM_CFG_BYTES,
+  MEM_QUEUE_REQUEST,
+  MEM_REQ_BYTES,
+  MEM_RESP_BYTES,
+  MEM_RESP_STATE_OFFSET,
+  VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_INDIRECT_DESC,
+  VIRTIO_F_VERSION_1,
+  VIRTIO_ID_MEM,
+  VIRTIO_MEM_F_ACPI_PXM,
+  VIRTIO_MEM_F_PERSISTENT_SUSPEND,
+  VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE,
+  VIRTIO_MEM_REQ_PLUG,
+  VIRTIO_MEM_REQ_STATE,
+  VIRTIO_MEM_REQ_UNPLUG,
+  VIRTIO_MEM_REQ_UNPLUG_ALL,
+  VIRTIO_MEM_RESP_ACK,
+  VIRTIO_MEM_RESP_BUSY,
+  VIRTIO_MEM_RESP_ERROR,
+  VIRTIO_MEM_RESP_NACK,
+  VIRTIO_MEM_STATE_MIXED,
+  VIRTIO_MEM_STATE_PLUGGED,
+  VIRTIO_MEM_STATE_UNPLUGGED,
+} from '@ebb/virtio/uapi';
+import type { DescriptorChain, DeviceHost, SplitDeviceQueue, VirtioDevice } from '@ebb/virtio/device';
+import type { TaskYield } from '../host-tasks.ts';
+import type { RegionGate, Verdict } from '../kvm/region-gate.ts';
+import { DeviceTimeline, QueueRunner, type DevicePort } from './device-port.ts';
+
+export const MEMORY_PROFILES = ['qemu', 'inaccessible', 'rfc-write-protect', 'scribble'] as const;
+export type MemoryProfile = (typeof MEMORY_PROFILES)[number];
+
+/** QEMU's smallest block. */
+export const MIN_BLOCK_BYTES = 0x10_0000;
+/** By how much the usable region exceeds the request: twice Linux's memory block on x86. */
+const USABLE_EXTENT_BYTES: number = 2 * 0x800_0000;
+
+/** The platform's end of a region: pages of its backing go and come. Counts are 4 KiB pages from a guest frame number. */
+export interface RegionPort {
+  /** Largest page of the backing in bytes: a block is at least that (H40). */
+  readonly pageBytes: number;
+  /** Gives pages back: zapped, flushed and free when it returns. Returns the pages freed. */
+  discard(gfn: number, count: number): Generator<TaskYield, number, void>;
+  /** Drops every mapping of the pages, so that the next access asks `MemoryDevice.verdict` again. */
+  unmap(gfn: number, count: number): Generator<TaskYield, void, void>;
+  /** Tells whoever holds pages of its own (a device with pinned memory) before they go; false: it does not let them go. */
+  notifyUnplug?(gfn: number, count: number): boolean;
+}
+
+export interface MemoryDeviceOptions {
+  readonly port: DevicePort;
+  readonly region: RegionPort;
+  readonly id: string;
+  /** Guest-physical address and size of the region in bytes; multiples of the block size. */
+  readonly addr: number;
+  readonly regionBytes: number;
+  readonly blockBytes: number;
+  readonly node: number;
+  readonly requestedBytes: number;
+  readonly profile?: MemoryProfile;
+  /** Told of every event as QEMU's trace lines name them. */
+  readonly trace?: (line: string) => void;
+  /** Told when the plugged size has changed. */
+  readonly onSize?: (bytes: number) => void;
+}
+
+export interface MemoryDeviceCounters {
+  plugRequests: number;
+  unplugRequests: number;
+  unplugAllRequests: number;
+  stateRequests: number;
+  acks: number;
+  nacks: number;
+  busys: number;
+  errors: number;
+  pluggedBlocks: number;
+  unpluggedBlocks: number;
+  discardedPages: number;
+  /** Accesses to unplugged memory that a profile refused. */
+  refusedWrites: number;
+  refusedReads: number;
+  zeroReads: number;
+}
+
+export class MemoryDevice implements VirtioDevice, RegionGate {
+  readonly deviceId: number = VIRTIO_ID_MEM;
+  readonly offered: Features;
+  readonly configBytes: number = MEM_CFG_BYTES;
+  readonly queueMax: readonly number[] = [128];
+  readonly id: string;
+  readonly addr: number;
+  readonly regionBytes: number;
+  readonly blockBytes: number;
+  readonly node: number;
+  readonly profile: MemoryProfile;
+  readonly counters: MemoryDeviceCounters = {
+    plugRequests: 0,
+    unplugRequests: 0,
+    unplugAllRequests: 0,
+    stateRequests: 0,
+    acks: 0,
+    nacks: 0,
+    busys: 0,
+    errors: 0,
+    pluggedBlocks: 0,
+    unpluggedBlocks: 0,
+    discardedPages: 0,
+    refusedWrites: 0,
+    refusedReads: 0,
+    zeroReads: 0,
+  };
+  /** One bit per block. */
+  readonly plugged: Bitmap;
+  requestedBytes: number;
+  usableBytes = 0;
+  /** An outgoing migration or the like: every request that changes a block is answered BUSY. */
+  busy = false;
+  /** Last answer to a plug or unplug, for monitors. */
+  lastAnswer: number = VIRTIO_MEM_RESP_ACK;
+  #size = 0;
+  readonly #region: RegionPort;
+  readonly #port: DevicePort;
+  readonly #runner: QueueRunner;
+  readonly #timeline = new DeviceTimeline();
+  readonly #trace: ((line: string) => void) | undefined;
+  readonly #onSize: (bytes: number) => void;
+  #host: DeviceHost | null = null;
+  #queue: SplitDeviceQueue | null = null;
+
+  /** `judgeMemoryDevice` says beforehand whether the figures are possible. */
+  constructor(options: MemoryDeviceOptions) {
+    const why = judgeMemoryDevice(options);
+    assert(why === '', why);
+    this.profile = options.profile ?? 'qemu';
+    this.offered = Features.of(
+      VIRTIO_MEM_F_ACPI_PXM,
+      VIRTIO_MEM_F_PERSISTENT_SUSPEND,
+      ...(this.profile === 'inaccessible' ? [VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE] : []),
+      VIRTIO_F_INDIRECT_DESC,
+      VIRTIO_F_EVENT_IDX,
+      VIRTIO_F_VERSION_1,
+    );
+    this.id = options.id;
+    this.addr = options.addr;
+    this.regionBytes = options.regionBytes;
+    this.blockBytes = options.blockBytes;
+    this.node = options.node;
+    this.requestedBytes = options.requestedBytes;
+    this.plugged = new Bitmap(options.regionBytes / options.blockBytes);
+    this.#region = options.region;
+    this.#port = options.port;
+    this.#trace = options.trace;
+    this.#onSize = options.onSize ?? (() => undefined);
+    this.#runner = new QueueRunner(options.port, `virtio-mem/${options.id}`, () => this.#serve());
+    this.#resizeUsable(true);
+  }
+
+  get baseGfn(): number {
+    return this.addr / PAGE_SIZE;
+  }
+  get nrPages(): number {
+    return this.regionBytes / PAGE_SIZE;
+  }
+
+  /** Bytes plugged: population of the bitmap × block size, always. */
+  get pluggedBytes(): number {
+    return this.#size;
+  }
+
+  attach(host: DeviceHost): void {
+    this.#host = host;
+  }
+  activate(queues: readonly (SplitDeviceQueue | null)[], _features: Features): void {
+    this.#queue = queues[MEM_QUEUE_REQUEST] ?? null;
+  }
+  kick(_index: number): void {
+    this.#runner.kick(MEM_QUEUE_REQUEST);
+  }
+
+  /** Device reset: no block changes its state or content (I10). */
+  reset(): void {
+    this.#queue = null;
+  }
+
+  // ── Configuration ────────────────────────────────────────────────────────────────────────────────────────────────
+
+  readConfig(offset: number, width: number, _features: Features): number {
+    const fields = [
+      this.blockBytes,
+      this.node,
+      this.addr,
+      this.regionBytes,
+      this.usableBytes,
+      this.#size,
+      this.requestedBytes,
+    ];
+    const field = fields[offset >> 3] ?? 0;
+    const half = (offset & 4) === 0 ? field >>> 0 : Math.floor(field / 0x1_0000_0000);
+    return (half >>> (8 * (offset & 3))) & (width === 4 ? 0xffffffff : (1 << (8 * width)) - 1);
+  }
+
+  /** The whole configuration is read-only to the driver. */
+  writeConfig(_offset: number, _width: number, _value: number, _features: Features): void {}
+
+  /**
+   * Asks the guest for another size, which must be a multiple of the block size and fit the region. The usable region
+   * grows with the request and never shrinks by it. Returns before anything is done.
+   */
+  setRequested(bytes: number): void {
+    assert(bytes % this.blockBytes === 0 && bytes >= 0 && bytes <= this.regionBytes, 'a size the region has');
+    if (bytes === this.requestedBytes) return;
+    this.requestedBytes = bytes;
+    this.#resizeUsable(false);
+    this.#host?.configChanged();
+  }
+
+  #resizeUsable(mayShrink: boolean): void {
+    const wanted =
+      this.requestedBytes === 0
+        ? 0
+        : Math.ceil(Math.min(this.regionBytes, this.requestedBytes + USABLE_EXTENT_BYTES) / this.blockBytes) *
+          this.blockBytes;
+    if (wanted < this.usableBytes && !mayShrink) return;
+    if (wanted === this.usableBytes && !mayShrink) return;
+    this.#trace?.(
+      `virtio_mem_resized_usable_region old_size=0x${this.usableBytes.toString(16)}new_size=0x${wanted.toString(16)}`,
+    );
+    this.usableBytes = wanted;
+  }
+
+  // ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  *#serve(): Generator<TaskYield, void, void> {
+    const queue = this.#queue;
+    if (queue === null) return;
+    const kicked = this.#port.now();
+    do {
+      queue.disableKicks();
+      for (;;) {
+        const chain = queue.pop();
+        if (chain === null) break;
+        const request = new Uint8Array(MEM_REQ_BYTES);
+        if (chain.read(0, request) !== MEM_REQ_BYTES || chain.writableBytes < MEM_RESP_BYTES) {
+          this.#host?.needsReset('request or response buffer too short');
+          return;
+        }
+        const view = new DataView(request.buffer);
+        const type = view.getUint16(0, true);
+        if (type > VIRTIO_MEM_REQ_STATE) {
+          this.#host?.needsReset(`unknown request type ${type}`);
+          return;
+        }
+        const addr = view.getUint32(8, true) + view.getUint32(12, true) * 0x1_0000_0000;
+        const { answer, state, cost } = yield* this.#request(type, addr, view.getUint16(16, true));
+        // A reset while the memory went took the buffer back: touch nothing of it.
+        if (this.#queue !== queue) return;
+        this.#respond(queue, chain, answer, state);
+        const done = this.#timeline.complete(kicked, cost + this.#port.costs.queueRoundTripNs);
+        this.#host?.queueInterrupt(MEM_QUEUE_REQUEST, done);
+      }
+      if (queue.error !== null) {
+        this.#host?.needsReset(queue.error.kind);
+        return;
+      }
+    } while (queue.enableKicks());
+  }
+
+  #respond(queue: SplitDeviceQueue, chain: DescriptorChain, answer: number, state: number): void {
+    const bytes = new Uint8Array(MEM_RESP_BYTES);
+    const view = new DataView(bytes.buffer);
+    view.setUint16(0, answer, true);
+    view.setUint16(MEM_RESP_STATE_OFFSET, state, true);
+    chain.write(0, bytes);
+    const { counters } = this;
+    if (answer === VIRTIO_MEM_RESP_ACK) counters.acks++;
+    else if (answer === VIRTIO_MEM_RESP_NACK) counters.nacks++;
+    else if (answer === VIRTIO_MEM_RESP_BUSY) counters.busys++;
+    else counters.errors++;
+    this.#trace?.(`virtio_mem_send_response type=${answer}`);
+    queue.push(chain, MEM_RESP_BYTES);
+    queue.recycle(chain);
+  }
+
+  *#request(
+    type: number,
+    addr: number,
+    nrBlocks: number,
+  ): Generator<TaskYield, { answer: number; state: number; cost: number }, void> {
+    const { counters } = this;
+    const { exitNs, discardLeafNs } = this.#port.costs;
+    let answer: number = VIRTIO_MEM_RESP_ACK;
+    let state = 0;
+    let cost = exitNs;
+    switch (type) {
+      case VIRTIO_MEM_REQ_PLUG:
+        counters.plugRequests++;
+        this.#trace?.(`virtio_mem_plug_request addr=0x${addr.toString(16)} nb_blocks=${nrBlocks}`);
+        answer = yield* this.#plug(addr, nrBlocks);
+        this.lastAnswer = answer;
+        break;
+      case VIRTIO_MEM_REQ_UNPLUG:
+        counters.unplugRequests++;
+        this.#trace?.(`virtio_mem_unplug_request addr=0x${addr.toString(16)} nb_blocks=${nrBlocks}`);
+        answer = yield* this.#unplug(addr, nrBlocks);
+        this.lastAnswer = answer;
+        cost += discardLeafNs;
+        break;
+      case VIRTIO_MEM_REQ_UNPLUG_ALL:
+        counters.unplugAllRequests++;
+        this.#trace?.('virtio_mem_unplug_all_request ');
+        if (this.busy) answer = VIRTIO_MEM_RESP_BUSY;
+        else yield* this.unplugAll();
+        cost += discardLeafNs;
+        break;
+      case VIRTIO_MEM_REQ_STATE:
+        counters.stateRequests++;
+        this.#trace?.(`virtio_mem_state_request addr=0x${addr.toString(16)} nb_blocks=${nrBlocks}`);
+        if (!this.#valid(addr, nrBlocks)) answer = VIRTIO_MEM_RESP_ERROR;
+        else state = this.#stateOf(addr, nrBlocks);
+        break;
+    }
+    return { answer, state, cost };
+  }
+
+  /** Whole blocks inside the usable region. */
+  #valid(addr: number, nrBlocks: number): boolean {
+    return (
+      addr % this.blockBytes === 0 &&
+      nrBlocks > 0 &&
+      addr >= this.addr &&
+      addr + nrBlocks * this.blockBytes <= this.addr + this.usableBytes
+    );
+  }
+
+  #first(addr: number): number {
+    return (addr - this.addr) / this.blockBytes;
+  }
+
+  #stateOf(addr: number, nrBlocks: number): number {
+    const first = this.#first(addr);
+    let plugged = 0;
+    for (let b = first; b < first + nrBlocks; b++) if (this.plugged.has(b)) plugged++;
+    if (plugged === nrBlocks) return VIRTIO_MEM_STATE_PLUGGED;
+    return plugged === 0 ? VIRTIO_MEM_STATE_UNPLUGGED : VIRTIO_MEM_STATE_MIXED;
+  }
+
+  *#plug(addr: number, nrBlocks: number): Generator<TaskYield, number, void> {
+    if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
+    if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;
+    if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_UNPLUGGED) return VIRTIO_MEM_RESP_ERROR;
+    if (this.busy) return VIRTIO_MEM_RESP_BUSY;
+    const first = this.#first(addr);
+    const pages = this.blockBytes / PAGE_SIZE;
+    // What reads of unplugged memory mapped must go before the block is memory again, and with it what was written there.
+    if (this.profile === 'scribble') yield* this.#discard(addr, nrBlocks * pages);
+    else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, nrBlocks * pages);
+    for (let b = first; b < first + nrBlocks; b++) this.plugged.add(b);
+    this.counters.pluggedBlocks += nrBlocks;
+    this.#sizeIs(this.#size + nrBlocks * this.blockBytes);
+    return VIRTIO_MEM_RESP_ACK;
+  }
+
+  *#unplug(addr: number, nrBlocks: number): Generator<TaskYield, number, void> {
+    if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
+    if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED) return VIRTIO_MEM_RESP_ERROR;
+    const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
+    if (this.busy || this.#region.notifyUnplug?.(addr / PAGE_SIZE, pages) === false)
+      return VIRTIO_MEM_RESP_BUSY;
+    const first = this.#first(addr);
+    const close = (): void => {
+      for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
+    };
+    // Where a profile refuses, it refuses first and discards then (H10); QEMU discards and only then says so.
+    if (this.profile !== 'qemu') close();
+    yield* this.#discard(addr, pages);
+    close();
+    this.counters.unpluggedBlocks += nrBlocks;
+    this.#sizeIs(this.#size - nrBlocks * this.blockBytes);
+    return VIRTIO_MEM_RESP_ACK;
+  }
+
+  *#discard(addr: number, pages: number): Generator<TaskYield, void, void> {
+    this.counters.discardedPages += yield* this.#region.discard(addr / PAGE_SIZE, pages);
+  }
+
+  /** Unplugs every block and lets the usable region shrink: UNPLUG_ALL, and system reset. */
+  *unplugAll(): Generator<TaskYield, void, void> {
+    const blocks = this.plugged.count();
+    if (blocks > 0) {
+      if (this.profile !== 'qemu') this.plugged.clear();
+      yield* this.#discard(this.addr, this.regionBytes / PAGE_SIZE);
+      this.plugged.clear();
+      this.counters.unpluggedBlocks += blocks;
+      this.#sizeIs(0);
+    }
+    this.#trace?.('virtio_mem_unplugged_all ');
+    this.#resizeUsable(true);
+  }
+
+  /**
+   * System reset. `virtio-1.2`: all blocks are unplugged, and the driver plugs what is requested again. `rfc-2017`: the
+   * region shrinks to what was plugged, without holes, and stays (H9); the content is gone.
+   */
+  *systemReset(policy: 'virtio-1.2' | 'rfc-2017'): Generator<TaskYield, void, void> {
+    const blocks = this.plugged.count();
+    yield* this.unplugAll();
+    if (policy === 'virtio-1.2') return;
+    this.requestedBytes = blocks * this.blockBytes;
+    this.#resizeUsable(true);
+    for (let b = 0; b < blocks; b++) this.plugged.add(b);
+    this.#sizeIs(blocks * this.blockBytes);
+  }
+
+  #sizeIs(bytes: number): void {
+    this.#size = bytes;
+    this.#onSize(bytes);
+  }
+
+  // ── Enforcement ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+  /** What an access to page `gfn` of the region meets. Asked at a violation and before a device touches memory. */
+  verdict(gfn: number, write: boolean): Verdict {
+    if (this.profile === 'qemu') return 'memory';
+    const block = Math.floor((gfn * PAGE_SIZE - this.addr) / this.blockBytes);
+    if (this.plugged.has(block)) return 'memory';
+    if (this.profile === 'scribble') return 'scribbled';
+    if (write) {
+      this.counters.refusedWrites++;
+      return 'nothing';
+    }
+    if (this.profile === 'rfc-write-protect') {
+      this.counters.zeroReads++;
+      return 'zeros';
+    }
+    this.counters.refusedReads++;
+    return 'nothing';
+  }
+}
+
+/** Why these figures make no memory device, in QEMU's words where it has some; empty when they do. */
+export function judgeMemoryDevice(options: {
+  readonly addr: number;
+  readonly regionBytes: number;
+  readonly blockBytes: number;
+  readonly requestedBytes: number;
+  readonly region: { readonly pageBytes: number };
+}): string {
+  const { addr, regionBytes, blockBytes, requestedBytes, region } = options;
+  const hex = (n: number): string => `0x${n.toString(16)}`;
+  if (blockBytes < MIN_BLOCK_BYTES) return `'block-size' property has to be at least ${hex(MIN_BLOCK_BYTES)}`;
+  if (!Number.isInteger(Math.log2(blockBytes))) return "'block-size' property has to be a power of two";
+  if (blockBytes < region.pageBytes)
+    return `'block-size' property has to be at least the page size (${hex(region.pageBytes)})`;
+  if (regionBytes % blockBytes !== 0)
+    return `'memdev' property: the size of the memory backend has to be multiples of 'block-size' (${hex(blockBytes)})`;
+  if (addr % blockBytes !== 0)
+    return `'memaddr' property has to be multiples of 'block-size' (${hex(blockBytes)})`;
+  return judgeRequested(options.regionBytes, blockBytes, requestedBytes);
+}
+
+/** Why a requested size is refused, in QEMU's words; empty when it is not. */
+export function judgeRequested(regionBytes: number, blockBytes: number, bytes: number): string {
+  if (bytes < 0 || bytes % blockBytes !== 0)
+    return `'requested-size' has to be multiples of 'block-size' (0x${blockBytes.toString(16)})`;
+  if (bytes > regionBytes)
+    return `'requested-size' cannot exceed the memory backend size(0x${regionBytes.toString(16)})`;
+  return '';
+}

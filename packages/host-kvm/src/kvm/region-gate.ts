@@ -1,0 +1,16 @@
+/**
+ * A range of guest-physical addresses whose owner decides, page by page, what an access meets: memory that is unplugged
+ * is the case in point (profiles of `devices/memory-device.ts`).
+ */
+
+/**
+ * `memory`: as any RAM. `zeros`: a shared page of zeros, read-only, no frame is taken. `scribbled`: RAM that is filled
+ * with noise when it is taken. `nothing`: as if no slot were there.
+ */
+export type Verdict = 'memory' | 'zeros' | 'scribbled' | 'nothing';
+
+export interface RegionGate {
+  readonly baseGfn: number;
+  readonly nrPages: number;
+  verdict(gfn: number, write: boolean): Verdict;
+}
