@@ -21,6 +21,7 @@ import { PROPERTIES } from './fuzz/properties.ts';
 import { EXHIBITS } from './museum/exhibits.ts';
 import { runExhibit } from './museum/run-exhibit.ts';
 import { addLitmusCommand } from './litmus/commands.ts';
+import { addFidelityCommand } from './memory-device/commands.ts';
 import { addMutantCommand } from './mutants/commands.ts';
 import { addCheckCommand } from './protocol/commands.ts';
 import { renderReport } from './report/report.ts';
@@ -384,6 +385,7 @@ trace
     process.exitCode = result.agrees && result.ledgerViolations === 0 ? 0 : 1;
   });
 
+addFidelityCommand(program);
 addFuzzCommands(program);
 addMutantCommand(program);
 addCheckCommand(program);

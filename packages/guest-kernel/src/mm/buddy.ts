@@ -274,6 +274,27 @@ export class Buddy {
     return moved;
   }
 
+  /** Takes the one free page `pfn` and gives the rest of its block back (`take_page_off_buddy`). False: it is not free. */
+  takeExact(zone: number, pfn: number): boolean {
+    const w = this.w;
+    for (let o = 0; o <= MAX_ORDER; o++) {
+      let head = pfn & ~((1 << o) - 1);
+      const page = this.memmap + (head << 4);
+      if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) continue;
+      const migratetype = this.pageblockType(head);
+      if (migratetype === MIGRATE_ISOLATE) return false;
+      this.#remove(zone, head, o, migratetype);
+      for (let half = o - 1; half >= 0; half--) {
+        const upper = head + (1 << half);
+        this.#addHead(zone, pfn < upper ? upper : head, half, migratetype);
+        if (pfn >= upper) head = upper;
+      }
+      w[zone + Z_FREE] -= 1;
+      return true;
+    }
+    return false;
+  }
+
   // ── Freeing ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /**

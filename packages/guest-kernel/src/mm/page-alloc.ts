@@ -163,6 +163,23 @@ export class PageAllocator {
     return pfn;
   }
 
+  /** Allocates exactly page `pfn`, if the buddy has it: unmovable memory at a place that a capture names. */
+  allocExactly(pfn: number): boolean {
+    const w = this.#w;
+    const page = this.#memmap + (pfn << 4);
+    const zone = this.#zones[w[page + P_ZONE]];
+    this.#buddy.lock(zone);
+    const taken = this.#buddy.takeExact(zone, pfn);
+    this.#buddy.unlock(zone);
+    if (!taken) return false;
+    shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_BUDDY, SHADOW_ALLOCATED);
+    w[page + P_ORDER] = 0;
+    w[page + P_REF] = 1;
+    w[this.#events + EV.pgalloc]++;
+    this.#prepare(pfn, 0);
+    return true;
+  }
+
   /** Zeroes (host memory is touched here) and stamps the pages of a fresh allocation. */
   #prepare(pfn: number, order: number): void {
     const w = this.#w;

@@ -10,6 +10,7 @@ import {
   formatBytes,
 } from '@ebb/machine';
 import { UserError } from '../trace/trace.ts';
+import { AGENT_BYTES } from './agent-program.ts';
 import { handleBytes } from './replay-program.ts';
 import type { RunBuffers, RunSpec } from './spec.ts';
 
@@ -80,7 +81,11 @@ export function runBuffers(spec: RunSpec, host: HostBuffers): RunBuffers {
       keptBuffer(
         host,
         `handles ${k}`,
-        vm.program.kind === 'replay' ? handleBytes(vm.program.plan) : 4,
+        vm.program.kind === 'replay'
+          ? handleBytes(vm.program.plan)
+          : vm.program.kind === 'agent'
+            ? AGENT_BYTES
+            : 4,
         'handle table',
         booted[k],
       ),

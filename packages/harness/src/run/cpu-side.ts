@@ -14,6 +14,7 @@ import {
   type ExitPort,
   type Schedule,
 } from '@ebb/machine';
+import { AgentProgram } from './agent-program.ts';
 import { HostileProgram } from './hostile-program.ts';
 import { PressureProgram } from './pressure-program.ts';
 import type { Program } from './program.ts';
@@ -143,6 +144,8 @@ export class CpuSide {
         return new PressureProgram(seat.kernel, program);
       case 'touch-free':
         return new TouchFreeProgram(seat.kernel, program);
+      case 'agent':
+        return new AgentProgram(seat.kernel, this.#buffers.handles[seat.vm]);
       case 'hostile-reuse':
         return new HostileProgram(seat.kernel, program);
     }

@@ -22,7 +22,7 @@ import {
   ViolationLog,
   type Schedule,
 } from '@ebb/machine';
-import { powerOn } from './power-on.ts';
+import { powerOn, type MemoryWatch } from './power-on.ts';
 import {
   auditFrames,
   sampleOf,
@@ -58,6 +58,7 @@ export class HostSide {
   readonly #tableLive: Int32Array;
   readonly #frameFlags: Uint8Array;
   readonly #deviceTrace: string[] = [];
+  readonly #watch: MemoryWatch;
   #nextSample = 0;
   #finishedAt = -1;
 
@@ -67,7 +68,9 @@ export class HostSide {
     storage: (vm: number, bytes: number) => BlockStorage,
     schedule: Schedule = freeSchedule,
     policy: BalloonPolicy = keepReserve,
+    watch: MemoryWatch = {},
   ) {
+    this.#watch = watch;
     this.#spec = spec;
     this.#buffers = buffers;
     this.#schedule = schedule;
@@ -229,6 +232,7 @@ export class HostSide {
         tableLive: this.#tableLive,
         frameFlags: this.#frameFlags,
         storage: this.#storage,
+        watch: this.#watch,
         policyDue: spec.balloonPolicy === true ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
         ...(this.#spec.traceOut
           ? {

@@ -12,6 +12,7 @@ import {
   type DevicePort,
   type FramePool,
   type HostTasks,
+  type MemoryRequest,
 } from '@ebb/host-kvm';
 import { assert, HUGE_PAGES, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
 import { MemFile } from '@ebb/memfs';
@@ -42,8 +43,14 @@ export interface PowerOn {
   readonly policyDue: number;
   /** Told of device events as QEMU's trace lines name them. */
   readonly trace?: (line: string) => void;
-  /** Told when a memory device's plugged size has changed. */
-  readonly onSize?: (device: string, bytes: number) => void;
+  /** Who watches the memory devices. */
+  readonly watch?: MemoryWatch;
+}
+
+/** Hears what memory devices do. */
+export interface MemoryWatch {
+  readonly request?: (device: string, request: MemoryRequest) => void;
+  readonly size?: (device: string, bytes: number) => void;
 }
 
 export function powerOn(options: PowerOn): RunningVm {
@@ -125,7 +132,7 @@ export function powerOn(options: PowerOn): RunningVm {
     const regionFile = newFile(region.id, region.regionBytes / PAGE_SIZE);
     files.push(regionFile);
     addSlot(REGION_SLOT + i, regionFile, region.addr / PAGE_SIZE, 0, regionFile.nrBlocks);
-    const device = memoryDevice(region, vm, port, regionFile, tracing, options.onSize);
+    const device = memoryDevice(region, vm, port, regionFile, tracing, options.watch);
     attach(LINE_MEM + i, device);
     return device;
   });
@@ -156,7 +163,7 @@ function memoryDevice(
   port: DevicePort,
   file: MemFile,
   tracing: { readonly trace?: (line: string) => void },
-  onSize: PowerOn['onSize'],
+  watch: MemoryWatch | undefined,
 ): MemoryDevice {
   const device = new MemoryDevice({
     ...spec,
@@ -167,7 +174,8 @@ function memoryDevice(
       unmap: (gfn, count) => vm.unmap(gfn, count),
     },
     ...tracing,
-    ...(onSize === undefined ? {} : { onSize: (bytes: number) => onSize(spec.id, bytes) }),
+    onRequest: (request) => watch?.request?.(spec.id, request),
+    onSize: (bytes) => watch?.size?.(spec.id, bytes),
   });
   vm.addGate(device);
   return device;

@@ -29,6 +29,8 @@ export type ProgramSpec =
       readonly holdNs: number;
       readonly pauseNs: number;
     }
+  /** Does what it is told from outside, by the words of `agent.ts`; idle otherwise. */
+  | { readonly kind: 'agent' }
   /** Writes to pages the balloon or reporting holds (H33). */
   | { readonly kind: 'hostile-reuse'; readonly afterNs: number };
 

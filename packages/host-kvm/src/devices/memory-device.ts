@@ -80,8 +80,21 @@ export interface MemoryDeviceOptions {
   readonly profile?: MemoryProfile;
   /** Told of every event as QEMU's trace lines name them. */
   readonly trace?: (line: string) => void;
+  /** Told of each request with its answer. */
+  readonly onRequest?: (request: MemoryRequest) => void;
   /** Told when the plugged size has changed. */
   readonly onSize?: (bytes: number) => void;
+}
+
+export const MEMORY_REQUESTS = ['PLUG', 'UNPLUG', 'UNPLUG_ALL', 'STATE'] as const;
+export const MEMORY_ANSWERS = ['ACK', 'NACK', 'BUSY', 'ERROR'] as const;
+
+/** A request as it was answered. `addr` is guest-physical. */
+export interface MemoryRequest {
+  readonly type: (typeof MEMORY_REQUESTS)[number];
+  readonly addr: number;
+  readonly nbBlocks: number;
+  readonly response: (typeof MEMORY_ANSWERS)[number];
 }
 
 export interface MemoryDeviceCounters {
@@ -144,6 +157,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   readonly #timeline = new DeviceTimeline();
   readonly #trace: ((line: string) => void) | undefined;
   readonly #onSize: (bytes: number) => void;
+  readonly #onRequest: ((request: MemoryRequest) => void) | undefined;
   #host: DeviceHost | null = null;
   #queue: SplitDeviceQueue | null = null;
 
@@ -171,6 +185,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.#port = options.port;
     this.#trace = options.trace;
     this.#onSize = options.onSize ?? (() => undefined);
+    this.#onRequest = options.onRequest;
     this.#runner = new QueueRunner(options.port, `virtio-mem/${options.id}`, () => this.#serve());
     this.#resizeUsable(true);
   }
@@ -271,7 +286,9 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
           return;
         }
         const addr = view.getUint32(8, true) + view.getUint32(12, true) * 0x1_0000_0000;
-        const { answer, state, cost } = yield* this.#request(type, addr, view.getUint16(16, true));
+        const nbBlocks = view.getUint16(16, true);
+        const { answer, state, cost } = yield* this.#request(type, addr, nbBlocks);
+        this.#onRequest?.({ type: MEMORY_REQUESTS[type], addr, nbBlocks, response: MEMORY_ANSWERS[answer] });
         // A reset while the memory went took the buffer back: touch nothing of it.
         if (this.#queue !== queue) return;
         this.#respond(queue, chain, answer, state);

@@ -1,0 +1,85 @@
+/**
+ * A guest that sits idle and does what it is told: holds unmovable memory in given sub-blocks, for sessions that are
+ * driven from outside. Orders come through shared words; vCPU 0 carries them out at the start of its next slice.
+ */
+import { P_FLAGS, P_SHADOW, PG_CACHED, SHADOW_ALLOCATED, type GuestKernel } from '@ebb/guest-kernel';
+import { HUGE_PAGES } from '@ebb/machine';
+import { idle, type Program } from './program.ts';
+
+/** Words: orders given (written outside), orders done (written by vCPU 0), number of sub-blocks, their first pages. */
+const GIVEN = 0;
+const DONE = 1;
+const COUNT = 2;
+const LIST = 16;
+const MAX_PINS = 65536;
+export const AGENT_BYTES: number = (LIST + MAX_PINS) * 4;
+
+/** Orders that exactly the sub-blocks of 2 MiB at `pfns` hold unmovable memory, as far as they are the guest's. */
+export function orderPins(words: Int32Array, pfns: readonly number[]): void {
+  words[COUNT] = pfns.length;
+  words.set(pfns, LIST);
+  // Publishes the list. Pairs with the load in `step`.
+  Atomics.add(words, GIVEN, 1);
+}
+
+/** Whether the last order has been carried out. */
+export function ordersDone(words: Int32Array): boolean {
+  return Atomics.load(words, DONE) === Atomics.load(words, GIVEN);
+}
+
+export class AgentProgram implements Program {
+  readonly failure = '';
+  readonly ended = true;
+  readonly #kernel: GuestKernel;
+  readonly #words: Int32Array;
+  /** Page held in each sub-block, by the sub-block's first page. */
+  readonly #pins = new Map<number, number>();
+
+  constructor(kernel: GuestKernel, words: SharedArrayBuffer) {
+    this.#kernel = kernel;
+    this.#words = new Int32Array(words);
+  }
+
+  nextDue(): number {
+    return Number.POSITIVE_INFINITY;
+  }
+  takeEvents(): number {
+    return 0;
+  }
+
+  step(untilNs: number): void {
+    const given = Atomics.load(this.#words, GIVEN);
+    if (this.#kernel.vcpu.id === 0 && given !== this.#words[DONE]) {
+      this.#pin(new Set(this.#words.subarray(LIST, LIST + this.#words[COUNT])));
+      Atomics.store(this.#words, DONE, given);
+    }
+    idle(this.#kernel, untilNs);
+  }
+
+  #pin(wanted: ReadonlySet<number>): void {
+    const { alloc } = this.#kernel.parts;
+    for (const [block, pfn] of this.#pins) {
+      if (wanted.has(block)) continue;
+      alloc.free(pfn, 0);
+      this.#pins.delete(block);
+    }
+    for (const block of wanted) {
+      if (this.#pins.has(block) || this.#holdsUnmovable(block)) continue;
+      for (let pfn = block; pfn < block + HUGE_PAGES; pfn++) {
+        if (!alloc.allocExactly(pfn)) continue;
+        this.#pins.set(block, pfn);
+        break;
+      }
+    }
+  }
+
+  /** Something of the kernel's sits there already. */
+  #holdsUnmovable(block: number): boolean {
+    const { w, memmap } = this.#kernel.arena;
+    for (let pfn = block; pfn < block + HUGE_PAGES; pfn++) {
+      const page = memmap + (pfn << 4);
+      if (w[page + P_SHADOW] === SHADOW_ALLOCATED && (w[page + P_FLAGS] & PG_CACHED) === 0) return true;
+    }
+    return false;
+  }
+}
