@@ -29,6 +29,7 @@ import { WorkerDied } from './run/worker-endpoint.ts';
 import { findScenario, runScenario } from './scenarios/run-scenario.ts';
 import { SCENARIOS } from './scenarios/scenarios.ts';
 import { readCapture } from './trace/capture.ts';
+import { addVmCommand } from './vm/commands.ts';
 import { writeTrace } from './trace/ebbtrace.ts';
 import { UserError } from './trace/trace.ts';
 import { EBB_VERSION } from './version.ts';
@@ -41,6 +42,7 @@ program
   .version(EBB_VERSION)
   .showHelpAfterError(false)
   .exitOverride()
+  .enablePositionalOptions()
   .configureOutput({ writeErr: (text) => process.stderr.write(text.replace(/^error: /, 'ebb: ')) })
   .addHelpText(
     'after',
@@ -385,6 +387,7 @@ trace
     process.exitCode = result.agrees && result.ledgerViolations === 0 ? 0 : 1;
   });
 
+addVmCommand(program);
 addFidelityCommand(program);
 addFuzzCommands(program);
 addMutantCommand(program);

@@ -12,3 +12,7 @@ export * from './kvm/vm.ts';
 export * from './mm/frame-pool.ts';
 export * from './mm/host-buddy.ts';
 export * from './vmm/balloon-policy.ts';
+export * from './vmm/monitor/events.ts';
+export * from './vmm/monitor/hmp.ts';
+export * from './vmm/monitor/machine.ts';
+export * from './vmm/monitor/qmp.ts';

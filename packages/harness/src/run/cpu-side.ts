@@ -21,6 +21,7 @@ import type { Program } from './program.ts';
 import { ReplayProgram } from './replay-program.ts';
 import {
   RC_VM,
+  RC_VM_BOOTS,
   RC_VM_EVENTS,
   VM_FAILED,
   VM_KILLED,
@@ -35,8 +36,10 @@ interface VcpuSeat {
   readonly vm: number;
   readonly id: number;
   readonly vcpu: Vcpu;
-  readonly kernel: GuestKernel;
+  kernel: GuestKernel;
   program: Program | null;
+  /** System resets this kernel has seen. */
+  boots: number;
 }
 
 export class CpuSide {
@@ -72,6 +75,7 @@ export class CpuSide {
   /** Runs every vCPU to `untilNs`. Returns the earliest virtual time at which one of them has something to do. */
   runWindow(untilNs: number): number {
     this.#seatNewVms();
+    for (const seat of this.#seats) this.#rebootIfReset(seat);
     let nextDue = Number.POSITIVE_INFINITY;
     for (const seat of this.#seats) if (!this.#dead) nextDue = Math.min(nextDue, this.#step(seat, untilNs));
     return nextDue;
@@ -96,9 +100,23 @@ export class CpuSide {
           schedule: this.#schedule,
         });
         const kernel = new GuestKernel(this.#spec.vms[vm].guest, this.#buffers.arenas[vm], vcpu);
-        this.#seats.push({ vm, id, vcpu, kernel, program: null });
+        this.#seats.push({ vm, id, vcpu, kernel, program: null, boots: 0 });
       }
     }
+  }
+
+  /** After a system reset a fresh kernel boots over the emptied arena. */
+  #rebootIfReset(seat: VcpuSeat): void {
+    const boots = Atomics.load(this.#runControl, RC_VM_BOOTS + seat.vm);
+    if (boots === seat.boots) return;
+    const spec = this.#spec.vms[seat.vm];
+    seat.boots = boots;
+    seat.kernel = new GuestKernel(
+      spec.guestAfterReset ?? spec.guest,
+      this.#buffers.arenas[seat.vm],
+      seat.vcpu,
+    );
+    seat.program = null;
   }
 
   #step(seat: VcpuSeat, untilNs: number): number {

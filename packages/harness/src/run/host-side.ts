@@ -6,7 +6,14 @@
  * thing a guest has to do, since vCPUs of one VM interact. Between windows every worker has reported `done`.
  */
 import { Arena } from '@ebb/guest-kernel';
-import { FramePool, HostTasks, keepReserve, type BalloonPolicy, type BlockStorage } from '@ebb/host-kvm';
+import {
+  FramePool,
+  HostTasks,
+  keepReserve,
+  type BalloonPolicy,
+  type BlockStorage,
+  type TaskYield,
+} from '@ebb/host-kvm';
 import {
   COST_TABLE,
   FrameLedger,
@@ -32,7 +39,15 @@ import {
   type RunResult,
   type Sample,
 } from './run-result.ts';
-import { RC_VM, RC_VM_EVENTS, VM_FAILED, type RunBuffers, type RunSpec } from './spec.ts';
+import {
+  RC_VM,
+  RC_VM_BOOTS,
+  RC_VM_EVENTS,
+  VM_FAILED,
+  type RebootPolicy,
+  type RunBuffers,
+  type RunSpec,
+} from './spec.ts';
 
 /** Longest window while vCPUs that may interact have something to do. */
 const WINDOW_NS: number = 10 * NS_PER_MS;
@@ -176,6 +191,7 @@ export class HostSide {
         vm.targets[0]?.[0] ?? Number.POSITIVE_INFINITY,
         vm.hints[0]?.at ?? Number.POSITIVE_INFINITY,
         vm.sizes[0]?.[0] ?? Number.POSITIVE_INFINITY,
+        vm.resets[0]?.[0] ?? Number.POSITIVE_INFINITY,
       );
     }
     return at;
@@ -185,6 +201,10 @@ export class HostSide {
   #serveTimers(now: number): void {
     for (const vm of this.vms) {
       const { balloon } = vm;
+      for (let next = vm.resets[0]; next !== undefined && next[0] <= now; next = vm.resets[0]) {
+        vm.resets.shift();
+        this.systemReset(vm.vm.id, next[1]);
+      }
       for (let next = vm.sizes[0]; next !== undefined && next[0] <= now; next = vm.sizes[0]) {
         vm.sizes.shift();
         vm.memory[next[1]].setRequested(next[2]);
@@ -245,6 +265,28 @@ export class HostSide {
     return true;
   }
 
+  /**
+   * System reset of VM `k`: devices forget their queues, memory devices do what the policy says, and the guest boots anew
+   * with the RAM it finds. Only between windows: every vCPU is outside.
+   */
+  systemReset(k: number, policy: RebootPolicy): void {
+    const { vm, transports, memory, arena } = this.vms[k];
+    for (const transport of transports) transport.reset();
+    for (const device of memory) {
+      let over = false;
+      this.tasks.spawn(
+        `vm${k}/reset`,
+        resetting(device.systemReset(policy), () => (over = true)),
+      );
+      while (!over) this.poll();
+    }
+    vm.clearInterrupts();
+    arena.clear();
+    Atomics.and(this.#runControl, RC_VM + k, 0);
+    // Pairs with the load at the start of a window: what was cleared is seen by whoever boots.
+    Atomics.add(this.#runControl, RC_VM_BOOTS + k, 1);
+  }
+
   // ── Accounts and results ─────────────────────────────────────────────────────────────────────────────────────────
 
   sample(now: number): Sample {
@@ -298,4 +340,13 @@ export class HostSide {
       deviceTrace: this.#deviceTrace,
     };
   }
+}
+
+/** A task body that says when it is over. */
+function* resetting(
+  body: Generator<TaskYield, void, void>,
+  done: () => void,
+): Generator<TaskYield, void, void> {
+  yield* body;
+  done();
 }

@@ -47,10 +47,12 @@ export interface PowerOn {
   readonly watch?: MemoryWatch;
 }
 
-/** Hears what memory devices do. */
+/** Hears what memory devices and the balloon do. */
 export interface MemoryWatch {
   readonly request?: (device: string, request: MemoryRequest) => void;
   readonly size?: (device: string, bytes: number) => void;
+  /** The guest says that its balloon leaves it this many bytes. */
+  readonly balloon?: (bytes: number) => void;
 }
 
 export function powerOn(options: PowerOn): RunningVm {
@@ -84,6 +86,7 @@ export function powerOn(options: PowerOn): RunningVm {
   const file = newFile('ram0', bootBlocks(spec, backing));
   bootRanges(spec, file.nrBlocks).forEach(([from, to], slot) => addSlot(slot, file, from, from, to - from));
 
+  const ramPages = bootPages(spec, file.nrBlocks);
   const transports: MmioTransport[] = [];
   const port: DevicePort = {
     spawn: (name, body) => void options.tasks.spawn(`vm${id}/${name}`, body),
@@ -114,10 +117,11 @@ export function powerOn(options: PowerOn): RunningVm {
       port,
       features: spec.balloonFeatures,
       memory: {
-        ramPages: file.nrBlocks,
+        ramPages,
         unitPages: file.granularity,
         discard: (runs, n) => vm.discard(runs, n),
       },
+      onActual: (pages) => options.watch?.balloon?.((ramPages - pages) * PAGE_SIZE),
       ...tracing,
     });
     attach(LINE_BALLOON, balloon);
@@ -148,6 +152,7 @@ export function powerOn(options: PowerOn): RunningVm {
     transports,
     policyDue: options.policyDue,
     targets: [...(spec.balloonTargets ?? [])],
+    resets: [...(spec.resets ?? [])],
     sizes: [...(spec.memoryTargets ?? [])],
     hints: (spec.hintRounds ?? []).flatMap(([start, stop]) => [
       { at: start, start: true },
@@ -200,6 +205,12 @@ function bootRanges(spec: VmSpec, nrBlocks: number): (readonly [number, number])
       [VGA_HOLE_END, nrBlocks],
     ] as const
   ).filter(([from, to]) => from < to);
+}
+
+/** Pages of boot memory as a VMM counts them: the holes below 1 MiB are backed, the one below 4 GiB is not. */
+function bootPages(spec: VmSpec, nrBlocks: number): number {
+  if (spec.guest.hotplug === undefined) return nrBlocks;
+  return spec.guest.e820.reduce((sum, r) => sum + r.end - r.start, VGA_HOLE_END - VGA_HOLE_START);
 }
 
 function leaseBroken(violations: ViolationLog, vm: number, gpa: number): void {

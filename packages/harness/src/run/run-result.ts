@@ -21,7 +21,7 @@ import {
 } from '@ebb/machine';
 import type { MemFile } from '@ebb/memfs';
 import type { MmioTransport } from '@ebb/virtio/device';
-import { VM_FAILED, VM_KILLED, type VmSpec } from './spec.ts';
+import { VM_FAILED, VM_KILLED, type RebootPolicy, type VmSpec } from './spec.ts';
 
 /** One point of the timeline: bytes. */
 export interface Sample {
@@ -100,6 +100,7 @@ export interface RunningVm {
   readonly transports: MmioTransport[];
   policyDue: number;
   targets: (readonly [number, number])[];
+  resets: (readonly [number, RebootPolicy])[];
   /** Sizes to request of memory devices: time, device, bytes. */
   sizes: (readonly [number, number, number])[];
   hints: { at: number; start: boolean }[];

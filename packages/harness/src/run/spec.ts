@@ -34,6 +34,9 @@ export type ProgramSpec =
   /** Writes to pages the balloon or reporting holds (H33). */
   | { readonly kind: 'hostile-reuse'; readonly afterNs: number };
 
+/** `virtio-1.2`: all is unplugged, then what is requested is plugged again. `rfc-2017`: what was plugged stays. */
+export type RebootPolicy = 'virtio-1.2' | 'rfc-2017';
+
 /** A memory device of a VM. Sizes in bytes. */
 export interface MemoryDeviceSpec {
   readonly id: string;
@@ -56,6 +59,10 @@ export interface VmSpec {
   /** Logical sizes to set at given times: `[atNs, bytes]`. */
   readonly balloonTargets?: readonly (readonly [number, number])[];
   readonly memoryDevices?: readonly MemoryDeviceSpec[];
+  /** System resets at given times, and what becomes of plugged memory. */
+  readonly resets?: readonly (readonly [number, RebootPolicy])[];
+  /** The kernel that is booted after a reset; the same again without it. */
+  readonly guestAfterReset?: GuestConfig;
   /** Sizes to request at given times: `[atNs, device, bytes]`. */
   readonly memoryTargets?: readonly (readonly [number, number, number])[];
   /** Rounds of free page hinting: start and stop times. */
@@ -103,3 +110,5 @@ export const VM_FAILED: number = 1 << 16;
 export const VM_KILLED: number = 1 << 17;
 /** Events applied per VM, from word 704: each vCPU adds its share when it ends a slice. */
 export const RC_VM_EVENTS = 704;
+/** System resets of each VM, from word 768: a vCPU whose kernel is older boots anew. Written by the host between windows. */
+export const RC_VM_BOOTS = 768;

@@ -50,6 +50,8 @@ export interface BalloonDeviceOptions {
    * `spec`: the specification's fixed numbers 0–4.
    */
   readonly numbering?: 'compact' | 'spec';
+  /** Told of the pages in the balloon when the driver writes their number. */
+  readonly onActual?: (pages: number) => void;
   /** Told of every event as QEMU's trace lines name them. */
   readonly trace?: (line: string) => void;
 }
@@ -118,6 +120,7 @@ export class BalloonDevice implements VirtioDevice {
   readonly #runner: QueueRunner;
   readonly #timeline = new DeviceTimeline();
   readonly #trace: ((line: string) => void) | undefined;
+  readonly #onActual: ((pages: number) => void) | undefined;
   #features: Features = new Features(0, 0);
   #host: DeviceHost | null = null;
   #queues: readonly (SplitDeviceQueue | null)[] = [];
@@ -147,6 +150,7 @@ export class BalloonDevice implements VirtioDevice {
     this.#memory = options.memory;
     this.#port = options.port;
     this.#trace = options.trace;
+    this.#onActual = options.onActual;
     this.ballooned = new Bitmap(maxPfn(options.memory));
     this.#partial = new Bitmap(options.memory.unitPages > 1 ? maxPfn(options.memory) : 0);
     this.#runner = new QueueRunner(options.port, 'balloon', (index) => this.#serve(index));
@@ -198,6 +202,7 @@ export class BalloonDevice implements VirtioDevice {
     if (offset === BALLOON_CFG_ACTUAL) {
       this.#trace?.(`virtio_balloon_set_config actual: ${value >>> 0} oldactual: ${this.actual}`);
       this.actual = value >>> 0;
+      this.#onActual?.(this.actual);
     } else if (offset === BALLOON_CFG_POISON_VAL && features.has(VIRTIO_BALLOON_F_PAGE_POISON))
       this.poisonValue = value >>> 0;
   }

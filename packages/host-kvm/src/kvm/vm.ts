@@ -308,6 +308,11 @@ export class Vm implements InvalidationListener {
     }
   }
 
+  /** System reset: nothing is pending any more. Every vCPU is outside. */
+  clearInterrupts(): void {
+    for (let v = 0; v < this.nrVcpus; v++) Atomics.store(this.#control, this.#base(v) + VC_IRQ, 0);
+  }
+
   // ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /** Serves one EPT violation: maps the page, or finds that it is not RAM, or that the host has no frame. */
