@@ -4,7 +4,8 @@ import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
 
 /** Memory above this starts at 4 GiB: the hole is for devices. */
 const LOW_END: number = (3 * GiB) / PAGE_SIZE;
-const HIGH_START: number = (4 * GiB) / PAGE_SIZE;
+/** Pages of boot memory that do not fit below the hole begin here. */
+export const HIGH_START: number = (4 * GiB) / PAGE_SIZE;
 
 interface PfnRange {
   readonly start: number;

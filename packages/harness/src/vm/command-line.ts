@@ -11,7 +11,7 @@ import type { MemoryDeviceSpec, VmSpec } from '../run/spec.ts';
 import { UserError } from '../trace/trace.ts';
 
 /** Where a monitor listens. */
-export interface MonitorPlace {
+interface MonitorPlace {
   readonly mode: 'readline' | 'control';
   /** Path of a unix socket, or standard input and output. */
   readonly socket: string | null;
@@ -178,7 +178,7 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
         const f = fields(value, 'driver');
         const driver = f.get('driver') ?? '';
         if (/^virtio-mem(-pci|-device)?$/.test(driver)) memDevices.push(f);
-        else if (/^virtio-balloon/.test(driver)) balloon = f.get('id') ?? 'balloon0';
+        else if (driver.startsWith('virtio-balloon')) balloon = f.get('id') ?? 'balloon0';
         else ignore(`-device ${driver}`);
         break;
       }

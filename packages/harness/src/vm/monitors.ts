@@ -50,16 +50,25 @@ export class QmpClients {
   }
 }
 
+/** A socket that is listened on. */
+export interface Listener {
+  /** Hangs up on everybody and stops listening. */
+  close(): void;
+}
+
 /** Listens on a unix socket; clients come and go, and may vanish at any moment. */
 export async function listen(
   path: string,
   mode: 'readline' | 'control',
   api: MonitorApi,
   clients: QmpClients,
-): Promise<Server> {
+): Promise<Listener> {
   // A socket that an earlier run left behind is in the way; any other file is the user's.
   if (existsSync(path) && lstatSync(path).isSocket()) unlinkSync(path);
-  const server = createServer((socket) => {
+  const sockets = new Set<Socket>();
+  const server: Server = createServer((socket) => {
+    sockets.add(socket);
+    socket.once('close', () => sockets.delete(socket));
     socket.setEncoding('utf8');
     socket.on('error', () => socket.destroy());
     const write = (text: string): void => {
@@ -72,7 +81,11 @@ export async function listen(
   });
   return new Promise((resolve, reject) => {
     server.once('error', (error) => reject(new UserError(`${path}: cannot listen: ${error.message}`)));
-    server.listen(path, () => resolve(server));
+    const close = (): void => {
+      for (const socket of sockets) socket.destroySoon();
+      server.close();
+    };
+    server.listen(path, () => resolve({ close }));
   });
 }
 

@@ -6,6 +6,7 @@
 import { Hmp, MonitorEvents, QmpConnection } from '@ebb/host-kvm';
 import { NS_PER_MS, NS_PER_S } from '@ebb/machine';
 import type { HostSide } from '../run/host-side.ts';
+import { turn } from '../run/worker-port.ts';
 import { EBB_VERSION } from '../version.ts';
 import type { VmDescription } from './command-line.ts';
 import { VmMachine } from './vm-machine.ts';
@@ -161,6 +162,8 @@ export class SessionLoop {
       }
     }
     this.#eventWaiter?.(this.#eventText);
+    // The answer to `quit` goes out before the news that it is over.
+    await turn();
     return '';
   }
 

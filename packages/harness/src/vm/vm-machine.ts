@@ -8,7 +8,11 @@ import {
 } from '@ebb/host-kvm';
 import { PAGE_SIZE } from '@ebb/machine';
 import type { HostSide } from '../run/host-side.ts';
+import { HIGH_START } from '../memory-device/pc-memory.ts';
 import type { VmDescription } from './command-line.ts';
+
+/** QEMU's name of a `pc` machine's own memory. */
+const BOOT_RAM = 'pc.ram';
 
 export class VmMachine implements Machine {
   readonly name: string;
@@ -44,20 +48,25 @@ export class VmMachine implements Machine {
     return balloon === null || id === null ? null : { id, device: balloon };
   }
 
+  get ramBlocks(): Machine['backends'] {
+    const bytes = this.nodes.reduce((sum, node) => sum + node.bootBytes, 0);
+    const devices = this.#description.devices.map((d) => ({ id: d.memdev, bytes: d.regionBytes }));
+    return [{ id: BOOT_RAM, bytes }, ...devices];
+  }
+
   get flatView(): readonly FlatRange[] {
     const { e820 } = this.#description.vm.guest;
-    let offset = 0;
-    const boot = e820.map(({ start, end }): FlatRange => {
-      const range: FlatRange = {
+    // RAM continues above 4 GiB where it ended below.
+    const low = e820.findLast((r) => r.start < HIGH_START)?.end ?? 0;
+    const boot = e820.map(
+      ({ start, end }): FlatRange => ({
         start: start * PAGE_SIZE,
         last: end * PAGE_SIZE - 1,
         kind: 'ram',
-        name: 'pc.ram',
-        offset,
-      };
-      offset += (end - start) * PAGE_SIZE;
-      return range;
-    });
+        name: BOOT_RAM,
+        offset: (start < HIGH_START ? start : start - HIGH_START + low) * PAGE_SIZE,
+      }),
+    );
     const regions = this.#description.devices.map(
       (d): FlatRange => ({
         start: d.addr,

@@ -335,8 +335,7 @@ export class Hmp {
       `${name.padStart(24)} ${page.padStart(8)}  ${rest.map((cell) => cell.padStart(18)).join(' ')}\n`;
     const number = (n: number): string => `0x${hex16(n)}`;
     let offset = 0;
-    const lines = this.#machine.backends
-      .toReversed()
+    const lines = this.#machine.ramBlocks
       .map(({ id, bytes }) => {
         const line = row(id, '4 KiB', number(offset), number(bytes), number(bytes));
         offset += bytes;

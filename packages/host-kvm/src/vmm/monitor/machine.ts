@@ -39,6 +39,8 @@ export interface Machine {
   readonly nodes: readonly MonitoredNode[];
   /** Newest first, as QEMU lists them. */
   readonly backends: readonly MonitoredBackend[];
+  /** RAM blocks in the order of their offsets: boot memory, then the devices'. */
+  readonly ramBlocks: readonly MonitoredBackend[];
   readonly memoryDevices: readonly MonitoredMemoryDevice[];
   readonly balloon: { readonly id: string; readonly device: BalloonDevice } | null;
   readonly flatView: readonly FlatRange[];
