@@ -129,7 +129,7 @@ async function stdioMonitor(
 }
 
 /** First pages of the sub-blocks that the guest keeps in use. */
-function heldBlocks(description: VmDescription, hold: string | undefined): number[] {
+export function heldBlocks(description: VmDescription, hold: string | undefined): number[] {
   let id = description.devices[0]?.id;
   let bytes = description.dialect === 'rfc-2017' ? RFC_HELD : 0;
   if (hold !== undefined) {
@@ -147,7 +147,8 @@ function heldBlocks(description: VmDescription, hold: string | undefined): numbe
   return Array.from({ length: bytes / SUB_BLOCK }, (_, i) => (device.addr + i * SUB_BLOCK) / PAGE_SIZE);
 }
 
-function sessionSpec(description: VmDescription, hostBytes: number): RunSpec {
+/** A run that goes on until a monitor ends it. */
+export function sessionSpec(description: VmDescription, hostBytes: number): RunSpec {
   return {
     hostFrames: hostBytes / PAGE_SIZE,
     backing: 'thp',

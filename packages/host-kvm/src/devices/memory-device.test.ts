@@ -1,0 +1,509 @@
+/**
+ * The memory device: a test per MUST of virtio 1.2 § 5.15 that concerns it, over a VM's memory and over a plain buffer;
+ * every request sequence against an independent model; and what each profile lets a guest do with unplugged memory.
+ */
+import * as fc from 'fast-check';
+import { describe, expect, test } from 'vitest';
+import {
+  COST_TABLE,
+  FlatGuestMemory,
+  gfn,
+  inlineSchedule,
+  MiB,
+  PAGE_SIZE,
+  type GuestMemory,
+} from '@ebb/machine';
+import { MmioTransport } from '@ebb/virtio/device';
+import { MmioDriver } from '@ebb/virtio/driver';
+import { RawRing } from '@ebb/virtio/testing';
+import {
+  Features,
+  MEM_CFG_ADDR,
+  MEM_CFG_BLOCK_SIZE,
+  MEM_CFG_NODE_ID,
+  MEM_CFG_PLUGGED_SIZE,
+  MEM_CFG_REGION_SIZE,
+  MEM_CFG_REQUESTED_SIZE,
+  MEM_CFG_USABLE_REGION_SIZE,
+  STATUS_DEVICE_NEEDS_RESET,
+  VIRTIO_F_VERSION_1,
+  VIRTIO_ID_MEM,
+  VIRTIO_MEM_REQ_PLUG,
+  VIRTIO_MEM_REQ_STATE,
+  VIRTIO_MEM_REQ_UNPLUG,
+  VIRTIO_MEM_REQ_UNPLUG_ALL,
+  VIRTIO_MEM_RESP_ACK,
+  VIRTIO_MEM_RESP_BUSY,
+  VIRTIO_MEM_RESP_ERROR,
+  VIRTIO_MEM_RESP_NACK,
+  VIRTIO_MEM_STATE_MIXED,
+  VIRTIO_MEM_STATE_PLUGGED,
+  VIRTIO_MEM_STATE_UNPLUGGED,
+  VIRTQ_DESC_F_NEXT,
+  VIRTQ_DESC_F_WRITE,
+} from '@ebb/virtio/uapi';
+import { HostTasks, type TaskYield } from '../host-tasks.ts';
+import { testHost, type TestHost } from '../kvm/testing-host.ts';
+import {
+  judgeMemoryDevice,
+  MemoryDevice,
+  type MemoryDeviceOptions,
+  type MemoryProfile,
+} from './memory-device.ts';
+
+const ADDR: number = 32 * MiB;
+const REGION: number = 16 * MiB;
+const BLOCK: number = 1 * MiB;
+const BLOCKS: number = REGION / BLOCK;
+const RINGS = { desc: 0x100000, driver: 0x101000, device: 0x102000 };
+const REQUEST = 0x200000;
+const RESPONSE = 0x201000;
+const worlds = ['a VM of this host', 'a plain buffer'] as const;
+type World = (typeof worlds)[number];
+
+interface Answer {
+  readonly type: number;
+  readonly state: number;
+}
+
+interface Bench {
+  readonly memory: GuestMemory;
+  readonly device: MemoryDevice;
+  readonly transport: MmioTransport;
+  readonly driver: MmioDriver;
+  readonly ring: RawRing;
+  readonly host: TestHost | null;
+  readonly discards: [number, number][];
+  /** Lets the device work. */
+  readonly pump: () => void;
+  /** Sends one request and returns the answer. `padding` fills every padding field. */
+  request(type: number, addr: number, nrBlocks: number, padding?: number): Answer;
+  plugged(): boolean[];
+}
+
+function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
+  const host = world === 'a VM of this host' ? testHost({ hostBytes: 96 * MiB, ramBytes: 48 * MiB }) : null;
+  const tasks = host?.tasks ?? new HostTasks(inlineSchedule);
+  const memory = host?.vm.memory ?? new FlatGuestMemory(new ArrayBuffer(48 * MiB));
+  const discards: [number, number][] = [];
+  const device = new MemoryDevice({
+    port: { spawn: (name, body) => void tasks.spawn(name, body), now: () => 0, costs: COST_TABLE },
+    region: {
+      pageBytes: PAGE_SIZE,
+      *discard(first: number, count: number): Generator<TaskYield, number, void> {
+        discards.push([first, count]);
+        yield undefined;
+        return host === null ? count : yield* host.vm.discard(Int32Array.of(first, count), 1);
+      },
+      *unmap(first: number, count: number): Generator<TaskYield, void, void> {
+        if (host !== null) yield* host.vm.unmap(first, count);
+      },
+    },
+    id: 'vm0',
+    addr: ADDR,
+    regionBytes: REGION,
+    blockBytes: BLOCK,
+    node: 3,
+    requestedBytes: REGION,
+    ...over,
+  });
+  host?.vm.addGate(device);
+  const transport = new MmioTransport({ device, memory, interrupt: () => undefined });
+  const driver = new MmioDriver(transport);
+  const ring = new RawRing(memory, 64, RINGS);
+  const bringUp = (): void => {
+    driver.begin(VIRTIO_ID_MEM);
+    const features = Features.of(VIRTIO_F_VERSION_1).and(device.offered);
+    driver.writeFeatures(features);
+    driver.acceptFeatures(features);
+    driver.setupQueue(0, 64, RINGS);
+    driver.driverOk();
+  };
+  bringUp();
+  const pump = (): void => {
+    while (host === null ? tasks.step() : host.poll());
+  };
+  return {
+    pump,
+    memory,
+    device,
+    transport,
+    driver,
+    ring,
+    host,
+    discards,
+    request(type, addr, nrBlocks, padding = 0) {
+      for (let at = 0; at < 24; at += 4) ring.u32(REQUEST + at, padding);
+      ring.u16(REQUEST, type);
+      ring.u32(REQUEST + 8, (addr % 2 ** 32) | 0);
+      ring.u32(REQUEST + 12, Math.floor(addr / 2 ** 32));
+      ring.u16(REQUEST + 16, nrBlocks);
+      for (let at = 0; at < 12; at += 4) ring.u32(RESPONSE + at, 0x5a5a5a5a);
+      ring.desc(0, REQUEST, 24, VIRTQ_DESC_F_NEXT, 1);
+      ring.desc(1, RESPONSE, 10, VIRTQ_DESC_F_WRITE);
+      ring.avail(0);
+      transport.write(0x50, 4, 0);
+      pump();
+      return { type: ring.readU16(RESPONSE), state: ring.readU16(RESPONSE + 8) };
+    },
+    plugged: () => Array.from({ length: BLOCKS }, (_, b) => device.plugged.has(b)),
+  };
+}
+
+const at = (block: number): number => ADDR + block * BLOCK;
+
+describe.each(worlds)('over %s', (world) => {
+  test('5.15.4: The configuration layout is as struct virtio_mem_config says', () => {
+    const { driver, device } = bench(world, { requestedBytes: 4 * BLOCK });
+    expect(driver.readConfig64(MEM_CFG_BLOCK_SIZE)).toBe(BLOCK);
+    expect(driver.readConfig32(MEM_CFG_NODE_ID) & 0xffff).toBe(3);
+    expect(driver.readConfig64(MEM_CFG_ADDR)).toBe(ADDR);
+    expect(driver.readConfig64(MEM_CFG_REGION_SIZE)).toBe(REGION);
+    expect(driver.readConfig64(MEM_CFG_USABLE_REGION_SIZE)).toBe(device.usableBytes);
+    expect(driver.readConfig64(MEM_CFG_PLUGGED_SIZE)).toBe(0);
+    expect(driver.readConfig64(MEM_CFG_REQUESTED_SIZE)).toBe(4 * BLOCK);
+  });
+
+  test('5.15.4.2: The device MUST NOT change block_size, node_id, addr and region_size: writes are without effect', () => {
+    const { driver } = bench(world);
+    for (let offset = 0; offset < 56; offset += 4) driver.writeConfig32(offset, 0xffffffff);
+    expect(driver.readConfig64(MEM_CFG_BLOCK_SIZE)).toBe(BLOCK);
+    expect(driver.readConfig64(MEM_CFG_ADDR)).toBe(ADDR);
+    expect(driver.readConfig64(MEM_CFG_REGION_SIZE)).toBe(REGION);
+  });
+
+  test('5.15.4.2: The device MUST change plugged_size to reflect the size of plugged memory blocks', () => {
+    const { driver, request } = bench(world);
+    request(VIRTIO_MEM_REQ_PLUG, at(0), 5);
+    expect(driver.readConfig64(MEM_CFG_PLUGGED_SIZE)).toBe(5 * BLOCK);
+    request(VIRTIO_MEM_REQ_UNPLUG, at(1), 2);
+    expect(driver.readConfig64(MEM_CFG_PLUGGED_SIZE)).toBe(3 * BLOCK);
+    request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0);
+    expect(driver.readConfig64(MEM_CFG_PLUGGED_SIZE)).toBe(0);
+  });
+
+  test('5.15.4.2: The device MUST set usable_region_size to requested_size or greater, and MUST NOT shrink it except when processing an UNPLUG ALL request or during a system reset', () => {
+    const { device, request } = bench(world, { requestedBytes: 0 });
+    expect(device.usableBytes).toBe(0);
+    device.setRequested(8 * BLOCK);
+    const grown = device.usableBytes;
+    expect(grown).toBeGreaterThanOrEqual(8 * BLOCK);
+    device.setRequested(0);
+    expect(device.usableBytes).toBe(grown);
+    expect(request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(device.usableBytes).toBe(0);
+  });
+
+  test('5.15.4.2: The device MUST send a configuration update notification when changing requested_size, SHOULD NOT when changing plugged_size', () => {
+    const { device, driver, request } = bench(world, { requestedBytes: 0 });
+    device.setRequested(4 * BLOCK);
+    expect(driver.takeInterrupt() & 2).toBe(2);
+    request(VIRTIO_MEM_REQ_PLUG, at(0), 1);
+    expect(driver.takeInterrupt() & 2).toBe(0);
+  });
+
+  test('5.15.5.2: The device MUST NOT change the state of memory blocks, nor modify plugged memory, during device reset', () => {
+    const { device, driver, request, memory } = bench(world);
+    request(VIRTIO_MEM_REQ_PLUG, at(2), 3);
+    memory.window(at(2), 4, true);
+    memory.i32[memory.at >> 2] = 0x600d;
+    driver.reset();
+    expect(device.pluggedBytes).toBe(3 * BLOCK);
+    memory.window(at(2), 4, false);
+    expect(memory.i32[memory.at >> 2]).toBe(0x600d);
+  });
+
+  test.each([
+    ['addr is not aligned to the block_size', at(0) + 4096, 1],
+    ['nb_blocks is not greater than 0', at(0), 0],
+    ['a block is outside of the usable region, above it', at(BLOCKS - 1), 2],
+    ['a block is outside of the usable region, below it', ADDR - BLOCK, 1],
+    ['the range reaches past the end of addresses', 2 ** 52, 65535],
+  ])('5.15.6.2, .4, .8: The device MUST reject requests with ERROR if %s', (_why, addr, nrBlocks) => {
+    const { request, plugged } = bench(world);
+    const before = plugged();
+    for (const type of [VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_REQ_STATE])
+      expect(request(type, addr, nrBlocks).type).toBe(VIRTIO_MEM_RESP_ERROR);
+    expect(plugged()).toEqual(before);
+  });
+
+  test('5.15.6.2: The device MUST reject PLUG requests with ERROR if any memory block covered is already plugged', () => {
+    const { request, plugged } = bench(world);
+    request(VIRTIO_MEM_REQ_PLUG, at(3), 1);
+    const before = plugged();
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(2), 3).type).toBe(VIRTIO_MEM_RESP_ERROR);
+    expect(plugged()).toEqual(before);
+  });
+
+  test('5.15.6.4: The device MUST reject UNPLUG requests with ERROR if any memory block covered is already unplugged', () => {
+    const { request, plugged } = bench(world);
+    request(VIRTIO_MEM_REQ_PLUG, at(2), 3);
+    const before = plugged();
+    expect(request(VIRTIO_MEM_REQ_UNPLUG, at(2), 4).type).toBe(VIRTIO_MEM_RESP_ERROR);
+    expect(plugged()).toEqual(before);
+  });
+
+  test('5.15.6.2, .4: The device MUST acknowledge with ACK in case all memory blocks were successfully (un)plugged', () => {
+    const { request, plugged } = bench(world);
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(2), 3).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(plugged().map(Number).join('')).toBe('0011100000000000');
+    expect(request(VIRTIO_MEM_REQ_UNPLUG, at(3), 2).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(plugged().map(Number).join('')).toBe('0010000000000000');
+  });
+
+  test('5.15.6.6: The device MUST set plugged_size to 0 in case UNPLUG ALL is acknowledged', () => {
+    const { device, request } = bench(world);
+    request(VIRTIO_MEM_REQ_PLUG, at(0), BLOCKS);
+    expect(request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(device.pluggedBytes).toBe(0);
+    expect(device.plugged.count()).toBe(0);
+  });
+
+  test('5.15.6.8: The device MUST set the state to PLUGGED, UNPLUGGED, otherwise MIXED', () => {
+    const { request } = bench(world);
+    request(VIRTIO_MEM_REQ_PLUG, at(2), 2);
+    const state = (first: number, n: number): Answer => request(VIRTIO_MEM_REQ_STATE, at(first), n);
+    expect(state(2, 2)).toEqual({ type: VIRTIO_MEM_RESP_ACK, state: VIRTIO_MEM_STATE_PLUGGED });
+    expect(state(0, 2)).toEqual({ type: VIRTIO_MEM_RESP_ACK, state: VIRTIO_MEM_STATE_UNPLUGGED });
+    expect(state(1, 2)).toEqual({ type: VIRTIO_MEM_RESP_ACK, state: VIRTIO_MEM_STATE_MIXED });
+  });
+
+  test('5.15.6.2, .4, .6, .8: The device MUST ignore the padding and anything else in a request', () => {
+    const { request, plugged } = bench(world);
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(0), 2, 0xdeadbeef | 0).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(request(VIRTIO_MEM_REQ_UNPLUG, at(1), 1, 0xdeadbeef | 0).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(request(VIRTIO_MEM_REQ_STATE, at(0), 2, 0xdeadbeef | 0).state).toBe(VIRTIO_MEM_STATE_MIXED);
+    expect(request(VIRTIO_MEM_REQ_UNPLUG_ALL, at(9), 77, 0xdeadbeef | 0).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(plugged()).not.toContain(true);
+  });
+
+  test('QEMU: a plug beyond the requested size is a NACK, judged after the range and before the blocks', () => {
+    const { request } = bench(world, { requestedBytes: 2 * BLOCK });
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(0) + 1, 5).type).toBe(VIRTIO_MEM_RESP_ERROR);
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(0), 3).type).toBe(VIRTIO_MEM_RESP_NACK);
+    request(VIRTIO_MEM_REQ_PLUG, at(0), 2);
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(0), 1).type).toBe(VIRTIO_MEM_RESP_NACK);
+  });
+
+  test('QEMU: while a migration runs what changes blocks is BUSY, after every other judgement; STATE is answered', () => {
+    const { device, request } = bench(world);
+    request(VIRTIO_MEM_REQ_PLUG, at(0), 1);
+    device.busy = true;
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(0), 1).type).toBe(VIRTIO_MEM_RESP_ERROR);
+    expect(request(VIRTIO_MEM_REQ_PLUG, at(1), 1).type).toBe(VIRTIO_MEM_RESP_BUSY);
+    expect(request(VIRTIO_MEM_REQ_UNPLUG, at(0), 1).type).toBe(VIRTIO_MEM_RESP_BUSY);
+    expect(request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0).type).toBe(VIRTIO_MEM_RESP_BUSY);
+    expect(request(VIRTIO_MEM_REQ_STATE, at(0), 1).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(device.pluggedBytes).toBe(BLOCK);
+  });
+
+  test.each([
+    ['an unknown request type', 24, 10, 4],
+    ['a request buffer too short', 16, 10, 0],
+    ['a response buffer too short', 24, 8, 0],
+  ])('%s breaks the device, which asks for a reset', (_what, out, into, type) => {
+    const { ring, transport, device, pump, driver } = bench(world);
+    ring.u32(REQUEST, type);
+    ring.desc(0, REQUEST, out, VIRTQ_DESC_F_NEXT, 1);
+    ring.desc(1, RESPONSE, into, VIRTQ_DESC_F_WRITE);
+    ring.avail(0);
+    transport.write(0x50, 4, 0);
+    pump();
+    expect(driver.status & STATUS_DEVICE_NEEDS_RESET).not.toBe(0);
+    expect(device.plugged.count()).toBe(0);
+  });
+
+  test('any sequence of requests is answered as an independent model says, and plugged_size is its population', () => {
+    type Op = readonly [
+      kind: 'plug' | 'unplug' | 'all' | 'state' | 'resize' | 'busy',
+      first: number,
+      n: number,
+    ];
+    const op: fc.Arbitrary<Op> = fc.tuple(
+      fc.constantFrom('plug', 'plug', 'unplug', 'unplug', 'all', 'state', 'resize', 'busy'),
+      fc.integer({ min: -1, max: BLOCKS }),
+      fc.integer({ min: 0, max: 6 }),
+    );
+    fc.assert(
+      fc.property(fc.array(op, { maxLength: 40 }), (ops) => {
+        const b = bench(world, { requestedBytes: 8 * BLOCK });
+        const model = new Set<number>();
+        let requested = 8;
+        let isBusy = false;
+        for (const [kind, first, n] of ops) {
+          const range = Array.from({ length: n }, (_, i) => first + i);
+          const valid = n > 0 && first >= 0 && first + n <= BLOCKS && b.device.usableBytes > 0;
+          const answer = (): number => {
+            if (kind === 'all') return isBusy ? VIRTIO_MEM_RESP_BUSY : VIRTIO_MEM_RESP_ACK;
+            if (!valid) return VIRTIO_MEM_RESP_ERROR;
+            if (kind === 'state') return VIRTIO_MEM_RESP_ACK;
+            if (kind === 'plug' && model.size + n > requested) return VIRTIO_MEM_RESP_NACK;
+            if (range.some((x) => model.has(x) === (kind === 'plug'))) return VIRTIO_MEM_RESP_ERROR;
+            return isBusy ? VIRTIO_MEM_RESP_BUSY : VIRTIO_MEM_RESP_ACK;
+          };
+          if (kind === 'resize') {
+            requested = Math.max(0, first);
+            b.device.setRequested(requested * BLOCK);
+          } else if (kind === 'busy') {
+            isBusy = n % 2 === 1;
+            b.device.busy = isBusy;
+          } else {
+            const type = {
+              plug: VIRTIO_MEM_REQ_PLUG,
+              unplug: VIRTIO_MEM_REQ_UNPLUG,
+              all: VIRTIO_MEM_REQ_UNPLUG_ALL,
+              state: VIRTIO_MEM_REQ_STATE,
+            }[kind];
+            const want = answer();
+            expect(b.request(type, at(first), n).type).toBe(want);
+            if (want === VIRTIO_MEM_RESP_ACK) {
+              if (kind === 'all') model.clear();
+              for (const x of range) {
+                if (kind === 'plug') model.add(x);
+                else if (kind === 'unplug') model.delete(x);
+              }
+            }
+          }
+          expect(b.plugged().flatMap((is, x) => (is ? [x] : []))).toEqual(
+            [...model].toSorted((x, y) => x - y),
+          );
+          expect(b.device.pluggedBytes).toBe(model.size * BLOCK);
+        }
+      }),
+      { numRuns: 30 },
+    );
+  });
+});
+
+describe('system reset', () => {
+  test.each([
+    ['virtio-1.2: all blocks are unplugged', 'virtio-1.2', '0000000000000000', REGION],
+    ['rfc-2017: as many blocks as before, without holes', 'rfc-2017', '1111100000000000', 5 * BLOCK],
+  ] as const)('%s', (_what, policy, blocks, requested) => {
+    const { device, request, host, plugged } = bench('a VM of this host');
+    request(VIRTIO_MEM_REQ_PLUG, at(0), 8);
+    request(VIRTIO_MEM_REQ_UNPLUG, at(2), 3);
+    host?.finish(device.systemReset(policy));
+    expect(plugged().map(Number).join('')).toBe(blocks);
+    expect(device.requestedBytes).toBe(requested);
+    expect(device.pluggedBytes).toBe(device.plugged.count() * BLOCK);
+  });
+});
+
+describe('what a guest can do with unplugged memory', () => {
+  function world(profile: MemoryProfile): Bench & { readonly host: TestHost } {
+    const b = bench('a VM of this host', { profile });
+    const { host } = b;
+    if (host === null) throw new Error('a VM');
+    b.request(VIRTIO_MEM_REQ_PLUG, at(0), 2);
+    host.vcpus[0].enterGuest();
+    host.vcpus[0].store32(gfn(at(0) / PAGE_SIZE), 5, 0x1111);
+    host.vcpus[0].store32(gfn(at(1) / PAGE_SIZE), 5, 0x2222);
+    host.vcpus[0].leaveGuest();
+    b.request(VIRTIO_MEM_REQ_UNPLUG, at(1), 1);
+    host.vcpus[0].enterGuest();
+    return { ...b, host };
+  }
+  const framesBehind = (b: Bench, block: number): number => {
+    let n = 0;
+    for (let i = 0; i < BLOCK / PAGE_SIZE; i++)
+      if ((b.host?.file.blocks[at(block) / PAGE_SIZE + i] ?? -1) >= 0) n++;
+    return n;
+  };
+
+  test('rfc-write-protect: reads give zeros and take no frame; writes never land and are counted (H10–H12)', () => {
+    const b = world('rfc-write-protect');
+    const [vcpu] = b.host.vcpus;
+    const page = gfn(at(1) / PAGE_SIZE);
+    expect(framesBehind(b, 1)).toBe(0);
+    expect(vcpu.load32(page, 5)).toBe(0);
+    expect(framesBehind(b, 1)).toBe(0);
+    vcpu.store32(page, 5, 0x3333);
+    expect(vcpu.load32(page, 5)).toBe(0);
+    expect(framesBehind(b, 1)).toBe(0);
+    expect(b.device.counters.refusedWrites).toBeGreaterThan(0);
+    expect(b.memory.window(at(1), 4, false)).toBe(false);
+    expect(vcpu.load32(gfn(at(0) / PAGE_SIZE), 5)).toBe(0x1111);
+  });
+
+  test('rfc-write-protect: a block plugged again is memory: the page of zeros is gone from every translation', () => {
+    const b = world('rfc-write-protect');
+    const [vcpu] = b.host.vcpus;
+    const page = gfn(at(1) / PAGE_SIZE);
+    expect(vcpu.load32(page, 5)).toBe(0);
+    vcpu.leaveGuest();
+    b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1);
+    vcpu.enterGuest();
+    vcpu.store32(page, 5, 0x4444);
+    expect(vcpu.load32(page, 5)).toBe(0x4444);
+  });
+
+  test('inaccessible: nothing is there, for vCPUs and devices; the refusals are counted', () => {
+    const b = world('inaccessible');
+    const [vcpu] = b.host.vcpus;
+    const page = gfn(at(1) / PAGE_SIZE);
+    vcpu.store32(page, 5, 0x3333);
+    vcpu.load32(page, 5);
+    expect(framesBehind(b, 1)).toBe(0);
+    expect(b.device.counters.refusedWrites).toBe(1);
+    expect(b.device.counters.refusedReads).toBe(1);
+    expect(b.memory.window(at(1), 4, true)).toBe(false);
+  });
+
+  test('qemu: writes land, and vanish with the next discard (it enforces nothing)', () => {
+    const b = world('qemu');
+    const [vcpu] = b.host.vcpus;
+    const page = gfn(at(1) / PAGE_SIZE);
+    vcpu.store32(page, 5, 0x3333);
+    expect(vcpu.load32(page, 5)).toBe(0x3333);
+    expect(framesBehind(b, 1)).toBeGreaterThan(0);
+    vcpu.leaveGuest();
+    b.request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0);
+    expect(framesBehind(b, 1)).toBe(0);
+  });
+
+  test('scribble: what is read is what the device likes, and nothing of it survives a plug', () => {
+    const b = world('scribble');
+    const [vcpu] = b.host.vcpus;
+    const page = gfn(at(1) / PAGE_SIZE);
+    expect(vcpu.load32(page, 5)).not.toBe(0x2222);
+    vcpu.store32(page, 5, 0x3333);
+    vcpu.leaveGuest();
+    b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1);
+    vcpu.enterGuest();
+    expect(vcpu.load32(page, 5)).toBe(0);
+  });
+});
+
+test('unplugging returns the frames before it is answered (H10)', () => {
+  const b = bench('a VM of this host');
+  b.request(VIRTIO_MEM_REQ_PLUG, at(0), 4);
+  b.memory.window(at(2), 4, true);
+  const before = b.host?.file.assigned ?? 0;
+  b.request(VIRTIO_MEM_REQ_UNPLUG, at(0), 4);
+  expect(b.host?.file.assigned).toBe(before - 1);
+  expect(b.discards).toEqual([[at(0) / PAGE_SIZE, (4 * BLOCK) / PAGE_SIZE]]);
+});
+
+test.each([
+  ['a block below QEMU’s least', { blockBytes: 0x80000 }, /at least 0x100000/],
+  ['a block that is no power of two', { blockBytes: 3 * MiB }, /power of two/],
+  [
+    'a block smaller than the backing page (H40)',
+    { region: { pageBytes: 2 * MiB } },
+    /at least the page size/,
+  ],
+  ['a region of no whole blocks', { regionBytes: REGION + 4096 }, /multiples of 'block-size'/],
+  ['an address of no whole blocks', { addr: ADDR + 4096 }, /'memaddr' property has to be multiples/],
+  ['a request above the region', { requestedBytes: REGION + BLOCK }, /cannot exceed the memory backend size/],
+])('%s makes no memory device', (_what, over, message) => {
+  const figures = {
+    addr: ADDR,
+    regionBytes: REGION,
+    blockBytes: BLOCK,
+    requestedBytes: 0,
+    region: { pageBytes: PAGE_SIZE },
+    ...over,
+  };
+  expect(judgeMemoryDevice(figures)).toMatch(message);
+});
