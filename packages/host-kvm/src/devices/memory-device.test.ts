@@ -2,7 +2,7 @@
  * The memory device: a test per MUST of virtio 1.2 § 5.15 that concerns it, over a VM's memory and over a plain buffer;
  * every request sequence against an independent model; and what each profile lets a guest do with unplugged memory.
  */
-import * as fc from 'fast-check';
+import { fc } from '@fast-check/vitest';
 import { describe, expect, test } from 'vitest';
 import {
   COST_TABLE,
@@ -77,8 +77,8 @@ interface Bench {
   /** Lets the device work. */
   readonly pump: () => void;
   /** Sends one request and returns the answer. `padding` fills every padding field. */
-  request(type: number, addr: number, nrBlocks: number, padding?: number): Answer;
-  plugged(): boolean[];
+  readonly request: (type: number, addr: number, nrBlocks: number, padding?: number) => Answer;
+  readonly plugged: () => boolean[];
 }
 
 function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
