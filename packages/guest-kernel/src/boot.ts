@@ -105,8 +105,11 @@ export interface HotplugConfig {
   readonly sectionPages: number;
   /** Highest zone type for the memmap of added memory: Normal in Linux, DMA32 keeps it in boot memory. */
   readonly memmapZone: number;
-  /** Plugged memory found at probe is taken as it is (RFC) instead of being unplugged first (Linux). */
-  readonly adopts: boolean;
+  /**
+   * Plugged memory found at probe: unplugged first (`no`, Linux), added as it is (`adds`, the RFC's guest), or in use
+   * since boot, with its memmap among the boot pages (`in-place`, a capture whose upper memory becomes a region).
+   */
+  readonly adopts: 'no' | 'adds' | 'in-place';
 }
 
 export const LINUX_HOTPLUG: Omit<HotplugConfig, 'devices'> = {
@@ -114,7 +117,7 @@ export const LINUX_HOTPLUG: Omit<HotplugConfig, 'devices'> = {
   autoMovableRatio: 301,
   sectionPages: SECTION_PAGES,
   memmapZone: ZONE_NORMAL,
-  adopts: false,
+  adopts: 'no',
 };
 
 /** First words of the zones, by index. */

@@ -98,11 +98,6 @@ export class GuestKernel {
       lru.remove(node, pfn);
       lru.unlock(node);
     };
-    alloc.pressure = {
-      wakeKswapd: (zone) => reclaim.wakeKswapd(zone),
-      reclaim: (node) => reclaim.direct(node),
-      outOfMemory: () => balloon.oomNotify(),
-    };
     const mem: VirtioMemDriver[] = [];
     if (config.hotplug !== undefined) {
       const hotplug = new MemoryHotplug(
@@ -120,6 +115,15 @@ export class GuestKernel {
       for (let i = 0; i < config.hotplug.devices; i++)
         mem.push(new VirtioMemDriver(arena, vcpu, hotplug, config.hotplug, i, inWait));
     }
+    alloc.pressure = {
+      wakeKswapd: (zone) => reclaim.wakeKswapd(zone),
+      reclaim: (node) => reclaim.direct(node),
+      outOfMemory: () => {
+        let freed = balloon.oomNotify();
+        for (const driver of mem) freed += driver.oomNotify();
+        return freed;
+      },
+    };
     const nodes = [...new Set(zones.map((z) => arena.w[z + Z_NODE]))].filter(
       (node) => config.cpuNode.indexOf(node) === vcpu.id,
     );

@@ -69,7 +69,11 @@ program
     `shipped trace (${SHIPPED_TRACES.join(', ')}), .ebbtrace file, tracefs text or capture folder`,
     'reporting',
   )
-  .option('--technique <list>', 'none, balloon, reporting; separated by commas', 'none,balloon,reporting')
+  .option(
+    '--technique <list>',
+    'none, balloon, reporting, virtio-mem; separated by commas',
+    'none,balloon,reporting',
+  )
   .option('--host-memory <size>', 'memory of the host', '2G')
   .option('--guest-memory <size>', 'memory of each guest (default: of the capture)')
   .option('--vcpus <n>', 'vCPUs per VM (default: CPUs of the capture)')

@@ -12,9 +12,11 @@
  * One pass runs to completion on vCPU 0, so its clock may run ahead of the window by what the requests cost. Simplified:
  * added blocks are put online at once (every policy but `offline`), so OFFLINE states arise only when that fails.
  */
-import { NS_PER_S, type Vcpu } from '@ebb/machine';
+import { NS_PER_S, spinLock, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
 import type { SplitDriverQueue } from '@ebb/virtio/driver';
 import {
+  EBB_MEM_F_MORE,
+  EBB_MEM_REQ_MORE,
   Features,
   INTERRUPT_CONFIG_CHANGE,
   MEM_CFG_ADDR,
@@ -76,6 +78,11 @@ const M_LAST = 19;
 const M_RETRY_MS = 20;
 /** When the retry is due, virtual; 0: none is armed. */
 const M_RETRY_F64 = 24;
+/** Guards the queue and everything above; held across device waits. Order: balloon, memory devices, blk, spin locks. */
+const M_MUTEX = 32;
+
+/** What the guest asks for when it runs out: 64 MiB at once. */
+const MORE_PAGES = 16384;
 
 /** States of a memory block, or of a big block at its first section. */
 const UNUSED = 0;
@@ -115,6 +122,7 @@ export class VirtioMemDriver {
   readonly #config: HotplugConfig;
   readonly #index: number;
   readonly #events: number;
+  readonly #relax: () => void;
   #queue: SplitDriverQueue | null = null;
 
   /** `index`: which memory device, from 0. */
@@ -137,6 +145,11 @@ export class VirtioMemDriver {
     this.#index = index;
     this.#events = eventRow(vcpu.id);
     this.guest = new VirtioGuest(arena, vcpu, LINE_MEM + index, inWait);
+    this.#relax = () => {
+      inWait();
+      vcpu.beginSection();
+      vcpu.port.relax();
+    };
   }
 
   // ── Bring-up ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -154,6 +167,7 @@ export class VirtioMemDriver {
           VIRTIO_MEM_F_ACPI_PXM,
           VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE,
           VIRTIO_MEM_F_PERSISTENT_SUSPEND,
+          EBB_MEM_F_MORE,
           VIRTIO_F_INDIRECT_DESC,
           VIRTIO_F_EVENT_IDX,
           VIRTIO_F_VERSION_1,
@@ -182,7 +196,7 @@ export class VirtioMemDriver {
     w[base + M_NEXT] = this.#firstBlock;
     w[base + M_RETRY_MS] = RETRY_MIN_MS;
     driver.driverOk();
-    if (this.#config.adopts) this.#adopt();
+    if (this.#config.adopts !== 'no') this.#adopt();
     else if (w[base + M_PLUGGED] > 0) w[base + M_UNPLUG_ALL] = 1;
     w[base + M_WORK] = 1;
     Atomics.store(w, base + M_READY, 1);
@@ -295,9 +309,30 @@ export class VirtioMemDriver {
 
   /** One pass towards the requested size (`virtio_mem_run_wq`). On vCPU 0, when due. */
   work(): void {
+    if (!this.ready || this.#w[this.#base + M_BROKEN] !== 0) return;
+    if (!trySpinLock(this.#w, this.#base + M_MUTEX, this.#vcpu.id)) return;
+    this.#pass();
+    spinUnlock(this.#w, this.#base + M_MUTEX);
+  }
+
+  /** The OOM notifier: asks the host for more, and plugs what it grants; pages gained. Any vCPU. */
+  oomNotify(): number {
     const w = this.#w;
     const base = this.#base;
-    if (!this.ready || w[base + M_BROKEN] !== 0) return;
+    const mayAsk = new Features(w[base + M_FEATURES_LOW], w[base + M_FEATURES_HIGH]).has(EBB_MEM_F_MORE);
+    if (!this.ready || !mayAsk || w[base + M_BROKEN] !== 0) return 0;
+    if (Atomics.load(w, base + M_MUTEX) === this.#vcpu.id + 1) return 0;
+    spinLock(w, base + M_MUTEX, this.#vcpu.id, this.#relax);
+    const before = w[base + M_PLUGGED];
+    if (this.#request(EBB_MEM_REQ_MORE, w[base + M_ADDR], MORE_PAGES) === 'ok') this.#pass();
+    const gained = w[base + M_PLUGGED] - before;
+    spinUnlock(w, base + M_MUTEX);
+    return Math.max(0, gained);
+  }
+
+  #pass(): void {
+    const w = this.#w;
+    const base = this.#base;
     const timer = (base + M_RETRY_F64) / 2;
     if (w[base + M_WORK] === 0 && this.#f64[timer] > 0)
       w[base + M_RETRY_MS] = Math.min(RETRY_MAX_MS, 2 * w[base + M_RETRY_MS]);
@@ -343,7 +378,7 @@ export class VirtioMemDriver {
     const w = this.#w;
     const vcpu = this.#vcpu;
     // The host may have changed its mind: look first.
-    if (type !== VIRTIO_MEM_REQ_UNPLUG_ALL && this.#configChanged()) return 'EAGAIN';
+    if (type < VIRTIO_MEM_REQ_UNPLUG_ALL && this.#configChanged()) return 'EAGAIN';
     const gpa = w[this.#base + M_REQUEST_PAGE] * 4096;
     const bytes = new DataView(new ArrayBuffer(MEM_REQ_BYTES));
     bytes.setUint16(0, type, true);
@@ -361,10 +396,10 @@ export class VirtioMemDriver {
     if (answer === VIRTIO_MEM_RESP_ACK) {
       if (type === VIRTIO_MEM_REQ_PLUG) w[this.#base + M_PLUGGED] += pages;
       else if (type === VIRTIO_MEM_REQ_UNPLUG) w[this.#base + M_PLUGGED] -= pages;
-      if (type !== VIRTIO_MEM_REQ_UNPLUG_ALL) this.#setPlugged(pfn, pages, type === VIRTIO_MEM_REQ_PLUG);
+      if (type < VIRTIO_MEM_REQ_UNPLUG_ALL) this.#setPlugged(pfn, pages, type === VIRTIO_MEM_REQ_PLUG);
       return 'ok';
     }
-    if (answer === VIRTIO_MEM_RESP_NACK && type === VIRTIO_MEM_REQ_PLUG) return 'EAGAIN';
+    if (answer === VIRTIO_MEM_RESP_NACK && type !== VIRTIO_MEM_REQ_UNPLUG) return 'EAGAIN';
     return answer === VIRTIO_MEM_RESP_BUSY ? 'ETXTBSY' : 'EINVAL';
   }
 
@@ -595,7 +630,7 @@ export class VirtioMemDriver {
 
   // ── Memory that is plugged already ───────────────────────────────────────────────────────────────────────────────
 
-  /** RFC: the region begins with what is plugged, without holes; it is used as it is. */
+  /** The region begins with what is plugged, without holes; it is used as it is. */
   #adopt(): void {
     const w = this.#w;
     const first = this.#firstBlock * this.#unit;
@@ -603,7 +638,8 @@ export class VirtioMemDriver {
     if (end > first) this.#setPlugged(first, end - first, true);
     for (let b = this.#firstBlock; b * this.#unit < end; b++) {
       w[this.#base + M_NEXT] = b + 1;
-      if (!this.#addAndOnline(b * this.#unit)) {
+      if (this.#config.adopts === 'in-place') this.#hotplug.adopt(b * this.#unit);
+      else if (!this.#addAndOnline(b * this.#unit)) {
         this.#setState(b, PLUGGED);
         continue;
       }

@@ -25,6 +25,7 @@ import {
   PG_BUDDY,
   PG_CACHED,
   PG_OFFLINE,
+  PG_RESERVED,
   SHADOW_ABSENT,
   SHADOW_ALLOCATED,
   SHADOW_BUDDY,
@@ -129,8 +130,21 @@ export class MemoryHotplug {
 
   // ── Add and remove ───────────────────────────────────────────────────────────────────────────────────────────────
 
+  /** A block that has been in use since boot, in the zone that boot put it into. */
+  adopt(first: number): void {
+    const record = this.section(first);
+    this.#w[record + S_STATE] = ONLINE;
+    this.#w[record + S_ZONE] = this.#w[this.#memmap + (first << 4) + P_ZONE];
+    this.#w[record + S_MEMMAP] = PAGE_LIST_END;
+  }
+
   /** `add_memory`: charges the block's memmap, on its node if it can. False: the guest has no memory for it. */
   add(first: number, node: number): boolean {
+    if (this.#config.adopts === 'in-place') {
+      this.#w[this.section(first) + S_STATE] = ADDED;
+      this.#w[this.section(first) + S_MEMMAP] = PAGE_LIST_END;
+      return true;
+    }
     const pages = Math.max(1, this.sectionPages / PAGES_PER_MEMMAP_PAGE);
     const order = Math.log2(pages);
     const gfp = this.#config.memmapZone | GFP_NORETRY;
@@ -334,8 +348,10 @@ export class MemoryHotplug {
         pfn += 1 << Math.min(MAX_ORDER, w[page + P_ORDER]);
         continue;
       }
-      if (w[page + P_SHADOW] === SHADOW_ALLOCATED && (flags & PG_CACHED) === 0) return true;
-      if ((flags & PG_OFFLINE) !== 0) return true;
+      if ((flags & (PG_OFFLINE | PG_RESERVED)) !== 0) return true;
+      // Only what a file names can be moved.
+      const named = (flags & PG_CACHED) !== 0 && w[page + P_INODE] >= 0;
+      if (w[page + P_SHADOW] === SHADOW_ALLOCATED && !named) return true;
       pfn++;
     }
     return false;

@@ -9,14 +9,15 @@ import {
   VIRTIO_BALLOON_F_REPORTING,
   VIRTIO_BALLOON_F_STATS_VQ,
 } from '@ebb/virtio/uapi';
-import { COST_TABLE, costTableHash, GiB, NS_PER_S, PAGE_SIZE, Prng } from '@ebb/machine';
+import { COST_TABLE, costTableHash, GiB, HUGE_PAGES, MiB, NS_PER_S, PAGE_SIZE, Prng } from '@ebb/machine';
+import { LINUX_HOTPLUG, type GuestConfig, type HotplugConfig } from '@ebb/guest-kernel';
 import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
 import { fileStorage } from '../run/file-storage.ts';
 import { guestOf, REPLAY_DISK_BYTES } from '../run/guest-of.ts';
 import type { RunResult } from '../run/run-result.ts';
 import { runInline } from '../run/inline-run.ts';
 import { runThreads, ThreadPool, workersFor } from '../run/threads-run.ts';
-import type { RunSpec, Technique, VmSpec } from '../run/spec.ts';
+import type { MemoryDeviceSpec, RunSpec, Technique, VmSpec } from '../run/spec.ts';
 import { makePlan, type ReplayPlan } from '../trace/replay-plan.ts';
 import { EBB_VERSION } from '../version.ts';
 import type { CompareOptions } from './options.ts';
@@ -60,6 +61,7 @@ const LOWER_BOUNDS: Record<Technique, string[]> = {
   none: [],
   balloon: ['stallVirtualNs', 'eptViolations', 'descriptors'],
   reporting: [],
+  'virtio-mem': ['stallVirtualNs', 'returnedBytes'],
 };
 
 /**
@@ -203,17 +205,28 @@ function specOf(
     vcpus: options.vcpus,
     balloon: technique !== 'none',
   });
+  const region = technique === 'virtio-mem' ? upperMemory(guest) : null;
   const random = new Prng(seed);
   const vm = (k: number): VmSpec => ({
     // VM k boots at k · stagger plus a seeded jitter of at most one stagger.
     bootAtNs: Math.round(k * options.staggerNs + random.unit() * options.staggerNs),
-    guest,
+    guest: region === null ? guest : { ...guest, hotplug: REGION_HOTPLUG },
     program: { kind: 'replay', plan },
     diskBytes: REPLAY_DISK_BYTES,
     ...(technique === 'reporting' ? { balloonFeatures: [VIRTIO_BALLOON_F_REPORTING] } : {}),
     ...(technique === 'balloon'
-      ? { balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_DEFLATE_ON_OOM], balloonPolicy: true }
+      ? {
+          balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_DEFLATE_ON_OOM],
+          policySets: 'balloon',
+        }
       : {}),
+    ...(region === null
+      ? {}
+      : {
+          memoryDevices: [region],
+          balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ],
+          policySets: 'memory-device',
+        }),
   });
   return {
     hostFrames: options.hostMemory / PAGE_SIZE,
@@ -225,6 +238,34 @@ function specOf(
     graceNs: 10 * NS_PER_S,
     traceOut,
     poison: 'edges',
+  };
+}
+
+/**
+ * A capture's memory is no multiple of Linux's 128 MiB blocks, and was all there at boot: what lies above the first part
+ * becomes a memory device's region that is plugged from the start, and goes and comes by 2 MiB, as sub-blocks do.
+ */
+const REGION_HOTPLUG: HotplugConfig = {
+  ...LINUX_HOTPLUG,
+  devices: 1,
+  sectionPages: HUGE_PAGES,
+  adopts: 'in-place',
+};
+/** What no memory device can take: boot memory (H26). */
+const BOOT_BYTES: number = 64 * MiB;
+
+function upperMemory(guest: GuestConfig): MemoryDeviceSpec {
+  const regionBytes = Math.floor((guest.maxPfn * PAGE_SIZE - BOOT_BYTES) / (2 * MiB)) * 2 * MiB;
+  return {
+    id: 'vm0',
+    addr: BOOT_BYTES,
+    regionBytes,
+    blockBytes: 2 * MiB,
+    node: 0,
+    requestedBytes: regionBytes,
+    pluggedBytes: regionBytes,
+    grants: true,
+    profile: 'qemu',
   };
 }
 

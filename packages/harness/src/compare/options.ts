@@ -7,7 +7,7 @@ import { readTrace } from '../trace/ebbtrace.ts';
 import { UserError, type Trace } from '../trace/trace.ts';
 import type { Backing, Technique } from '../run/spec.ts';
 
-const TECHNIQUES: readonly Technique[] = ['none', 'balloon', 'reporting'];
+const TECHNIQUES: readonly Technique[] = ['none', 'balloon', 'reporting', 'virtio-mem'];
 export const SHIPPED_TRACES = ['build', 'hog', 'reporting'] as const;
 
 export interface CompareOptions {

@@ -15,7 +15,7 @@ export const compareSchema = z.strictObject({
   seeds: z.array(count),
   results: z.array(
     z.strictObject({
-      technique: z.enum(['none', 'balloon', 'reporting']),
+      technique: z.enum(['none', 'balloon', 'reporting', 'virtio-mem']),
       vmsFit: count,
       vmsFitRange: z.tuple([count, count]),
       hostPeakBytes: count,

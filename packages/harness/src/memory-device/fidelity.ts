@@ -44,7 +44,7 @@ export interface MemoryFidelity {
   readonly virtualSeconds: number;
 }
 
-type Request = Omit<SessionRequest, 't'> & { readonly device: string };
+type Request = Omit<SessionRequest, 't' | 'type'> & { readonly device: string; readonly type: string };
 
 /** One request as a line: what is compared. */
 function line(r: Request): string {

@@ -218,14 +218,27 @@ export class HostSide {
       }
       if (vm.policyDue <= now) {
         vm.policyDue = now + POLICY_NS;
-        if (balloon.counters.statsUpdates > 0) {
-          const ramBytes = vm.file.nrBlocks * PAGE_SIZE;
-          balloon.setTarget(
-            this.#policy({ stats: balloon.stats, ramBytes, actualBytes: balloon.actual * PAGE_SIZE }),
-          );
-        }
+        if (balloon.counters.statsUpdates > 0) this.#applyPolicy(vm);
         balloon.requestStats();
       }
+    }
+  }
+
+  /** The size that the policy wants, by the balloon or by the first memory device. */
+  #applyPolicy(vm: RunningVm): void {
+    const { balloon } = vm;
+    if (balloon === null) return;
+    const ramBytes = vm.file.nrBlocks * PAGE_SIZE;
+    const [device] = vm.memory;
+    if (vm.spec.policySets === 'memory-device') {
+      const actualBytes = device.regionBytes - device.pluggedBytes;
+      const size = this.#policy({ stats: balloon.stats, ramBytes, actualBytes });
+      const wanted =
+        Math.ceil((size - (ramBytes - device.regionBytes)) / device.blockBytes) * device.blockBytes;
+      device.setRequested(Math.min(device.regionBytes, Math.max(0, wanted)));
+    } else {
+      const actualBytes = balloon.actual * PAGE_SIZE;
+      balloon.setTarget(this.#policy({ stats: balloon.stats, ramBytes, actualBytes }));
     }
   }
 
@@ -253,7 +266,7 @@ export class HostSide {
         frameFlags: this.#frameFlags,
         storage: this.#storage,
         watch: this.#watch,
-        policyDue: spec.balloonPolicy === true ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
+        policyDue: spec.policySets !== undefined ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
         ...(this.#spec.traceOut
           ? {
               trace: (line: string) =>

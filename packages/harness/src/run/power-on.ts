@@ -178,6 +178,7 @@ function memoryDevice(
       discard: (gfn, count) => vm.discard(Int32Array.of(gfn, count), 1),
       unmap: (gfn, count) => vm.unmap(gfn, count),
     },
+    ...(spec.grants === true ? { grant: (bytes: number) => bytes } : {}),
     ...tracing,
     onRequest: (request) => watch?.request?.(spec.id, request),
     onSize: (bytes) => watch?.size?.(spec.id, bytes),
@@ -189,15 +190,28 @@ function memoryDevice(
 /** Blocks of the boot memory's file: up to the last page that the firmware's map names. */
 function bootBlocks(spec: VmSpec, backing: Backing): number {
   const end =
-    spec.guest.hotplug === undefined ? spec.guest.maxPfn : Math.max(...spec.guest.e820.map((r) => r.end));
+    spec.guest.hotplug === undefined || spec.guest.hotplug.adopts === 'in-place'
+      ? spec.guest.maxPfn
+      : Math.max(...spec.guest.e820.map((r) => r.end));
   return backing === 'hugetlb' ? Math.ceil(end / HUGE_PAGES) * HUGE_PAGES : end;
 }
 
 /**
  * Where boot memory is. A capture touches pages its map does not name, so all but the hole at 640 KiB is memory; a guest
- * with memory devices has the firmware's map, with the hole below 4 GiB.
+ * with memory devices has the firmware's map, with the hole below 4 GiB; one whose upper memory is a region has the rest.
  */
 function bootRanges(spec: VmSpec, nrBlocks: number): (readonly [number, number])[] {
+  const [region] = spec.memoryDevices ?? [];
+  if (region !== undefined && spec.guest.hotplug?.adopts === 'in-place') {
+    const [from, to] = [region.addr / PAGE_SIZE, (region.addr + region.regionBytes) / PAGE_SIZE];
+    return (
+      [
+        [0, VGA_HOLE_START],
+        [VGA_HOLE_END, from],
+        [to, nrBlocks],
+      ] as const
+    ).filter(([a, b]) => a < b);
+  }
   if (spec.guest.hotplug !== undefined) return spec.guest.e820.map(({ start, end }) => [start, end] as const);
   return (
     [
@@ -209,7 +223,7 @@ function bootRanges(spec: VmSpec, nrBlocks: number): (readonly [number, number])
 
 /** Pages of boot memory as a VMM counts them: the holes below 1 MiB are backed, the one below 4 GiB is not. */
 function bootPages(spec: VmSpec, nrBlocks: number): number {
-  if (spec.guest.hotplug === undefined) return nrBlocks;
+  if (spec.guest.hotplug === undefined || spec.guest.hotplug.adopts === 'in-place') return nrBlocks;
   return spec.guest.e820.reduce((sum, r) => sum + r.end - r.start, VGA_HOLE_END - VGA_HOLE_START);
 }
 

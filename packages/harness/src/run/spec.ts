@@ -4,7 +4,7 @@ import type { MemoryProfile } from '@ebb/host-kvm';
 import type { ReplayPlan } from '../trace/replay-plan.ts';
 
 export type Backing = 'thp' | '4k' | 'hugetlb';
-export type Technique = 'none' | 'balloon' | 'reporting';
+export type Technique = 'none' | 'balloon' | 'reporting' | 'virtio-mem';
 
 /** The program a VM's vCPUs run. */
 export type ProgramSpec =
@@ -45,6 +45,10 @@ export interface MemoryDeviceSpec {
   readonly blockBytes: number;
   readonly node: number;
   readonly requestedBytes: number;
+  /** Plugged from the start. */
+  readonly pluggedBytes?: number;
+  /** The guest may ask for more, and gets it as far as the region goes (row H37). */
+  readonly grants?: boolean;
   readonly profile: MemoryProfile;
 }
 
@@ -54,8 +58,8 @@ export interface VmSpec {
   readonly program: ProgramSpec;
   /** Balloon features to offer; none: no balloon device. */
   readonly balloonFeatures?: readonly number[];
-  /** Whether the balloon policy sets the target. */
-  readonly balloonPolicy?: boolean;
+  /** What the size policy sets once a second, from the guest's statistics: nothing without it. */
+  readonly policySets?: 'balloon' | 'memory-device';
   /** Logical sizes to set at given times: `[atNs, bytes]`. */
   readonly balloonTargets?: readonly (readonly [number, number])[];
   readonly memoryDevices?: readonly MemoryDeviceSpec[];

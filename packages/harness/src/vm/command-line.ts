@@ -236,7 +236,7 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
     hotplug: {
       ...LINUX_HOTPLUG,
       devices: devices.length,
-      adopts: isRfc,
+      adopts: isRfc ? 'adds' : 'no',
       // The RFC's guest keeps what it may not give back apart from where it keeps its books.
       ...(isRfc ? { memmapZone: ZONE_DMA32 } : {}),
     },

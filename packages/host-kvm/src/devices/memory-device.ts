@@ -17,6 +17,8 @@
  */
 import { assert, Bitmap, PAGE_SIZE } from '@ebb/machine';
 import {
+  EBB_MEM_F_MORE,
+  EBB_MEM_REQ_MORE,
   Features,
   MEM_CFG_BYTES,
   MEM_QUEUE_REQUEST,
@@ -77,9 +79,13 @@ export interface MemoryDeviceOptions {
   readonly blockBytes: number;
   readonly node: number;
   readonly requestedBytes: number;
+  /** Plugged from the start, without holes; 0 without it. */
+  readonly pluggedBytes?: number;
   readonly profile?: MemoryProfile;
   /** Told of every event as QEMU's trace lines name them. */
   readonly trace?: (line: string) => void;
+  /** Offers `EBB_MEM_F_MORE`: bytes granted, of those a guest asks for beyond what is requested of it; 0 denies. */
+  readonly grant?: (bytes: number) => number;
   /** Told of each request with its answer. */
   readonly onRequest?: (request: MemoryRequest) => void;
   /** Told when the plugged size has changed. */
@@ -87,11 +93,13 @@ export interface MemoryDeviceOptions {
 }
 
 export const MEMORY_REQUESTS = ['PLUG', 'UNPLUG', 'UNPLUG_ALL', 'STATE'] as const;
+/** Beside those of the specification: the guest asks for more (row H37). */
+type RequestType = (typeof MEMORY_REQUESTS)[number] | 'MORE';
 export const MEMORY_ANSWERS = ['ACK', 'NACK', 'BUSY', 'ERROR'] as const;
 
 /** A request as it was answered. `addr` is guest-physical. */
 export interface MemoryRequest {
-  readonly type: (typeof MEMORY_REQUESTS)[number];
+  readonly type: RequestType;
   readonly addr: number;
   readonly nbBlocks: number;
   readonly response: (typeof MEMORY_ANSWERS)[number];
@@ -102,6 +110,7 @@ export interface MemoryDeviceCounters {
   unplugRequests: number;
   unplugAllRequests: number;
   stateRequests: number;
+  moreRequests: number;
   acks: number;
   nacks: number;
   busys: number;
@@ -131,6 +140,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     unplugRequests: 0,
     unplugAllRequests: 0,
     stateRequests: 0,
+    moreRequests: 0,
     acks: 0,
     nacks: 0,
     busys: 0,
@@ -160,6 +170,9 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   readonly #onRequest: ((request: MemoryRequest) => void) | undefined;
   #host: DeviceHost | null = null;
   #queue: SplitDeviceQueue | null = null;
+  readonly #grant: ((bytes: number) => number) | undefined;
+  /** `EBB_MEM_F_MORE` was negotiated. */
+  #mayAsk = false;
 
   /** `judgeMemoryDevice` says beforehand whether the figures are possible. */
   constructor(options: MemoryDeviceOptions) {
@@ -169,6 +182,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.offered = Features.of(
       VIRTIO_MEM_F_ACPI_PXM,
       VIRTIO_MEM_F_PERSISTENT_SUSPEND,
+      ...(options.grant === undefined ? [] : [EBB_MEM_F_MORE]),
       ...(this.profile === 'inaccessible' ? [VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE] : []),
       VIRTIO_F_INDIRECT_DESC,
       VIRTIO_F_EVENT_IDX,
@@ -186,8 +200,11 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.#trace = options.trace;
     this.#onSize = options.onSize ?? (() => undefined);
     this.#onRequest = options.onRequest;
+    this.#grant = options.grant;
     this.#runner = new QueueRunner(options.port, `virtio-mem/${options.id}`, () => this.#serve());
     this.#resizeUsable(true);
+    for (let b = 0; b < (options.pluggedBytes ?? 0) / options.blockBytes; b++) this.plugged.add(b);
+    this.#size = options.pluggedBytes ?? 0;
   }
 
   get baseGfn(): number {
@@ -205,7 +222,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   attach(host: DeviceHost): void {
     this.#host = host;
   }
-  activate(queues: readonly (SplitDeviceQueue | null)[], _features: Features): void {
+  activate(queues: readonly (SplitDeviceQueue | null)[], features: Features): void {
+    this.#mayAsk = features.has(EBB_MEM_F_MORE);
     this.#queue = queues[MEM_QUEUE_REQUEST] ?? null;
   }
   kick(_index: number): void {
@@ -281,14 +299,20 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
         }
         const view = new DataView(request.buffer);
         const type = view.getUint16(0, true);
-        if (type > VIRTIO_MEM_REQ_STATE) {
+        const known = type <= VIRTIO_MEM_REQ_STATE || (type === EBB_MEM_REQ_MORE && this.#mayAsk);
+        if (!known) {
           this.#host?.needsReset(`unknown request type ${type}`);
           return;
         }
         const addr = view.getUint32(8, true) + view.getUint32(12, true) * 0x1_0000_0000;
         const nbBlocks = view.getUint16(16, true);
         const { answer, state, cost } = yield* this.#request(type, addr, nbBlocks);
-        this.#onRequest?.({ type: MEMORY_REQUESTS[type], addr, nbBlocks, response: MEMORY_ANSWERS[answer] });
+        this.#onRequest?.({
+          type: MEMORY_REQUESTS[type] ?? 'MORE',
+          addr,
+          nbBlocks,
+          response: MEMORY_ANSWERS[answer],
+        });
         // A reset while the memory went took the buffer back: touch nothing of it.
         if (this.#queue !== queue) return;
         this.#respond(queue, chain, answer, state);
@@ -355,8 +379,23 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
         if (!this.#valid(addr, nrBlocks)) answer = VIRTIO_MEM_RESP_ERROR;
         else state = this.#stateOf(addr, nrBlocks);
         break;
+      case EBB_MEM_REQ_MORE:
+        counters.moreRequests++;
+        answer = this.#more(nrBlocks * this.blockBytes);
+        break;
     }
     return { answer, state, cost };
+  }
+
+  /** The guest wants `bytes` beyond what is requested of it; the host decides. */
+  #more(bytes: number): number {
+    const room = this.regionBytes - this.requestedBytes;
+    const granted = Math.floor(Math.min(room, this.#grant?.(Math.min(room, bytes)) ?? 0) / this.blockBytes);
+    if (granted <= 0) return VIRTIO_MEM_RESP_NACK;
+    this.requestedBytes += granted * this.blockBytes;
+    this.#resizeUsable(false);
+    this.#host?.configChanged();
+    return VIRTIO_MEM_RESP_ACK;
   }
 
   /** Whole blocks inside the usable region. */

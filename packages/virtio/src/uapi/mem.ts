@@ -7,6 +7,13 @@ export const VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE = 1;
 /** Blocks keep their state over a suspend (virtio 1.4). */
 export const VIRTIO_MEM_F_PERSISTENT_SUSPEND = 2;
 
+/**
+ * Ebb's own, in no specification (row H37): the guest may ask for more memory. A request of type `EBB_MEM_REQ_MORE` with a
+ * number of blocks is answered ACK after `requested_size` has grown, or NACK.
+ */
+export const EBB_MEM_F_MORE = 23;
+export const EBB_MEM_REQ_MORE = 0x8000;
+
 /** Config space, 56 bytes, all read-only to the driver. */
 export const MEM_CFG_BLOCK_SIZE = 0;
 export const MEM_CFG_NODE_ID = 8;
