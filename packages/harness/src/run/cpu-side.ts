@@ -16,6 +16,7 @@ import {
 } from '@ebb/machine';
 import { AgentProgram } from './agent-program.ts';
 import { HostileProgram } from './hostile-program.ts';
+import { HostileUnpluggedProgram } from './hostile-unplugged-program.ts';
 import { PressureProgram } from './pressure-program.ts';
 import type { Program } from './program.ts';
 import { ReplayProgram } from './replay-program.ts';
@@ -162,6 +163,8 @@ export class CpuSide {
         return new PressureProgram(seat.kernel, program);
       case 'touch-free':
         return new TouchFreeProgram(seat.kernel, program);
+      case 'hostile-unplugged':
+        return new HostileUnpluggedProgram(seat.kernel, program);
       case 'agent':
         return new AgentProgram(seat.kernel, this.#buffers.handles[seat.vm]);
       case 'hostile-reuse':

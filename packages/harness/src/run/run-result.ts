@@ -44,6 +44,8 @@ export interface VmResult {
   readonly eptViolations: number;
   readonly faultRetries: number;
   readonly tlbFlushes: number;
+  /** EPT table frames at the end. */
+  readonly tables: number;
   readonly kicks: number;
   readonly descriptors: number;
   readonly balloonPages: number;
@@ -172,6 +174,7 @@ export function vmResult(
       eptViolations: 0,
       faultRetries: 0,
       tlbFlushes: 0,
+      tables: 0,
       kicks: 0,
       descriptors: 0,
       balloonPages: 0,
@@ -202,6 +205,7 @@ export function vmResult(
     eptViolations: vm.counters.eptViolations,
     faultRetries: vm.counters.faultRetries,
     tlbFlushes: vm.counters.tlbFlushes,
+    tables: vm.mmu.counters.tables,
     kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
     descriptors:
       (balloon?.counters.descriptors ?? 0) +

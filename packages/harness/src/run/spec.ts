@@ -29,6 +29,15 @@ export type ProgramSpec =
       readonly holdNs: number;
       readonly pauseNs: number;
     }
+  /** Reads and writes a range that its driver has unplugged; `readsZeros`: anything else read is a failure. */
+  | {
+      readonly kind: 'hostile-unplugged';
+      readonly afterNs: number;
+      readonly firstGfn: number;
+      readonly pages: number;
+      readonly rounds: number;
+      readonly readsZeros: boolean;
+    }
   /** Does what it is told from outside, by the words of `agent.ts`; idle otherwise. */
   | { readonly kind: 'agent' }
   /** Writes to pages the balloon or reporting holds (H33). */

@@ -1,7 +1,15 @@
 /** Scenarios of memory that comes and goes by memory devices (virtio-mem). */
-import { eventSum, LINUX_HOTPLUG, type GuestConfig, type HotplugConfig } from '@ebb/guest-kernel';
+import {
+  eventSum,
+  H_TOTAL_PAGES,
+  LINUX_HOTPLUG,
+  type GuestConfig,
+  type HotplugConfig,
+} from '@ebb/guest-kernel';
+import { MEMORY_PROFILES, type MemoryProfile } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
-import type { MemoryDeviceSpec } from '../run/spec.ts';
+import type { VmResult } from '../run/run-result.ts';
+import type { MemoryDeviceSpec, RebootPolicy, VmSpec } from '../run/spec.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
 
 /** Where regions begin: above the hole below 4 GiB. */
@@ -88,6 +96,202 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
           0,
         ),
         atLeast('bytes returned to the host', vm.returnedBytes, 256 * MiB),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-hostile',
+    about:
+      'four guests write to memory they have unplugged, one per device profile: what each gets, and what the host counts',
+    rows: 'H10–H12, H32, H66; I2, I20',
+    spec: () =>
+      spec(
+        1 * GiB,
+        MEMORY_PROFILES.map((profile) => {
+          const devices = [device({ profile, regionBytes: 256 * MiB })];
+          return {
+            bootAtNs: 0,
+            guest: hotplugGuest(128 * MiB, devices),
+            program: {
+              kind: 'hostile-unplugged' as const,
+              afterNs: second(2),
+              firstGfn: (REGION_ADDR + 64 * MiB) / PAGE_SIZE,
+              pages: 4096,
+              rounds: 2,
+              readsZeros: profile === 'rfc-write-protect',
+            },
+            memoryDevices: devices,
+            memoryTargets: [
+              [second(0), 0, 256 * MiB],
+              [second(1), 0, 0],
+            ] as const,
+            diskBytes: 0,
+          };
+        }),
+      ),
+    checks: (outcome) => {
+      const of = (profile: MemoryProfile): VmResult => outcome.result.vms[MEMORY_PROFILES.indexOf(profile)];
+      const mem = (profile: MemoryProfile): VmResult['memoryDevices'][number] => of(profile).memoryDevices[0];
+      return [
+        ...clean(outcome),
+        ...MEMORY_PROFILES.map((p) => exactly(`${p}: bytes plugged`, mem(p).plugged, 0)),
+        atLeast('qemu: host bytes behind unplugged memory', mem('qemu').host, 4096 * PAGE_SIZE),
+        exactly('inaccessible: host bytes behind unplugged memory', mem('inaccessible').host, 0),
+        atLeast('inaccessible: writes refused', mem('inaccessible').counters.refusedWrites, 8192),
+        exactly('rfc-write-protect: host bytes behind unplugged memory', mem('rfc-write-protect').host, 0),
+        atLeast('rfc-write-protect: writes refused', mem('rfc-write-protect').counters.refusedWrites, 8192),
+        atLeast('rfc-write-protect: reads of zeros', mem('rfc-write-protect').counters.zeroReads, 2048),
+        atLeast(
+          'rfc-write-protect: page tables that hold nothing but zeros',
+          of('rfc-write-protect').tables,
+          8,
+        ),
+        atLeast('scribble: host bytes behind unplugged memory', mem('scribble').host, 4096 * PAGE_SIZE),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-reboot',
+    about:
+      'system reset with memory plugged: unplug all and plug again (virtio 1.2), keep what was plugged (RFC), and a kernel without the driver',
+    rows: 'H3, H9, H18, H19, H70; I10',
+    spec: () => {
+      const guest = (over: Partial<HotplugConfig>): GuestConfig => hotplugGuest(256 * MiB, [device()], over);
+      const vm = (policy: RebootPolicy, first: GuestConfig, after: GuestConfig = first): VmSpec => ({
+        bootAtNs: 0,
+        guest: first,
+        guestAfterReset: after,
+        program: {
+          kind: 'touch-free',
+          startNs: second(4),
+          pages: 8192,
+          order: 0,
+          rounds: 1,
+          holdNs: 0,
+          pauseNs: 0,
+        },
+        memoryDevices: [device()],
+        memoryTargets: [
+          [second(0), 0, 512 * MiB],
+          [second(2), 0, 300 * MiB],
+        ],
+        resets: [[second(3), policy]],
+        diskBytes: 0,
+      });
+      const without = freshGuest(256 * MiB);
+      return spec(1 * GiB, [
+        vm('virtio-1.2', guest({})),
+        vm('rfc-2017', guest({ adopts: 'adds' })),
+        vm('virtio-1.2', guest({}), { ...without, maxPfn: guest({}).maxPfn }),
+      ]);
+    },
+    checks: (outcome) => {
+      const [upstream, rfc, bare] = outcome.result.vms.map((vm) => vm.memoryDevices[0]);
+      const totals = outcome.arenas.map((arena) => arena.w[H_TOTAL_PAGES] * PAGE_SIZE);
+      return [
+        ...clean(outcome),
+        exactly('virtio-1.2: bytes plugged again', upstream.plugged, 300 * MiB),
+        exactly('rfc-2017: bytes that stayed plugged', rfc.plugged, 300 * MiB),
+        exactly('rfc-2017: requests after the reset', rfc.counters.plugRequests - 4, 0),
+        exactly('without the driver: bytes plugged', bare.plugged, 0),
+        { what: 'without the driver: memory of the guest', value: totals[2], ok: totals[2] < 256 * MiB },
+        atLeast('with it: memory of the guest', totals[0], 512 * MiB),
+        atLeast('RFC guest: memory of the guest', totals[1], 512 * MiB),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-numa',
+    about:
+      'two devices on two nodes, by sub-blocks of 2 MiB and by big blocks of 128 MiB, online_movable: both reach every size',
+    rows: 'H5, H7, H25, H39; I9',
+    spec: () => {
+      const devices = [
+        device(),
+        device({ id: 'vm1', addr: REGION_ADDR + 1 * GiB, blockBytes: 128 * MiB, node: 1 }),
+      ];
+      const boot = freshGuest(256 * MiB, { nodes: 2 });
+      return spec(
+        1 * GiB,
+        [
+          {
+            bootAtNs: 0,
+            guest: {
+              ...boot,
+              maxPfn: hotplugGuest(256 * MiB, devices).maxPfn,
+              hotplug: { ...LINUX_HOTPLUG, devices: 2, policy: 'online_movable' },
+            },
+            program: {
+              kind: 'touch-free',
+              startNs: second(1),
+              pages: 32768,
+              order: 0,
+              rounds: 2,
+              holdNs: second(0.5),
+              pauseNs: second(1.5),
+            },
+            memoryDevices: devices,
+            memoryTargets: [
+              [second(0), 0, 384 * MiB],
+              [second(0), 1, 512 * MiB],
+              [second(2), 0, 64 * MiB],
+              [second(2), 1, 128 * MiB],
+              [second(6), 0, 0],
+              [second(6), 1, 0],
+            ],
+            diskBytes: 0,
+          },
+        ],
+        { graceNs: second(4) },
+      );
+    },
+    checks: (outcome) => {
+      const [sub, big] = outcome.result.vms[0].memoryDevices;
+      return [
+        ...clean(outcome),
+        exactly('vm0: bytes plugged at the end', sub.plugged, 0),
+        exactly('vm1: bytes plugged at the end', big.plugged, 0),
+        exactly('vm1: PLUG requests, one per big block', big.counters.plugRequests, 4),
+        exactly('host bytes behind both regions', sub.host + big.host, 0),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-migrate',
+    about:
+      'files are read and written from memory that is being unplugged: cached pages move out of the way, and every byte is right',
+    rows: 'H16, H25; I15, I20, I22',
+    spec: (seed) => {
+      const devices = [device({ requestedBytes: 512 * MiB })];
+      return spec(1 * GiB, [
+        {
+          bootAtNs: 0,
+          guest: {
+            ...hotplugGuest(256 * MiB, devices, { policy: 'online_movable' }),
+            blk: true,
+            blocks: { kind: 'linear', pagesPerFile: 4096 },
+          },
+          program: { kind: 'pressure', files: 4, pagesPerFile: 4096, rounds: 4, seed, hogPages: 0 },
+          memoryDevices: devices,
+          memoryTargets: [
+            [second(0.1), 0, 256 * MiB],
+            [second(0.2), 0, 512 * MiB],
+            [second(0.3), 0, 128 * MiB],
+            [second(0.4), 0, 0],
+            [second(0.5), 0, 256 * MiB],
+            [second(0.6), 0, 0],
+          ],
+          diskBytes: 256 * MiB,
+        },
+      ]);
+    },
+    checks: (outcome) => {
+      const [mem] = outcome.result.vms[0].memoryDevices;
+      return [
+        ...clean(outcome),
+        atLeast('pages moved', eventSum(outcome.arenas[0], 'pgmigrate_success'), 256),
+        atLeast('UNPLUG requests', mem.counters.unplugRequests, 4),
+        exactly('bytes plugged at the end', mem.plugged, 0),
       ];
     },
   },
