@@ -366,11 +366,6 @@ export class VirtioMemDriver {
     }
   }
 
-  /** Why the last pass stopped. */
-  get last(): MemOutcome {
-    return MEM_OUTCOMES[this.#w[this.#base + M_LAST]];
-  }
-
   // ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /** Sends a request and waits for the answer. Bits and sizes follow an ACK. */
@@ -646,4 +641,9 @@ export class VirtioMemDriver {
       this.#settle(b);
     }
   }
+}
+
+/** Why the last pass of memory device `index` stopped, read from outside. */
+export function memoryOutcome(arena: Arena, index: number): MemOutcome {
+  return MEM_OUTCOMES[arena.w[T_MEM + index * MEM_THREAD_WORDS + M_LAST]];
 }

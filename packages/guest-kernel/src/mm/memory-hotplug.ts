@@ -8,7 +8,7 @@
  * Simplified: added memory has its memmap in the arena from the start; the guest pages that would back it are charged
  * when a block is added and freed when it is removed (H31).
  */
-import { gfn, type Vcpu } from '@ebb/machine';
+import { gfn, plainView, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import type { HotplugConfig } from '../boot.ts';
 import { H_TOTAL_PAGES, SECTION_WORDS } from '../layout.ts';
@@ -20,6 +20,7 @@ import {
   P_NEXT,
   P_ORDER,
   P_SHADOW,
+  P_STAMP,
   P_ZONE,
   PAGE_LIST_END,
   PG_BUDDY,
@@ -27,9 +28,7 @@ import {
   PG_OFFLINE,
   PG_RESERVED,
   SHADOW_ABSENT,
-  SHADOW_ALLOCATED,
   SHADOW_BUDDY,
-  SHADOW_PCP,
   shadowMove,
 } from './page.ts';
 import { GFP_NORETRY, GFP_NOWAIT, type PageAllocator } from './page-alloc.ts';
@@ -67,10 +66,14 @@ const PAGES_PER_MEMMAP_PAGE = 64;
 /** Highest zone a movable page may go to. */
 const MOVABLE_GFP: number = 3 | GFP_NORETRY;
 const MIGRATE_TRIES = 5;
+/** Id of a freed page that holds poison. */
+const POISONED = -1;
 
 export class MemoryHotplug {
   readonly sectionPages: number;
   readonly #w: Int32Array;
+  /** Looked at without the lock that guards it, as `data_race()` marks in Linux: decides what to try, never what is true. */
+  readonly #peek: Int32Array;
   readonly #memmap: number;
   readonly #sections: number;
   readonly #sectionsEnd: number;
@@ -99,6 +102,7 @@ export class MemoryHotplug {
   ) {
     this.sectionPages = config.sectionPages;
     this.#w = arena.w;
+    this.#peek = plainView(arena.w);
     this.#memmap = arena.memmap;
     this.#sections = arena.layout.sections;
     this.#sectionsEnd = this.section(arena.maxPfn);
@@ -337,44 +341,46 @@ export class MemoryHotplug {
     return true;
   }
 
-  /** A quick look before anything is isolated: a page in use that nothing can move. */
+  /** A quick look before anything is isolated: a page in use that nothing can move. A wrong answer costs a try. */
   #hasUnmovable(first: number, end: number): boolean {
-    const w = this.#w;
+    const peek = this.#peek;
     for (let pfn = first; pfn < end; ) {
       const page = this.#memmap + (pfn << 4);
-      const flags = w[page + P_FLAGS];
-      // Read without the lock: a block that moves on only moves the decision.
+      const flags = peek[page + P_FLAGS];
       if ((flags & PG_BUDDY) !== 0) {
-        pfn += 1 << Math.min(MAX_ORDER, w[page + P_ORDER]);
+        pfn += 1 << Math.min(MAX_ORDER, peek[page + P_ORDER]);
         continue;
       }
       if ((flags & (PG_OFFLINE | PG_RESERVED)) !== 0) return true;
       // Only what a file names can be moved.
-      const named = (flags & PG_CACHED) !== 0 && w[page + P_INODE] >= 0;
-      if (w[page + P_SHADOW] === SHADOW_ALLOCATED && !named) return true;
+      const named = (flags & PG_CACHED) !== 0 && peek[page + P_INODE] >= 0;
+      if (this.#inUse(page) && !named) return true;
       pfn++;
     }
     return false;
   }
 
+  /** Whether a page belongs to an allocation: free ones, per-CPU lists included, have no id. */
+  #inUse(page: number): boolean {
+    const id = this.#peek[page + P_STAMP];
+    return id !== 0 && id !== POISONED;
+  }
+
   /** Moves every cached page of the range elsewhere. False: one will not move, or there is no room. */
   #migrateRange(first: number, end: number): boolean {
-    const w = this.#w;
     for (let pfn = first; pfn < end; pfn++) {
       const page = this.#memmap + (pfn << 4);
-      if (w[page + P_SHADOW] === SHADOW_BUDDY || w[page + P_SHADOW] === SHADOW_PCP) continue;
-      if ((w[page + P_FLAGS] & PG_CACHED) === 0) {
-        if (w[page + P_SHADOW] === SHADOW_ALLOCATED) return false;
-        continue;
-      }
+      if (!this.#inUse(page)) continue;
+      if ((this.#peek[page + P_FLAGS] & PG_CACHED) === 0) return false;
       const to = this.#alloc.alloc(0, MIGRATE_MOVABLE, MOVABLE_GFP);
       if (to < 0) return false;
-      if (this.#cache.migrate(pfn, to)) w[this.#events + EV.pgmigrate_success]++;
-      else {
-        this.#alloc.free(to, 0);
-        w[this.#events + EV.pgmigrate_fail]++;
-        if (w[page + P_SHADOW] === SHADOW_ALLOCATED) return false;
+      if (this.#cache.migrate(pfn, to)) {
+        this.#w[this.#events + EV.pgmigrate_success]++;
+        continue;
       }
+      this.#alloc.free(to, 0);
+      this.#w[this.#events + EV.pgmigrate_fail]++;
+      if (this.#inUse(page)) return false;
     }
     return true;
   }

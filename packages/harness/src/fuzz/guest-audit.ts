@@ -2,6 +2,8 @@
 import {
   Arena,
   P_SHADOW,
+  SECTION_WORDS,
+  SHADOW_ABSENT,
   SHADOW_ALLOCATED,
   pcpPages,
   SHADOW_BALLOON,
@@ -94,4 +96,33 @@ export function allocatedPages(arena: Arena): number {
     for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++)
       if (w[memmap + (pfn << 4) + P_SHADOW] === SHADOW_ALLOCATED) pages++;
   return pages;
+}
+
+/** Memory blocks that have been added and not removed. */
+export function addedBlocks(arena: Arena, sectionPages: number): number {
+  const { w, layout } = arena;
+  let blocks = 0;
+  for (let i = 0; i < Math.ceil(arena.maxPfn / sectionPages); i++)
+    if (w[layout.sections + i * SECTION_WORDS] !== 0) blocks++;
+  return blocks;
+}
+
+/** A page of the range that the guest has on a list or in use, by the shadow; −1 if there is none. */
+export function pageInUse(arena: Arena, first: number, count: number): number {
+  return pagesInUseWithin(arena, first, count, () => false);
+}
+
+/** The same, but for pages that `mayBe`. */
+export function pagesInUseWithin(
+  arena: Arena,
+  first: number,
+  count: number,
+  mayBe: (pfn: number) => boolean,
+): number {
+  const w = plainView(arena.w);
+  for (let pfn = first; pfn < first + count; pfn++) {
+    const state = w[arena.memmap + (pfn << 4) + P_SHADOW];
+    if (state !== SHADOW_ABSENT && !mayBe(pfn)) return pfn;
+  }
+  return -1;
 }

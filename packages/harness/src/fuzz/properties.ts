@@ -1,5 +1,5 @@
 /** The properties, by name. */
-import { allocator, balloon, cache, reporting } from './properties/guest.ts';
+import { allocator, balloon, cache, memoryDevice, migration, reporting } from './properties/guest.ts';
 import { hostile } from './properties/hostile.ts';
 import { invalidation, isolation, slots } from './properties/memory.ts';
 import { queue } from './properties/queue.ts';
@@ -14,6 +14,8 @@ export const PROPERTIES: readonly Property[] = [
   reporting,
   balloon,
   cache,
+  memoryDevice,
+  migration,
   queue,
   hostile,
 ];

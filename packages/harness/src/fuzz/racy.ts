@@ -18,7 +18,15 @@ import {
   PAGE_STRUCT_WORDS,
   Z_FLAGS,
   Z_FREE,
+  Z_HIGH,
+  Z_LOW,
+  Z_MANAGED,
+  Z_MIN,
   Z_NR_FREE,
+  Z_PCP_BATCH,
+  Z_PCP_HIGH_MAX,
+  Z_PCP_HIGH_MIN,
+  Z_RESERVE,
   ZONE_BASE,
   ZONE_WORDS,
 } from '@ebb/guest-kernel';
@@ -29,6 +37,15 @@ const PEEKED: ReadonlySet<number> = new Set([
   Z_FREE,
   Z_FLAGS,
   ...Array.from({ length: MAX_ORDER + 1 }, (_, order) => Z_NR_FREE + order),
+  // Hotplug sets them anew while others allocate; an old mark decides as it did a moment ago.
+  Z_MANAGED,
+  Z_MIN,
+  Z_LOW,
+  Z_HIGH,
+  ...[0, 1, 2, 3].map((type) => Z_RESERVE + type),
+  Z_PCP_BATCH,
+  Z_PCP_HIGH_MIN,
+  Z_PCP_HIGH_MAX,
 ]);
 
 const LRU_LENGTHS: ReadonlySet<number> = new Set([L_INACTIVE + LENGTH, L_ACTIVE + LENGTH]);

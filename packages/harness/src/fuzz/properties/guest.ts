@@ -8,13 +8,25 @@ import {
   GuestKernel,
   LINE_BALLOON,
   LINE_BLK,
+  LINE_MEM,
+  LINUX_HOTPLUG,
+  memoryOutcome,
+  PLUGGED_SHIFT,
   Z_FREE,
   Z_LOW,
   zoneBases,
   type GuestConfig,
 } from '@ebb/guest-kernel';
-import { BalloonDevice, BlockDevice, type DevicePort, type TaskBody, type Vm } from '@ebb/host-kvm';
-import { gfn, NS_PER_MS, NS_PER_S, VmKilled } from '@ebb/machine';
+import {
+  BalloonDevice,
+  BlockDevice,
+  MemoryDevice,
+  type DevicePort,
+  type MemoryProfile,
+  type TaskBody,
+  type Vm,
+} from '@ebb/host-kvm';
+import { gfn, NS_PER_MS, NS_PER_S, PAGE_SIZE, VmKilled } from '@ebb/machine';
 import {
   VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
   VIRTIO_BALLOON_F_FREE_PAGE_HINT,
@@ -24,11 +36,22 @@ import {
 } from '@ebb/virtio/uapi';
 import * as fc from 'fast-check';
 import { attachDevice } from '../attach-device.ts';
-import { allocatedPages, auditGuest, balloonPages } from '../guest-audit.ts';
+import {
+  addedBlocks,
+  allocatedPages,
+  auditGuest,
+  balloonPages,
+  pageInUse,
+  pagesInUseWithin,
+} from '../guest-audit.ts';
 import type { HostLab, LabShape, VcpuLab } from '../lab.ts';
 import type { FuzzProgram, Op, Property, Verdict } from '../property.ts';
 
 const PAGES = 1024;
+/** Pages of a memory device's region, of a memory block, and of a sub-block. */
+const REGION_PAGES = 2048;
+const SECTION = 1024;
+const SUB_BLOCK = 512;
 /** Pages of each vCPU's one file. */
 const FILE_PAGES = 6;
 /** The last of them is written and dropped from the cache, never read: what it holds is nobody's promise. */
@@ -39,6 +62,8 @@ const FREE_AT_START = 100;
 interface GuestKind {
   readonly features: readonly number[] | null;
   readonly disk: boolean;
+  /** A memory device whose region follows boot memory. */
+  readonly memory?: MemoryProfile;
   readonly reportingOrder: number;
   readonly cpu: readonly string[];
   readonly host: readonly string[];
@@ -59,16 +84,24 @@ function config(kind: GuestKind, vcpus: number): GuestConfig {
   return {
     e820: [{ start: 0, end: PAGES }],
     nodes: [{ start: 0, end: PAGES }],
-    maxPfn: PAGES,
+    maxPfn: pagesOf(kind),
+    ...(kind.memory === undefined
+      ? {}
+      : { hotplug: { ...LINUX_HOTPLUG, devices: 1, sectionPages: SECTION } }),
     nrCpus: vcpus,
     cpuNode: new Array<number>(vcpus).fill(0),
-    initOnAlloc: true,
+    // A range that is unplugged would be zeroed page by page: thousands of points that no fault hides behind.
+    initOnAlloc: kind.memory === undefined,
     pagePoison: false,
     balloon: kind.features !== null,
     reportingOrder: kind.reportingOrder,
     blk: kind.disk,
     blocks: { kind: 'linear', pagesPerFile: FILE_PAGES },
   };
+}
+
+function pagesOf(kind: GuestKind): number {
+  return kind.memory === undefined ? PAGES : PAGES + REGION_PAGES;
 }
 
 // ── Host ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -89,6 +122,7 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
     });
     attachDevice(lab, vm, LINE_BALLOON, balloon);
   }
+  const memory = kind.memory === undefined ? null : attachMemory(lab, vm, port, kind.memory);
   const disk = new Uint8Array(lab.shape.vcpus * FILE_PAGES * 4096);
   if (kind.disk) {
     const storage = {
@@ -100,30 +134,75 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
     attachDevice(lab, vm, LINE_BLK, new BlockDevice(storage, port));
   }
   lab.model[COMMANDS] = program.host.length;
-  program.host.forEach((op, i) => lab.spawn(`${op.op} ${i}`, hostTask(vm, balloon, op, lab.model)));
+  program.host.forEach((op, i) => lab.spawn(`${op.op} ${i}`, hostTask(vm, balloon, memory, op, lab.model)));
   return () => {
     const found: string[] = [];
     if (lab.model[0] === 0) return found;
-    const arena = new Arena(lab.arena(0), PAGES);
+    const arena = new Arena(lab.arena(0), pagesOf(kind));
     found.push(...auditGuest(arena, lab.shape.vcpus));
     let expected = lab.model[ALLOCATED_AT_START] + filePages(arena);
     for (let cpu = 0; cpu < lab.shape.vcpus; cpu++) expected += lab.model[HELD_AT_END + cpu];
+    if (memory !== null) expected += addedBlocks(arena, SECTION) * (SECTION / 64);
     const allocated = allocatedPages(arena);
     if (allocated !== expected)
       found.push(`leak: ${allocated} pages are allocated, their owners know of ${expected} (I19)`);
     if (balloon !== null) found.push(...balloonVerdict(arena, balloon));
+    if (memory !== null) found.push(...memoryVerdict(arena, memory));
     if (kind.disk) found.push(...diskVerdict(lab, disk));
     return found;
   };
 }
 
-function* hostTask(vm: Vm, balloon: BalloonDevice | null, op: Op, model: Int32Array): TaskBody {
+/** A memory device behind boot memory. What it takes away must be nobody's in the guest (I20). */
+function attachMemory(lab: HostLab, vm: Vm, port: DevicePort, profile: MemoryProfile): MemoryDevice {
+  const arena = new Arena(lab.arena(0), PAGES + REGION_PAGES);
+  const device = new MemoryDevice({
+    port,
+    id: 'vm0',
+    addr: PAGES * PAGE_SIZE,
+    regionBytes: REGION_PAGES * PAGE_SIZE,
+    blockBytes: SUB_BLOCK * PAGE_SIZE,
+    node: 0,
+    requestedBytes: 0,
+    profile,
+    region: {
+      pageBytes: PAGE_SIZE,
+      discard: (first, count) => {
+        const user = pageInUse(arena, first, count);
+        if (user >= 0)
+          lab.found.push(`unplugged: page ${user} goes while the guest has it on a list or in use (I20)`);
+        return vm.discard(Int32Array.of(first, count), 1);
+      },
+      unmap: (first, count) => vm.unmap(first, count),
+    },
+  });
+  vm.addGate(device);
+  attachDevice(lab, vm, LINE_MEM, device);
+  return device;
+}
+
+function* hostTask(
+  vm: Vm,
+  balloon: BalloonDevice | null,
+  memory: MemoryDevice | null,
+  op: Op,
+  model: Int32Array,
+): TaskBody {
   // Commands arrive while the guest is busy, not before.
   if (model[OPS_DONE] < op.b) yield () => model[OPS_DONE] >= op.b;
   model[COMMANDS]--;
   switch (op.op) {
     case 'target':
       balloon?.setTarget((PAGES - (op.a % 48) * 8) * 4096);
+      break;
+    case 'resize':
+      memory?.setRequested((op.a % (REGION_PAGES / SUB_BLOCK + 1)) * SUB_BLOCK * PAGE_SIZE);
+      break;
+    case 'busy':
+      if (memory === null) break;
+      memory.busy = true;
+      for (let i = 0; i < 10; i++) yield undefined;
+      memory.busy = false;
       break;
     case 'stats':
       balloon?.requestStats();
@@ -134,9 +213,34 @@ function* hostTask(vm: Vm, balloon: BalloonDevice | null, op: Op, model: Int32Ar
       balloon.stopHinting();
       break;
     case 'interrupt':
-      vm.interrupt(op.a & 1);
+      vm.interrupt(op.a % 3);
       break;
   }
+}
+
+/** Both books of the region agree, and the size is reached, or the guest has said why not (I20, I24). */
+function memoryVerdict(arena: Arena, device: MemoryDevice): string[] {
+  const found: string[] = [];
+  for (let b = 0; b < REGION_PAGES / SUB_BLOCK; b++) {
+    const bit = (PAGES + b * SUB_BLOCK) >>> PLUGGED_SHIFT;
+    const guest = ((arena.w[arena.layout.plugged + (bit >>> 5)] >>> (bit & 31)) & 1) !== 0;
+    if (guest !== device.plugged.has(b))
+      found.push(
+        `plugged: block ${b} is ${guest ? '' : 'not '}plugged for the driver, the device differs (I20)`,
+      );
+  }
+  const used = pagesInUseWithin(arena, PAGES, REGION_PAGES, (pfn) =>
+    device.plugged.has(Math.floor((pfn - PAGES) / SUB_BLOCK)),
+  );
+  if (used >= 0) found.push(`unplugged: page ${used} is in use, its block is not plugged (I20)`);
+  if (device.pluggedBytes !== device.plugged.count() * device.blockBytes)
+    found.push(`plugged_size ${device.pluggedBytes} is not ${device.plugged.count()} blocks`);
+  const last = memoryOutcome(arena, 0);
+  if (device.pluggedBytes !== device.requestedBytes && last === 'ok')
+    found.push(
+      `liveness: ${device.pluggedBytes} bytes are plugged of ${device.requestedBytes}, and the driver is content (I24)`,
+    );
+  return found;
 }
 
 /** Liveness: the balloon has reached its target, or has no page it could take. */
@@ -279,7 +383,7 @@ class GuestRun {
     for (let i = 0; i < 1 << order; i++) {
       // `init_on_alloc`: nobody sees what was there before.
       const before = this.#kernel.vcpu.load32(gfn(pfn + i), 5);
-      if (before !== 0)
+      if (before !== 0 && this.#kernel.config.initOnAlloc)
         this.#complain(`fresh page ${pfn + i} holds 0x${(before >>> 0).toString(16)}, not zero (I2)`);
       this.#kernel.vcpu.store32(gfn(pfn + i), 5, value);
     }
@@ -363,6 +467,11 @@ class GuestRun {
       this.#kernel.vcpu.beginSection();
       this.#kernel.vcpu.port.relax();
     }
+    // A retry that waits 50 s has its turn, too.
+    if (this.#kernel.parts.mem.length > 0) {
+      this.#kernel.vcpu.clock += 60 * NS_PER_S;
+      this.due();
+    }
     for (let i = 0; i < 12; i++) {
       // Blocks used and freed again are to be reported again.
       if (reporting && i < 4) {
@@ -429,7 +538,7 @@ function guestProperty(
   kind: GuestKind,
   hostPages: number = PAGES + 128,
 ): Property {
-  const shape: LabShape = { hostPages, ramPages: PAGES, vms: 1, vcpus: 2, huge: 'never' };
+  const shape: LabShape = { hostPages, ramPages: pagesOf(kind), vms: 1, vcpus: 2, huge: 'never' };
   return {
     name,
     about,
@@ -507,4 +616,47 @@ export const cache: Property = guestProperty(
     ],
     host: ['interrupt'],
   },
+);
+
+const REGION_CPU_OPS = [
+  'alloc',
+  'alloc',
+  'free',
+  'free',
+  'verify',
+  'many',
+  'free-many',
+  'time',
+  'slice',
+  'drain',
+];
+
+export const memoryDevice: Property = guestProperty(
+  'memory-device',
+  'a host that resizes a region while two vCPUs allocate from it: plug, unplug, isolation and busy answers',
+  'I9 I15 I20 I24 H5-H8 H16',
+  {
+    features: null,
+    disk: false,
+    memory: 'rfc-write-protect',
+    reportingOrder: 9,
+    cpu: REGION_CPU_OPS,
+    host: ['resize', 'resize', 'resize', 'busy', 'interrupt'],
+  },
+  PAGES + REGION_PAGES + 128,
+);
+
+export const migration: Property = guestProperty(
+  'migration',
+  'cached pages move out of a region that shrinks, while both vCPUs read and write their files',
+  'I15 I20 I22 H16',
+  {
+    features: null,
+    disk: true,
+    memory: 'qemu',
+    reportingOrder: 9,
+    cpu: ['write', 'write', 'read', 'read', 'peek', 'peek', 'drop', 'sync', 'time', 'slice'],
+    host: ['resize', 'resize', 'resize', 'resize', 'interrupt'],
+  },
+  PAGES + REGION_PAGES + 128,
 );
