@@ -7,6 +7,7 @@ import { BALLOON_FAULTS } from './faults/balloon.ts';
 import { CACHE_FAULTS } from './faults/cache.ts';
 import { HOST_FAULTS } from './faults/host.ts';
 import { LOCKS_FAULTS } from './faults/locks.ts';
+import { MEMORY_DEVICE_FAULTS } from './faults/memory-device.ts';
 import { QUEUES_FAULTS } from './faults/queues.ts';
 import { VCPU_FAULTS } from './faults/vcpu.ts';
 import type { Equivalent, Mutant } from './mutant.ts';
@@ -19,6 +20,7 @@ export const MUTANTS: readonly Mutant[] = [
   ...BALLOON_FAULTS,
   ...CACHE_FAULTS,
   ...QUEUES_FAULTS,
+  ...MEMORY_DEVICE_FAULTS,
 ];
 
 export const EQUIVALENT: readonly Equivalent[] = [

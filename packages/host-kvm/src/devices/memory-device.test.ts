@@ -436,6 +436,9 @@ describe('what a guest can do with unplugged memory', () => {
     vcpu.enterGuest();
     vcpu.store32(page, 5, 0x4444);
     expect(vcpu.load32(page, 5)).toBe(0x4444);
+    expect(framesBehind(b, 1)).toBeGreaterThan(0);
+    // What was stored is nobody else's zero.
+    expect(vcpu.load32(gfn(at(2) / PAGE_SIZE), 5)).toBe(0);
   });
 
   test('inaccessible: nothing is there, for vCPUs and devices; the refusals are counted', () => {

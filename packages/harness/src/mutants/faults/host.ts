@@ -159,8 +159,8 @@ export const HOST_FAULTS: readonly Mutant[] = [
   fault(
     'slot-removed-before-flush',
     VM,
-    'if (this.mmu.zapRange(old.baseGfn, old.nrPages) > 0) yield* this.#flushAll();',
-    'this.mmu.zapRange(old.baseGfn, old.nrPages);',
+    'if (this.mmu.zapRange(gfn, count) > 0) yield* this.#flushAll();',
+    'this.mmu.zapRange(gfn, count);',
     'I11: a slot goes while TLBs reach it',
     props('slots'),
   ),

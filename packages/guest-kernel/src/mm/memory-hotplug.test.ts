@@ -1,0 +1,164 @@
+/** Taking memory out of use and back: isolation, counts, and what must not move. */
+import { expect, test } from 'vitest';
+import { gfn } from '@ebb/machine';
+import { LINUX_HOTPLUG } from '../boot.ts';
+import { H_TOTAL_PAGES } from '../layout.ts';
+import { GuestKernel } from '../kernel.ts';
+import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
+import { MemoryHotplug } from './memory-hotplug.ts';
+import { P_FLAGS, PG_BUDDY, PG_OFFLINE, PG_UPTODATE } from './page.ts';
+import { MIGRATE_ISOLATE, MIGRATE_MOVABLE, Z_FREE, Z_MANAGED } from './zone.ts';
+
+/** A pageblock in the upper half of RAM, all of it free. */
+const BLOCK = 8192 + 512;
+const PAGES = 512;
+
+interface World extends TestGuest {
+  readonly kernel: GuestKernel;
+  readonly hotplug: MemoryHotplug;
+  readonly zone: number;
+  flags(pfn: number): number;
+  count(word: number): number;
+}
+
+function world(): World {
+  const guest = testGuest(guestConfig(SMALL));
+  const [kernel] = guest.kernels;
+  kernel.enter();
+  const { buddy, pcp, alloc, cache, zones } = kernel.parts;
+  const config = { ...LINUX_HOTPLUG, devices: 0, sectionPages: 1024, adopts: 'in-place' as const };
+  const hotplug = new MemoryHotplug(
+    guest.arena,
+    guest.vcpus[0],
+    buddy,
+    pcp,
+    alloc,
+    cache,
+    zones,
+    config,
+    1,
+    true,
+  );
+  // DMA32: all above 16 MiB.
+  const [, zone] = zones;
+  hotplug.adopt(8192);
+  return {
+    ...guest,
+    kernel,
+    hotplug,
+    zone,
+    flags: (pfn) => guest.arena.w[guest.arena.memmap + (pfn << 4) + P_FLAGS],
+    count: (word) => guest.arena.w[zone + word],
+  };
+}
+
+/** Free pages as the lists have them, isolated ones left out. */
+function listed(w: World): number {
+  let free = 0;
+  for (let pfn = 4096; pfn < w.arena.maxPfn; pfn++) {
+    const page = w.arena.memmap + (pfn << 4);
+    if ((w.arena.w[page + P_FLAGS] & PG_BUDDY) === 0) continue;
+    const order = w.arena.w[page + 1];
+    if (w.kernel.parts.buddy.pageblockType(pfn) !== MIGRATE_ISOLATE) free += 1 << order;
+    pfn += (1 << order) - 1;
+  }
+  return free;
+}
+
+test('what is taken out of use is nobody’s, counts nowhere, and comes back whole', () => {
+  const w = world();
+  const free = w.count(Z_FREE);
+  const managed = w.count(Z_MANAGED);
+  const total = w.arena.w[H_TOTAL_PAGES];
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  expect(w.count(Z_FREE)).toBe(free - PAGES);
+  expect(w.count(Z_MANAGED)).toBe(managed - PAGES);
+  expect(w.arena.w[H_TOTAL_PAGES]).toBe(total - PAGES);
+  for (let pfn = BLOCK; pfn < BLOCK + PAGES; pfn++) expect(w.flags(pfn)).toBe(PG_OFFLINE);
+  expect(listed(w)).toBe(w.count(Z_FREE));
+  w.hotplug.fakeOnline(BLOCK, PAGES);
+  expect(w.count(Z_FREE)).toBe(free);
+  expect(w.count(Z_MANAGED)).toBe(managed);
+  expect(listed(w)).toBe(free);
+  expect(w.log.total).toBe(0);
+});
+
+test('a range with a page in use that cannot move stays as it was', () => {
+  const w = world();
+  expect(w.kernel.parts.alloc.allocExactly(BLOCK + 77)).toBe(true);
+  const free = w.count(Z_FREE);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(false);
+  expect(w.count(Z_FREE)).toBe(free);
+  expect(w.kernel.parts.buddy.pageblockType(BLOCK)).toBe(MIGRATE_MOVABLE);
+  w.kernel.parts.alloc.free(BLOCK + 77, 0);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  expect(w.log.total).toBe(0);
+});
+
+test('a page that is freed into an isolated pageblock is not free before isolation ends', () => {
+  const w = world();
+  const { alloc, buddy, pcp } = w.kernel.parts;
+  expect(alloc.allocExactly(BLOCK + 5)).toBe(true);
+  const before = w.count(Z_FREE);
+  buddy.lock(w.zone);
+  buddy.isolatePageblock(w.zone, BLOCK);
+  buddy.unlock(w.zone);
+  expect(w.count(Z_FREE)).toBe(before - (PAGES - 1));
+  expect(listed(w)).toBe(w.count(Z_FREE));
+  buddy.lock(w.zone);
+  expect(buddy.takeIsolated(w.zone, BLOCK, PAGES)).toBe(false);
+  buddy.unlock(w.zone);
+  alloc.free(BLOCK + 5, 0);
+  pcp.drain(0);
+  expect(w.count(Z_FREE)).toBe(before - (PAGES - 1));
+  buddy.lock(w.zone);
+  buddy.unisolatePageblock(w.zone, BLOCK, MIGRATE_MOVABLE);
+  buddy.unlock(w.zone);
+  expect(buddy.pageblockType(BLOCK)).toBe(MIGRATE_MOVABLE);
+  expect(w.count(Z_FREE)).toBe(before + 1);
+  expect(listed(w)).toBe(before + 1);
+});
+
+test('taking memory out of use zeroes it: most of what unplugging costs', () => {
+  const w = world();
+  w.vcpus[0].store32(gfn(BLOCK + 9), 3, 0x5ec3e7);
+  const began = w.vcpus[0].clock;
+  w.hotplug.fakeOffline(BLOCK, PAGES);
+  expect(w.vcpus[0].load32(gfn(BLOCK + 9), 3)).toBe(0);
+  expect(w.vcpus[0].clock - began).toBeGreaterThanOrEqual(PAGES * w.vcpus[0].costs.guestZeroPageNs);
+});
+
+test('a cached page moves only while nobody but the cache holds it (I22)', () => {
+  const w = world();
+  const { alloc, cache } = w.kernel.parts;
+  const page = alloc.alloc(0, MIGRATE_MOVABLE, 2);
+  alloc.unstamp(page);
+  w.vcpus[0].store32(gfn(page), 11, 0x60_0d);
+  expect(cache.add(page, 7, 3, PG_UPTODATE)).toBe(true);
+  const to = alloc.alloc(0, MIGRATE_MOVABLE, 2);
+  expect(cache.lookup(7, 3)).toBe(page);
+  expect(cache.migrate(page, to)).toBe(false);
+  alloc.put(page);
+  expect(cache.migrate(page, to)).toBe(true);
+  expect(cache.lookup(7, 3)).toBe(to);
+  expect(w.vcpus[0].load32(gfn(to), 11)).toBe(0x60_0d);
+  expect(w.log.total).toBe(0);
+});
+
+test('a kernel boots over a cleared arena as over a fresh one', () => {
+  const guest = testGuest(guestConfig(SMALL));
+  const { w } = guest.arena;
+  const first = Array.from(w.subarray(0, 16));
+  const [kernel] = guest.kernels;
+  kernel.enter();
+  for (let i = 0; i < 50; i++) kernel.parts.alloc.alloc(i % 3, MIGRATE_MOVABLE, 2);
+  kernel.leave();
+  guest.arena.clear();
+  const second = new GuestKernel(kernel.config, w.buffer as SharedArrayBuffer, guest.vcpus[0]);
+  guest.vcpus[0].enterGuest();
+  second.boot();
+  expect(Array.from(w.subarray(0, 16))).toEqual(first);
+  expect(second.parts.zones.map((z) => [w[z + Z_FREE], w[z + Z_MANAGED]])).toEqual(
+    kernel.parts.zones.map((z) => [w[z + Z_MANAGED], w[z + Z_MANAGED]]),
+  );
+});

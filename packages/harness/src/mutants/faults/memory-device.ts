@@ -1,0 +1,318 @@
+/** Seeded faults. Memory that comes and goes: device, driver, hotplug, monitors. */
+import { fault, props, test, type Mutant } from '../mutant.ts';
+
+const DEVICE = 'packages/host-kvm/src/devices/memory-device.ts';
+const VM = 'packages/host-kvm/src/kvm/vm.ts';
+const VM_MEMORY = 'packages/host-kvm/src/kvm/vm-memory.ts';
+const DRIVER = 'packages/guest-kernel/src/drivers/virtio-mem.ts';
+const HOTPLUG = 'packages/guest-kernel/src/mm/memory-hotplug.ts';
+const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
+const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
+const ARENA = 'packages/guest-kernel/src/arena.ts';
+const EVENTS = 'packages/host-kvm/src/vmm/monitor/events.ts';
+const QMP = 'packages/host-kvm/src/vmm/monitor/qmp.ts';
+const QOM = 'packages/host-kvm/src/vmm/monitor/qom.ts';
+
+const DEVICE_TEST = test('host-kvm/src/devices/memory-device.test.ts');
+const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
+const FIDELITY = test('harness/src/memory-device/fidelity.test.ts');
+const SESSION = test('harness/src/vm/vm.test.ts');
+const MONITOR = test('host-kvm/src/vmm/monitor/monitor.test.ts');
+
+export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
+  // ── Device ──
+  fault(
+    'plug-beyond-request',
+    DEVICE,
+    '    if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;\n',
+    '',
+    'QEMU: a plug beyond the requested size is a NACK',
+    DEVICE_TEST,
+  ),
+  fault(
+    'plug-what-is-plugged',
+    DEVICE,
+    '    if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_UNPLUGGED) return VIRTIO_MEM_RESP_ERROR;\n',
+    '',
+    '5.15.6.2: a block that is plugged already',
+    DEVICE_TEST,
+  ),
+  fault(
+    'unplug-what-is-not',
+    DEVICE,
+    '    if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED) return VIRTIO_MEM_RESP_ERROR;\n',
+    '',
+    '5.15.6.4: a block that is unplugged already',
+    DEVICE_TEST,
+  ),
+  fault(
+    'region-end-open',
+    DEVICE,
+    '      addr >= this.addr &&\n      addr + nrBlocks * this.blockBytes <= this.addr + this.usableBytes\n',
+    '      addr >= this.addr\n',
+    '5.15.6.2: blocks outside the usable region (H7)',
+    DEVICE_TEST,
+  ),
+  fault(
+    'unplug-keeps-frames',
+    DEVICE,
+    '    yield* this.#discard(addr, pages);\n    close();\n',
+    '    close();\n',
+    'H10: unplugged memory costs the host nothing',
+    DEVICE_TEST,
+  ),
+  fault(
+    'size-not-told',
+    DEVICE,
+    '    this.#size = bytes;\n    this.#onSize(bytes);\n',
+    '    this.#onSize(bytes);\n',
+    'plugged_size = population × block size, always',
+    DEVICE_TEST,
+  ),
+  fault(
+    'device-reset-unplugs',
+    DEVICE,
+    '  reset(): void {\n    this.#queue = null;\n',
+    '  reset(): void {\n    this.plugged.clear();\n    this.#size = 0;\n    this.#queue = null;\n',
+    'I10: a device reset changes no block',
+    DEVICE_TEST,
+  ),
+  fault(
+    'usable-shrinks',
+    DEVICE,
+    '    if (wanted < this.usableBytes && !mayShrink) return;\n',
+    '',
+    '5.15.4.2: the usable region shrinks only by UNPLUG ALL and reset',
+    DEVICE_TEST,
+  ),
+  fault(
+    'resize-untold',
+    DEVICE,
+    '    this.#resizeUsable(false);\n    this.#host?.configChanged();\n  }\n',
+    '    this.#resizeUsable(false);\n  }\n',
+    '5.15.4.2: a configuration update notification',
+    DEVICE_TEST,
+  ),
+  fault(
+    'busy-plugs',
+    DEVICE,
+    '    if (this.busy) return VIRTIO_MEM_RESP_BUSY;\n',
+    '',
+    'a plug while a migration runs',
+    DEVICE_TEST,
+  ),
+  fault(
+    'plug-keeps-zeros',
+    DEVICE,
+    "    else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, nrBlocks * pages);\n",
+    '',
+    'H11: the page of zeros stays mapped where memory has come',
+    DEVICE_TEST,
+  ),
+  fault(
+    'reset-leaves-holes',
+    DEVICE,
+    '    for (let b = 0; b < blocks; b++) this.plugged.add(b);\n    this.#sizeIs',
+    '    for (let b = 0; b < blocks; b++) this.plugged.add(2 * b);\n    this.#sizeIs',
+    'I10: no holes after a system reset (H9)',
+    DEVICE_TEST,
+  ),
+  fault(
+    'zeros-writable',
+    VM,
+    'const writable = (slot.flags & KVM_MEM_READONLY) === 0 && !zeros;',
+    'const writable = (slot.flags & KVM_MEM_READONLY) === 0;',
+    'H12: the shared page of zeros is written to',
+    DEVICE_TEST,
+  ),
+  fault(
+    'gate-open',
+    VM,
+    "const verdict = this.#gates.length === 0 ? 'memory' : this.#verdict(gfn, write);",
+    "const verdict = this.#gates.length >= 0 ? 'memory' : this.#verdict(gfn, write);",
+    'I2: a profile that promises and does not keep',
+    DEVICE_TEST,
+  ),
+  fault(
+    'dma-into-unplugged',
+    VM_MEMORY,
+    "    if (verdict === 'zeros' || verdict === 'nothing') return false;\n",
+    '',
+    '5.15.6: no DMA to unplugged memory',
+    DEVICE_TEST,
+  ),
+
+  // ── Driver ──
+  fault(
+    'unplug-in-use',
+    DRIVER,
+    "    if (online && !this.#hotplug.fakeOffline(pfn, pages)) return 'EBUSY';\n",
+    '',
+    'I20: memory is unplugged while it is on the free lists',
+    props('memory-device'),
+  ),
+  fault(
+    'bits-not-cleared',
+    DRIVER,
+    'if (type < VIRTIO_MEM_REQ_UNPLUG_ALL) this.#setPlugged(pfn, pages, type === VIRTIO_MEM_REQ_PLUG);',
+    'if (type === VIRTIO_MEM_REQ_PLUG) this.#setPlugged(pfn, pages, true);',
+    'the driver forgets what it unplugged',
+    props('memory-device'),
+  ),
+  fault(
+    'no-retry',
+    DRIVER,
+    "      case 'ETXTBSY':\n      case 'ENOMEM':\n        this.#armRetry();",
+    "      case 'ETXTBSY':\n      case 'ENOMEM':",
+    'BUSY is never tried again (I24)',
+    FIDELITY,
+  ),
+  fault(
+    'retry-too-soon',
+    DRIVER,
+    'export const RETRY_MIN_MS = 50_000;',
+    'export const RETRY_MIN_MS = 5_000;',
+    'the retry timer of Linux: 50 s',
+    FIDELITY,
+  ),
+  fault(
+    'new-before-holes',
+    DRIVER,
+    'const PLUG_ORDER = [KERNEL_PARTIAL, MOVABLE_PARTIAL, OFFLINE_PARTIAL] as const;',
+    'const PLUG_ORDER = [OFFLINE_PARTIAL] as const;',
+    'H8: replug before growth',
+    FIDELITY,
+  ),
+  fault(
+    'unplug-from-the-bottom',
+    DRIVER,
+    '      for (let b = w[this.#base + M_NEXT] - 1; b >= this.#firstBlock && left > 0; b--) {\n        if (this.#state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
+    '      for (let b = this.#firstBlock; b < w[this.#base + M_NEXT] && left > 0; b++) {\n        if (this.#state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
+    "Linux's order: from the highest block",
+    FIDELITY,
+  ),
+  fault(
+    'holes-one-by-one',
+    DRIVER,
+    '      while (pages < left * sub && pfn + pages < end && !this.isPlugged(pfn + pages)) pages += sub;',
+    '      pages = sub;',
+    "Linux's order: one request per run of holes",
+    FIDELITY,
+  ),
+  fault(
+    'never-whole-blocks',
+    DRIVER,
+    '    if (left >= all && this.#pluggedIn(block) === all) {',
+    '    if (left > all * 1000) {',
+    "Linux's order: a full block whole first",
+    FIDELITY,
+  ),
+
+  // ── Hotplug ──
+  fault(
+    'memmap-leaks',
+    HOTPLUG,
+    '    this.#freeMemmap(w[record + S_MEMMAP]);\n    w[this.#events + EV.memory_removed]++;',
+    '    w[this.#events + EV.memory_removed]++;',
+    'H31: the memmap of a removed block is free again',
+    props('memory-device'),
+  ),
+  fault(
+    'isolated-counts-free',
+    BUDDY,
+    '    if (migratetype !== MIGRATE_ISOLATE) w[zone + Z_FREE] += 1 << order;',
+    '    w[zone + Z_FREE] += 1 << order;',
+    'I19: pages under isolation count as free',
+    HOTPLUG_TEST,
+  ),
+  fault(
+    'take-what-is-not-free',
+    BUDDY,
+    '      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) return false;\n      p += 1 << w[page + P_ORDER];',
+    '      p += 1 << w[page + P_ORDER];',
+    'I20: pages are taken that somebody allocated meanwhile',
+    HOTPLUG_TEST,
+  ),
+  fault(
+    'unisolate-forgets-type',
+    BUDDY,
+    '    this.setPageblockType(block, migratetype);\n    for (let p = block;',
+    '    for (let p = block;',
+    'I19: a pageblock stays isolated for ever',
+    HOTPLUG_TEST,
+  ),
+  fault(
+    'isolate-without-lock',
+    HOTPLUG,
+    '    this.#buddy.lock(zone);\n    for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.isolatePageblock(zone, p);\n    this.#buddy.unlock(zone);\n',
+    '    for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.isolatePageblock(zone, p);\n',
+    'the zone lock around isolation',
+    props('memory-device'),
+  ),
+  fault(
+    'managed-not-reduced',
+    HOTPLUG,
+    '        w[zone + Z_MANAGED] -= count;\n',
+    '',
+    'I19: counters of a zone that lost memory',
+    HOTPLUG_TEST,
+  ),
+  fault(
+    'migrate-without-content',
+    CACHE,
+    '    this.#copy(from, to);\n    const flags',
+    '    const flags',
+    'I22: a page moves and its content stays',
+    props('migration'),
+  ),
+  fault(
+    'migrate-forgets-dirty',
+    CACHE,
+    'const flags = w[page + P_FLAGS] & (PG_DIRTY | PG_UPTODATE | PG_REFERENCED);',
+    'const flags = w[page + P_FLAGS] & (PG_UPTODATE | PG_REFERENCED);',
+    'I22: a dirty page moves and is never written back',
+    props('migration'),
+  ),
+  fault(
+    'migrate-while-used',
+    CACHE,
+    '      Atomics.compareExchange(w, page + P_REF, 1, 0) !== 1\n',
+    '      Atomics.load(w, page + P_REF) === 0\n',
+    'I22: a page moves under somebody who writes to it',
+    HOTPLUG_TEST,
+  ),
+  fault(
+    'reset-keeps-arena',
+    ARENA,
+    '    w.fill(0, 0, this.memmap + last * PAGE_STRUCT_WORDS);\n',
+    '    w.fill(0, 0, last > 0 ? 1 : 0);\n',
+    'a kernel boots over the books of the one before',
+    HOTPLUG_TEST,
+  ),
+
+  // ── Monitors ──
+  fault(
+    'events-not-limited',
+    EVENTS,
+    '    if (now - limited.sentAt < RATE_NS) {',
+    '    if (now < limited.sentAt) {',
+    'MEMORY_DEVICE_SIZE_CHANGE at most once a second',
+    MONITOR,
+  ),
+  fault(
+    'commands-before-capabilities',
+    QMP,
+    '    if (!this.negotiated)\n',
+    '    if (!this.negotiated && name.length === 0)\n',
+    'QMP: nothing before qmp_capabilities',
+    SESSION,
+  ),
+  fault(
+    'size-unjudged',
+    QOM,
+    "          if (why === '') device.setRequested(value);",
+    '          device.setRequested(value);',
+    'a refused size changes nothing',
+    SESSION,
+  ),
+];
