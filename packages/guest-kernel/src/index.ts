@@ -16,6 +16,7 @@ export * from './mm/page-alloc.ts';
 export * from './mm/page-cache.ts';
 export * from './mm/page.ts';
 export * from './mm/per-cpu-pages.ts';
+export * from './mm/process.ts';
 export * from './mm/reclaim.ts';
 export * from './mm/zone.ts';
 export * from './procfs.ts';

@@ -21,6 +21,7 @@ import { P_FLAGS, P_INODE, PG_CACHED } from './mm/page.ts';
 import { PageAllocator } from './mm/page-alloc.ts';
 import { PageCache, type BlockMap } from './mm/page-cache.ts';
 import { PerCpuPages } from './mm/per-cpu-pages.ts';
+import { Processes } from './mm/process.ts';
 import { Reclaim } from './mm/reclaim.ts';
 import { EV, eventRow } from './mm/events.ts';
 import { MIGRATE_UNMOVABLE, PAGEBLOCK_ORDER, Z_NODE } from './mm/zone.ts';
@@ -83,7 +84,13 @@ export class GuestKernel {
     const buddy = new Buddy(arena, vcpu);
     const pcp = new PerCpuPages(arena, buddy, vcpu, zones);
     const alloc = new PageAllocator(arena, vcpu, buddy, pcp, zones, config);
-    const inWait = (): void => pcp.serveDrainRequest();
+    const processes = new Processes(arena, vcpu, alloc, config.nrCpus, config.initOnAlloc, () =>
+      pcp.serveDrainRequest(),
+    );
+    const inWait = (): void => {
+      pcp.serveDrainRequest();
+      processes.shootdown.serve();
+    };
     const blk = new BlkDriver(arena, vcpu, inWait);
     const lru = new Lru(arena, vcpu);
     const cache = new PageCache(arena, vcpu, lru, alloc, zones, blk, blockMap(config));
@@ -107,6 +114,7 @@ export class GuestKernel {
         pcp,
         alloc,
         cache,
+        processes,
         zones,
         config.hotplug,
         config.nrCpus,
@@ -139,6 +147,7 @@ export class GuestKernel {
       balloon,
       reporting,
       mem,
+      processes,
       kswapdNodes: nodes,
     };
   }
@@ -147,6 +156,8 @@ export class GuestKernel {
   enter(): void {
     this.vcpu.enterGuest();
     this.parts.pcp.enter();
+    // What was asked while it was away: before any translation is used.
+    this.parts.processes.shootdown.serve();
   }
 
   /** Ends a slice. */
@@ -160,6 +171,7 @@ export class GuestKernel {
     const { balloon, reporting, reclaim, pcp, mem, kswapdNodes } = this.parts;
     const { vcpu } = this;
     pcp.serveDrainRequest();
+    this.parts.processes.shootdown.serve();
     const lines = vcpu.takeInterrupts();
     if (vcpu.id === 0) {
       if ((lines & (1 << LINE_BALLOON)) !== 0 || balloon.guest.interruptTaken) {
@@ -226,6 +238,7 @@ interface Parts {
   readonly reporting: PageReporting;
   /** One per memory device; they work on vCPU 0. */
   readonly mem: readonly VirtioMemDriver[];
+  readonly processes: Processes;
   /** Nodes whose kswapd runs on this vCPU. */
   readonly kswapdNodes: readonly number[];
 }

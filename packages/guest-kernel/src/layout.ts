@@ -31,6 +31,8 @@ export const H_NR_WRITEBACK = 19;
 /** Sleeping mutexes: may be held across a device wait. Order: balloon before blk; both before every spin lock. */
 export const H_BALLOON_MUTEX = 32;
 export const H_BLK_MUTEX = 48;
+/** Reverse maps of processes' pages: taken before every page-table lock. */
+export const H_RMAP_LOCK = 80;
 /** Pages the kernel gave away at boot: reserved, never free. */
 export const H_RESERVED_PAGES = 64;
 
@@ -62,8 +64,15 @@ export const MAX_MEM_DEVICES = 4;
 export const MEM_THREAD_WORDS = 64;
 export const T_MEM: number = T_BALLOON + 5 * THREAD_WORDS;
 
+// ── Processes, and what vCPUs ask of each other's TLBs ───────────────────────────────────────────────────────────
+export const MAX_PROCESSES = 16;
+export const PROCESS_WORDS = 32;
+export const PROCESS_BASE: number = T_MEM + MAX_MEM_DEVICES * MEM_THREAD_WORDS;
+export const SHOOTDOWN_WORDS = 32;
+export const SHOOTDOWN_BASE: number = PROCESS_BASE + MAX_PROCESSES * PROCESS_WORDS;
+
 // ── Event counters per CPU, each written by its CPU only ─────────────────────────────────────────────────────────
-export const EVENTS_BASE: number = T_MEM + MAX_MEM_DEVICES * MEM_THREAD_WORDS;
+export const EVENTS_BASE: number = SHOOTDOWN_BASE + MAX_CPUS * SHOOTDOWN_WORDS;
 export const EVENTS_WORDS = 64;
 
 // ── Queues ───────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,7 @@ export * from './doorbell.ts';
 export * from './ept.ts';
 export * from './exit-port.ts';
 export * from './guest-memory.ts';
+export * from './guest-mmu.ts';
 export * from './host-memory.ts';
 export * from './layout.ts';
 export * from './ledger.ts';

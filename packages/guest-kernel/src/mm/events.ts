@@ -40,6 +40,10 @@ export const EVENT_NAMES = [
   'pgmigrate_success',
   'pgmigrate_fail',
   'mem_requests',
+  'pgfault',
+  'cow',
+  'fork',
+  'tlb_shootdown',
 ] as const;
 export type EventName = (typeof EVENT_NAMES)[number];
 

@@ -25,7 +25,7 @@ function world(): World {
   const guest = testGuest(guestConfig(SMALL));
   const [kernel] = guest.kernels;
   kernel.enter();
-  const { buddy, pcp, alloc, cache, zones } = kernel.parts;
+  const { buddy, pcp, alloc, cache, processes, zones } = kernel.parts;
   const config = { ...LINUX_HOTPLUG, devices: 0, sectionPages: 1024, adopts: 'in-place' as const };
   const hotplug = new MemoryHotplug(
     guest.arena,
@@ -34,6 +34,7 @@ function world(): World {
     pcp,
     alloc,
     cache,
+    processes,
     zones,
     config,
     1,

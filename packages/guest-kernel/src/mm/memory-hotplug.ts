@@ -23,6 +23,7 @@ import {
   P_STAMP,
   P_ZONE,
   PAGE_LIST_END,
+  PG_ANON,
   PG_BUDDY,
   PG_CACHED,
   PG_OFFLINE,
@@ -34,6 +35,7 @@ import {
 import { GFP_NORETRY, GFP_NOWAIT, type PageAllocator } from './page-alloc.ts';
 import type { PageCache } from './page-cache.ts';
 import type { PerCpuPages } from './per-cpu-pages.ts';
+import type { Processes } from './process.ts';
 import {
   MAX_ORDER,
   MIGRATE_MOVABLE,
@@ -82,6 +84,7 @@ export class MemoryHotplug {
   readonly #pcp: PerCpuPages;
   readonly #alloc: PageAllocator;
   readonly #cache: PageCache;
+  readonly #processes: Processes;
   readonly #zones: readonly number[];
   readonly #config: HotplugConfig;
   readonly #nrCpus: number;
@@ -95,6 +98,7 @@ export class MemoryHotplug {
     pcp: PerCpuPages,
     alloc: PageAllocator,
     cache: PageCache,
+    processes: Processes,
     zones: readonly number[],
     config: HotplugConfig,
     nrCpus: number,
@@ -111,6 +115,7 @@ export class MemoryHotplug {
     this.#pcp = pcp;
     this.#alloc = alloc;
     this.#cache = cache;
+    this.#processes = processes;
     this.#zones = zones;
     this.#config = config;
     this.#nrCpus = nrCpus;
@@ -352,8 +357,8 @@ export class MemoryHotplug {
         continue;
       }
       if ((flags & (PG_OFFLINE | PG_RESERVED)) !== 0) return true;
-      // Only what a file names can be moved.
-      const named = (flags & PG_CACHED) !== 0 && peek[page + P_INODE] >= 0;
+      // Only what a file or a process names can be moved.
+      const named = (flags & PG_ANON) !== 0 || ((flags & PG_CACHED) !== 0 && peek[page + P_INODE] >= 0);
       if (this.#inUse(page) && !named) return true;
       pfn++;
     }
@@ -366,15 +371,16 @@ export class MemoryHotplug {
     return id !== 0 && id !== POISONED;
   }
 
-  /** Moves every cached page of the range elsewhere. False: one will not move, or there is no room. */
+  /** Moves every page of the range that can be moved elsewhere. False: one will not move, or there is no room. */
   #migrateRange(first: number, end: number): boolean {
     for (let pfn = first; pfn < end; pfn++) {
       const page = this.#memmap + (pfn << 4);
       if (!this.#inUse(page)) continue;
-      if ((this.#peek[page + P_FLAGS] & PG_CACHED) === 0) return false;
+      const flags = this.#peek[page + P_FLAGS];
+      if ((flags & (PG_CACHED | PG_ANON)) === 0) return false;
       const to = this.#alloc.alloc(0, MIGRATE_MOVABLE, MOVABLE_GFP);
       if (to < 0) return false;
-      if (this.#cache.migrate(pfn, to)) {
+      if ((flags & PG_ANON) !== 0 ? this.#processes.migrate(pfn, to) : this.#cache.migrate(pfn, to)) {
         this.#w[this.#events + EV.pgmigrate_success]++;
         continue;
       }

@@ -51,6 +51,9 @@ export const PG_STAMPED = 1024;
 /** In the page cache, or was: its last reference is dropped atomically. */
 export const PG_CACHED = 2048;
 
+/** A process's memory: mapped by its page tables, movable. */
+export const PG_ANON = 4096;
+
 /** Where a page is, as the shadow follows it. */
 export const SHADOW_ABSENT = 0;
 export const SHADOW_BUDDY = 1;

@@ -112,6 +112,11 @@ export class PerCpuPages {
 
   // ── Lease ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+  /** Whether `cpu` is in a slice: it may use translations, and answers requests. */
+  static inSlice(w: Int32Array, cpu: number): boolean {
+    return Atomics.load(w, PerCpuPages.base(0, cpu) + C_LEASE) === LEASE_OWNER;
+  }
+
   /** Takes the lease on this CPU's lists for a slice. Pairs with the drainer's compare-exchange. */
   enter(): void {
     const at = PerCpuPages.base(0, this.#vcpu.id) + C_LEASE;

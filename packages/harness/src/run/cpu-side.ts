@@ -18,6 +18,7 @@ import { AgentProgram } from './agent-program.ts';
 import { HostileProgram } from './hostile-program.ts';
 import { HostileUnpluggedProgram } from './hostile-unplugged-program.ts';
 import { PressureProgram } from './pressure-program.ts';
+import { ProcessProgram } from './process-program.ts';
 import type { Program } from './program.ts';
 import { ReplayProgram } from './replay-program.ts';
 import {
@@ -165,6 +166,8 @@ export class CpuSide {
         return new TouchFreeProgram(seat.kernel, program);
       case 'hostile-unplugged':
         return new HostileUnpluggedProgram(seat.kernel, program);
+      case 'processes':
+        return new ProcessProgram(seat.kernel, program, this.#buffers.handles[seat.vm]);
       case 'agent':
         return new AgentProgram(seat.kernel, this.#buffers.handles[seat.vm]);
       case 'hostile-reuse':

@@ -38,6 +38,16 @@ export type ProgramSpec =
       readonly rounds: number;
       readonly readsZeros: boolean;
     }
+  /** Processes that map, store, fork, share and exit; each vCPU has up to `processes` of `pages` pages. */
+  | {
+      readonly kind: 'processes';
+      readonly operations: number;
+      readonly processes: number;
+      readonly pages: number;
+      /** Virtual time between operations. */
+      readonly pauseNs: number;
+      readonly seed: number;
+    }
   /** Does what it is told from outside, by the words of `agent.ts`; idle otherwise. */
   | { readonly kind: 'agent' }
   /** Writes to pages the balloon or reporting holds (H33). */

@@ -295,4 +295,46 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
       ];
     },
   },
+  {
+    name: 'virtio-mem-processes',
+    about:
+      'processes store, fork, share and exit on two vCPUs while memory is unplugged beneath them: pages move, and no store is lost',
+    rows: 'H16, H24, H25; I15, I20, I22',
+    spec: (seed) => {
+      const devices = [device({ requestedBytes: 256 * MiB })];
+      return spec(1 * GiB, [
+        {
+          bootAtNs: 0,
+          guest: hotplugGuest(128 * MiB, devices, { policy: 'online_movable' }),
+          program: {
+            kind: 'processes',
+            operations: 60_000,
+            processes: 5,
+            pages: 512,
+            pauseNs: 20_000,
+            seed,
+          },
+          memoryDevices: devices,
+          memoryTargets: Array.from(
+            { length: 12 },
+            (_, i) => [second(0.1 * (i + 1)), 0, (i % 2 === 0 ? 0 : 256) * MiB] as const,
+          ),
+          diskBytes: 0,
+        },
+      ]);
+    },
+    checks: (outcome) => {
+      const [arena] = outcome.arenas;
+      const [mem] = outcome.result.vms[0].memoryDevices;
+      return [
+        ...clean(outcome),
+        atLeast('page faults', eventSum(arena, 'pgfault'), 1000),
+        atLeast('pages copied on write', eventSum(arena, 'cow'), 100),
+        atLeast('forks', eventSum(arena, 'fork'), 100),
+        atLeast('TLB shootdowns', eventSum(arena, 'tlb_shootdown'), 1000),
+        atLeast('pages moved', eventSum(arena, 'pgmigrate_success'), 256),
+        atLeast('UNPLUG requests', mem.counters.unplugRequests, 10),
+      ];
+    },
+  },
 ];
