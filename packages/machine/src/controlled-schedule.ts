@@ -239,6 +239,8 @@ export class ControlledSchedule implements Schedule {
   readonly #candidates = new Int32Array(MAX_THREADS);
   /** Progress seen at the last spin. */
   #lastSpin = -1;
+  /** The operation of the last point may have changed something that others wait for. */
+  #changed = false;
   /** Pairs of points between which control passed, by `from * 32 + to`: coverage of this thread's switches. */
   readonly switched: Int32Array = new Int32Array(1024);
 
@@ -348,7 +350,11 @@ export class ControlledSchedule implements Schedule {
     const code = CODES.get(point) ?? 0;
     w[this.#me + POINT] = code;
     w[this.#me + DETAIL] = detail;
-    if (PROGRESSES[code]) w[PROGRESS]++;
+    // A point comes before its operation: what it changes is there only when this thread comes to its next one, and a
+    // spinner that looked in between must look again.
+    if (this.#changed) w[PROGRESS]++;
+    this.#changed = PROGRESSES[code];
+    if (this.#changed) w[PROGRESS]++;
     if (load(w, ABORT) !== 0) throw new ScheduleAborted();
     if (w[QUIET] !== 0) return;
     w[STEPS]++;

@@ -120,6 +120,20 @@ test('a page that is freed into an isolated pageblock is not free before isolati
   expect(listed(w)).toBe(before + 1);
 });
 
+test('a process’s page moves out of the range, and the process never knows (H16)', () => {
+  const w = world();
+  const { processes, alloc } = w.kernel.parts;
+  const id = processes.create(4);
+  processes.store32(id, 2, 5, 99);
+  const page = processes.pageAt(id, 2);
+  // Moved into the range first, where the allocator would not have put it.
+  expect(alloc.allocExactly(BLOCK + 3)).toBe(true);
+  expect(processes.migrate(page, BLOCK + 3)).toBe(true);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  expect(processes.pageAt(id, 2)).not.toBe(BLOCK + 3);
+  expect(processes.load32(id, 2, 5)).toBe(99);
+});
+
 test('taking memory out of use zeroes it: most of what unplugging costs', () => {
   const w = world();
   w.vcpus[0].store32(gfn(BLOCK + 9), 3, 0x5ec3e7);

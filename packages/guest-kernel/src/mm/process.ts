@@ -245,6 +245,14 @@ export class Processes {
     }
   }
 
+  /** The page mapped at `vpn`, without touching it; −1 if none is. */
+  pageAt(id: number, vpn: number): number {
+    const at = this.#entry(id, vpn);
+    if (at < 0) return -1;
+    const [low, high] = this.#read(at);
+    return (low & PTE_P) === 0 ? -1 : ptePfn(low, high);
+  }
+
   /** A page fault (`handle_mm_fault`); false without memory. */
   #fault(id: number, vpn: number, write: boolean): boolean {
     const w = this.#w;

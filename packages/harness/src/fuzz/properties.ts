@@ -1,5 +1,13 @@
 /** The properties, by name. */
-import { allocator, balloon, cache, memoryDevice, migration, reporting } from './properties/guest.ts';
+import {
+  allocator,
+  balloon,
+  cache,
+  memoryDevice,
+  migration,
+  processes,
+  reporting,
+} from './properties/guest.ts';
 import { hostile } from './properties/hostile.ts';
 import { invalidation, isolation, slots } from './properties/memory.ts';
 import { queue } from './properties/queue.ts';
@@ -16,6 +24,7 @@ export const PROPERTIES: readonly Property[] = [
   cache,
   memoryDevice,
   migration,
+  processes,
   queue,
   hostile,
 ];

@@ -8,6 +8,7 @@ import { CACHE_FAULTS } from './faults/cache.ts';
 import { HOST_FAULTS } from './faults/host.ts';
 import { LOCKS_FAULTS } from './faults/locks.ts';
 import { MEMORY_DEVICE_FAULTS } from './faults/memory-device.ts';
+import { PROCESSES_FAULTS } from './faults/processes.ts';
 import { QUEUES_FAULTS } from './faults/queues.ts';
 import { VCPU_FAULTS } from './faults/vcpu.ts';
 import type { Equivalent, Mutant } from './mutant.ts';
@@ -21,6 +22,7 @@ export const MUTANTS: readonly Mutant[] = [
   ...CACHE_FAULTS,
   ...QUEUES_FAULTS,
   ...MEMORY_DEVICE_FAULTS,
+  ...PROCESSES_FAULTS,
 ];
 
 export const EQUIVALENT: readonly Equivalent[] = [
@@ -48,6 +50,16 @@ export const EQUIVALENT: readonly Equivalent[] = [
     name: 'detach-after-end',
     reason:
       'in MemFile.punchHoles the blocks are detached and the listeners told with no yield between: no task can run in between, and vCPUs resolve nothing themselves',
+  },
+  {
+    name: 'copy-before-shootdown',
+    reason:
+      'a page that moves is copied after the flush; a copy made before it as well is overwritten by that one, and nobody reads the new page in between',
+  },
+  {
+    name: 'migration-entry-is-empty',
+    reason:
+      'a fault that takes a migration entry for an empty one allocates a page for nothing: under the page-table lock the entry is not empty, the page is dropped, and the fault is taken again',
   },
   {
     name: 'second-yield-in-fault',

@@ -58,12 +58,17 @@ const FILE_PAGES = 6;
 const KEPT_PAGES: number = FILE_PAGES - 1;
 /** With a disk, the guest starts with this many pages free, so that reclaim has work. */
 const FREE_AT_START = 100;
+/** The process that both vCPUs run in, and pages of each. */
+const SHARED_PROCESS = 0;
+const AREA_PAGES = 8;
 
 interface GuestKind {
   readonly features: readonly number[] | null;
   readonly disk: boolean;
   /** A memory device whose region follows boot memory. */
   readonly memory?: MemoryProfile;
+  /** Processes, one of them shared by the vCPUs. */
+  readonly processes?: boolean;
   readonly reportingOrder: number;
   readonly cpu: readonly string[];
   readonly host: readonly string[];
@@ -87,7 +92,15 @@ function config(kind: GuestKind, vcpus: number): GuestConfig {
     maxPfn: pagesOf(kind),
     ...(kind.memory === undefined
       ? {}
-      : { hotplug: { ...LINUX_HOTPLUG, devices: 1, sectionPages: SECTION } }),
+      : {
+          hotplug: {
+            ...LINUX_HOTPLUG,
+            devices: 1,
+            sectionPages: SECTION,
+            // Where pages are to move, nothing that cannot may be in their way.
+            policy: kind.disk || kind.processes === true ? ('online_movable' as const) : ('online' as const),
+          },
+        }),
     nrCpus: vcpus,
     cpuNode: new Array<number>(vcpus).fill(0),
     // A range that is unplugged would be zeroed page by page: thousands of points that no fault hides behind.
@@ -144,7 +157,8 @@ function host(kind: GuestKind, lab: HostLab, program: FuzzProgram): Verdict {
     for (let cpu = 0; cpu < lab.shape.vcpus; cpu++) expected += lab.model[HELD_AT_END + cpu];
     if (memory !== null) expected += addedBlocks(arena, SECTION) * (SECTION / 64);
     const allocated = allocatedPages(arena);
-    if (allocated !== expected)
+    // What the shared process still maps is its own affair.
+    if (allocated !== expected && kind.processes !== true)
       found.push(`leak: ${allocated} pages are allocated, their owners know of ${expected} (I19)`);
     if (balloon !== null) found.push(...balloonVerdict(arena, balloon));
     if (memory !== null) found.push(...memoryVerdict(arena, memory));
@@ -163,7 +177,8 @@ function attachMemory(lab: HostLab, vm: Vm, port: DevicePort, profile: MemoryPro
     regionBytes: REGION_PAGES * PAGE_SIZE,
     blockBytes: SUB_BLOCK * PAGE_SIZE,
     node: 0,
-    requestedBytes: 0,
+    // Plugged at once, so that there is something to take away.
+    requestedBytes: REGION_PAGES * PAGE_SIZE,
     profile,
     region: {
       pageBytes: PAGE_SIZE,
@@ -190,13 +205,13 @@ function* hostTask(
 ): TaskBody {
   // Commands arrive while the guest is busy, not before.
   if (model[OPS_DONE] < op.b) yield () => model[OPS_DONE] >= op.b;
-  model[COMMANDS]--;
   switch (op.op) {
     case 'target':
       balloon?.setTarget((PAGES - (op.a % 48) * 8) * 4096);
       break;
     case 'resize':
-      memory?.setRequested((op.a % (REGION_PAGES / SUB_BLOCK + 1)) * SUB_BLOCK * PAGE_SIZE);
+      // Every other time nothing is left of it.
+      memory?.setRequested((op.a % 2) * (1 + (op.b % (REGION_PAGES / SUB_BLOCK))) * SUB_BLOCK * PAGE_SIZE);
       break;
     case 'busy':
       if (memory === null) break;
@@ -216,6 +231,8 @@ function* hostTask(
       vm.interrupt(op.a % 3);
       break;
   }
+  // Only now: a guest that has seen the last command has been told of it.
+  model[COMMANDS]--;
 }
 
 /** Both books of the region agree, and the size is reached, or the guest has said why not (I20, I24). */
@@ -287,6 +304,8 @@ const ALLOCATED_AT_START = 10;
 const HELD_AT_END = 11;
 /** Host commands not yet given. */
 const COMMANDS = 9;
+/** 1 once there is a process that both vCPUs run in. */
+const PROCESSES_ON = 13;
 const ALL_DONE = 1 << 20;
 
 function versionWord(cpu: number, index: number): number {
@@ -309,6 +328,10 @@ class GuestRun {
   readonly #held: Held[] = [];
   readonly #buffer = new Int32Array(1024);
   #sequence = 0;
+  /** Processes of this vCPU, and what their pages hold; the first is shared, with every other page its own. */
+  readonly #processes: { readonly id: number; readonly values: Map<number, number> }[] = [
+    { id: SHARED_PROCESS, values: new Map() },
+  ];
 
   constructor(kernel: GuestKernel, lab: VcpuLab, id: number) {
     this.#kernel = kernel;
@@ -362,12 +385,31 @@ class GuestRun {
       case 'sync':
         this.#kernel.parts.reclaim.sync();
         break;
+      case 'store':
+        this.#store(a, b);
+        break;
+      case 'load':
+        this.#load(a, b);
+        break;
+      case 'discard':
+        this.#discard(a, b);
+        break;
+      case 'fork':
+        this.#fork(a);
+        break;
+      case 'exit':
+        this.#exit(a);
+        break;
       case 'drain':
         this.#kernel.parts.pcp.drainAll(this.#kernel.config.nrCpus);
         break;
       case 'slice':
         this.#kernel.leave();
+        // Away for a while, so that others may ask for something meanwhile.
+        for (let i = 0; i < b; i++) this.#lab.schedule.point('wait', 0);
         this.#kernel.enter();
+        // What it was told to forget while it was away must be forgotten now.
+        if (this.#lab.model[PROCESSES_ON] !== 0) this.#load(a, b);
         break;
     }
   }
@@ -430,6 +472,65 @@ class GuestRun {
     }
   }
 
+  // ── Processes ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+  #process(which: number): { readonly id: number; readonly values: Map<number, number> } {
+    return this.#processes[which % this.#processes.length];
+  }
+
+  /** A page of the process that is this vCPU's to use. */
+  #page(process: number, which: number): number {
+    const page = which % AREA_PAGES;
+    return process === SHARED_PROCESS ? page - (page % 2) + this.#id : page;
+  }
+
+  #store(a: number, b: number): void {
+    const { id, values } = this.#process(a);
+    const vpn = this.#page(id, b);
+    const value = ((this.#id + 1) << 28) | ++this.#sequence;
+    if (this.#kernel.parts.processes.store32(id, vpn, 9, value)) values.set(vpn, value);
+  }
+
+  #load(a: number, b: number): void {
+    const { id, values } = this.#process(a);
+    const vpn = this.#page(id, b);
+    const found = this.#kernel.parts.processes.load32(id, vpn, 9);
+    const want = values.get(vpn) ?? 0;
+    if (found !== undefined && found !== want)
+      this.#complain(
+        `page ${vpn} of process ${id} holds 0x${(found >>> 0).toString(16)}, its last store was 0x${(want >>> 0).toString(16)} (I22)`,
+      );
+  }
+
+  #discard(a: number, b: number): void {
+    const { id, values } = this.#process(a);
+    const vpn = this.#page(id, b);
+    this.#kernel.parts.processes.discard(id, vpn);
+    values.delete(vpn);
+  }
+
+  #fork(a: number): void {
+    const parent = this.#processes[1 + (a % Math.max(1, this.#processes.length - 1))];
+    const { processes } = this.#kernel.parts;
+    if (this.#processes.length > 4) return;
+    const id = parent === undefined ? processes.create(AREA_PAGES) : processes.fork(parent.id);
+    if (id >= 0) this.#processes.push({ id, values: new Map(parent?.values) });
+  }
+
+  #exit(a: number): void {
+    if (this.#processes.length < 2) return;
+    const [process] = this.#processes.splice(1 + (a % (this.#processes.length - 1)), 1);
+    this.#kernel.parts.processes.exit(process.id);
+  }
+
+  /** Reads everything back and ends the vCPU's own processes. */
+  endProcesses(): void {
+    this.#processes.forEach(({ values }, which) => {
+      for (const vpn of values.keys()) this.#load(which, vpn);
+    });
+    while (this.#processes.length > 1) this.#exit(0);
+  }
+
   /** Truncates the last page away if it is cached, else writes it. */
   #drop(): void {
     const { cache, alloc } = this.#kernel.parts;
@@ -465,6 +566,7 @@ class GuestRun {
     if (this.#id !== 0) return;
     while (this.#lab.model[COMMANDS] > 0) {
       this.#kernel.parts.pcp.serveDrainRequest();
+      this.#kernel.parts.processes.shootdown.serve();
       this.#kernel.vcpu.beginSection();
       this.#kernel.vcpu.port.relax();
     }
@@ -506,6 +608,12 @@ function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number)
         vcpu.leaveGuest();
         // A region that goes is pressure enough.
         if (kind.disk && kind.memory === undefined) hog(kernel);
+        if (kind.processes === true) {
+          kernel.enter();
+          kernel.parts.processes.create(AREA_PAGES);
+          kernel.leave();
+          lab.model[PROCESSES_ON] = 1;
+        }
         lab.model[ALLOCATED_AT_START] = allocatedPages(kernel.arena);
       });
     }
@@ -521,6 +629,7 @@ function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number)
     lab.model[OPS_DONE] += ALL_DONE;
     lab.tellHost();
     run.settle(kind.disk, kind.reportingOrder < 9);
+    if (kind.processes === true) run.endProcesses();
     kernel.leave();
     lab.model[HELD_AT_END + id] = run.heldPages;
     lab.model[1 + id] = 1;
@@ -659,6 +768,22 @@ export const migration: Property = guestProperty(
     reportingOrder: 9,
     cpu: ['write', 'write', 'read', 'read', 'peek', 'peek', 'drop', 'sync', 'time', 'slice'],
     host: ['resize', 'resize', 'resize', 'resize', 'interrupt'],
+  },
+  PAGES + REGION_PAGES + 128,
+);
+
+export const processes: Property = guestProperty(
+  'processes',
+  'processes store, fork, share and exit on two vCPUs while their pages move out of a region that shrinks',
+  'I15 I20 I22 H16 H24',
+  {
+    features: null,
+    disk: false,
+    memory: 'qemu',
+    processes: true,
+    reportingOrder: 9,
+    cpu: ['store', 'store', 'store', 'store', 'load', 'load', 'discard', 'fork', 'exit', 'slice'],
+    host: ['resize', 'resize', 'resize', 'resize'],
   },
   PAGES + REGION_PAGES + 128,
 );
