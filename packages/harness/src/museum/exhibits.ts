@@ -272,6 +272,38 @@ export const EXHIBITS: readonly Exhibit[] = [
       return neighbour(m, 9, broken);
     },
   },
+  {
+    name: 'rfc-2017-resize',
+    about:
+      'a slot is resized by delete and create while a vCPU uses it: the access in between finds no memory (the RFC’s random crashes)',
+    rows: 'H52; I11',
+    show(broken) {
+      const m = smallMachine({ ramBytes: RAM, huge: 'never' });
+      const [{ vm, file }] = m.vms;
+      const region = { slot: 0, flags: 0, guestPhysAddr: 0, file, fileOffset: 0 };
+      touch(m, 0, 3, 1, SECRET);
+      const resize = vm.resizeSlot({ ...region, memorySize: RAM / 2 }, broken ? 'naive' : 'qemu');
+      while (vm.slots.find(3) !== null) resize.next();
+      // The slot is gone and not yet back: the host has other things to do first.
+      m.tasks.spawn(
+        'resize',
+        (function* (): Generator<TaskYield, void, void> {
+          for (let i = 0; i < 8; i++) yield undefined;
+          yield* resize;
+        })(),
+      );
+      const vcpu = m.vms[0].vcpu(8);
+      vcpu.enterGuest();
+      const found = vcpu.load32(gfn(3), 0);
+      vcpu.leaveGuest();
+      const missed = vm.counters.unclaimedMmio;
+      return [
+        check('accesses that met no memory', missed, missed > 0 === broken),
+        check('what the guest read of its own word', found, (found === SECRET) !== broken),
+        check('changes of the memory map', vm.slots.generation, vm.slots.generation >= 3),
+      ];
+    },
+  },
 ];
 
 /** The gate's verdict: a store through a translation whose frame is gone. */

@@ -145,7 +145,7 @@ export class ProcessProgram implements Program {
   }
 
   #finish(): void {
-    for (const process of [...this.#owned]) this.#exit(process);
+    while (this.#owned.length > 0) this.#exit(this.#owned[0]);
     const shared = this.#shared;
     if (shared !== null) for (const vpn of shared.values.keys()) this.#check(shared, vpn);
   }

@@ -278,3 +278,36 @@ test('a fault that resolved before an invalidation ended looks again (mmu_invali
   host.vcpus[0].store32(page(50), 0, 1);
   expect([ended, host.vm.counters.faultRetries > 0]).toEqual([true, true]);
 });
+
+describe('a slot of another size (I11)', () => {
+  test.each(['qemu', 'naive', 'extension'] as const)(
+    '%s: what both sizes have is kept, the rest is gone',
+    (how) => {
+      const host = testHost({ huge: 'never' });
+      const [vcpu] = host.vcpus;
+      const region = { slot: 0, flags: 0, guestPhysAddr: 0, file: host.file, fileOffset: 0 };
+      vcpu.enterGuest();
+      vcpu.store32(page(3), 1, 33);
+      vcpu.store32(page(700), 1, 77);
+      vcpu.leaveGuest();
+      expect(host.finish(host.vm.resizeSlot({ ...region, memorySize: 2 * MiB }, how))).toMatchObject({
+        ok: true,
+      });
+      vcpu.enterGuest();
+      expect(vcpu.load32(page(3), 1)).toBe(33);
+      const before = host.vm.counters.unclaimedMmio;
+      vcpu.load32(page(700), 1);
+      expect(host.vm.counters.unclaimedMmio).toBe(before + 1);
+      vcpu.leaveGuest();
+      expect(host.finish(host.vm.resizeSlot({ ...region, memorySize: 4 * MiB }, how))).toMatchObject({
+        ok: true,
+      });
+      vcpu.enterGuest();
+      expect(vcpu.load32(page(700), 1)).toBe(77);
+      vcpu.leaveGuest();
+      expect(host.finish(host.vm.resizeSlot({ ...region, slot: 9, memorySize: MiB }, how))).toMatchObject({
+        ok: false,
+      });
+    },
+  );
+});

@@ -137,6 +137,8 @@ export class Vm implements InvalidationListener {
   #sequence = 0;
   #rangeFrom = 0;
   #rangeTo = 0;
+  /** A memory map is being changed: a fault that finds no slot waits instead of being MMIO. */
+  #held = false;
   /** Frames zeroed by the last `#populate`, for the cost of the fault. */
   #zeroed = 0;
 
@@ -237,7 +239,7 @@ export class Vm implements InvalidationListener {
     const address = this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_ADDR_F64];
     if (this.killed) this.#complete(vcpu, RESULT_KILLED, 0, 0);
     else if (this.#control[base + VC_EXIT_REASON] === EXIT_EPT_VIOLATION) {
-      if (this.#mmuLock.held || this.#inProgress > 0) return false;
+      if (this.#mmuLock.held || this.#inProgress > 0 || this.#held) return false;
       const gfn = Math.floor(address / PAGE_SIZE);
       const slot = this.#resolve(vcpu, gfn, this.#control[base + VC_EXIT_SIZE] !== 0);
       if (slot === null) return true;
@@ -319,6 +321,7 @@ export class Vm implements InvalidationListener {
   *#violation(vcpu: number, gfn: number, write: boolean): Generator<TaskYield, void, void> {
     this.counters.eptViolations++;
     for (;;) {
+      if (this.#held && this.slots.find(gfn) === null) yield () => !this.#held;
       const sequence = this.#sequence;
       const slot = this.#resolve(vcpu, gfn, write);
       if (slot === null) return;
@@ -509,6 +512,44 @@ export class Vm implements InvalidationListener {
       if (kind === 'create') slot.file.addListener(this);
       this.slots.install(slot);
     }
+    return ok(undefined);
+  }
+
+  /**
+   * Gives a slot another size, which KVM has no call for: a live slot keeps its own. `qemu`: delete and create while no
+   * vCPU may fault in between. `naive`: the same without holding anybody back, so that an access in between is MMIO
+   * (the RFC's random crashes, H52). `extension`: one step, as a call that KVM does not have would do it (I11).
+   */
+  *resizeSlot(
+    region: UserMemoryRegion,
+    how: 'qemu' | 'naive' | 'extension',
+  ): Generator<TaskYield, Result<void, SlotError>, void> {
+    const old = this.slots.all.find((slot) => slot.id === region.slot);
+    if (old === undefined || region.memorySize === 0) return err('EINVAL');
+    if (how === 'extension') return yield* this.#resizeAtOnce(region, old);
+    this.#held = how === 'qemu';
+    let done = yield* this.setUserMemoryRegion({ ...region, memorySize: 0 });
+    yield undefined;
+    if (done.ok) done = yield* this.setUserMemoryRegion(region);
+    this.#held = false;
+    return done;
+  }
+
+  *#resizeAtOnce(
+    region: UserMemoryRegion,
+    old: Memslot,
+  ): Generator<TaskYield, Result<void, SlotError>, void> {
+    const nrPages = region.memorySize / PAGE_SIZE;
+    const grown = this.slots.all.some(
+      (other) =>
+        other.id !== old.id &&
+        other.baseGfn < old.baseGfn + nrPages &&
+        old.baseGfn < other.baseGfn + other.nrPages,
+    );
+    if (grown) return err('EEXIST');
+    if (old.fileOffset + nrPages > old.file.nrBlocks) return err('EINVAL');
+    this.slots.install({ ...old, nrPages });
+    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages);
     return ok(undefined);
   }
 
