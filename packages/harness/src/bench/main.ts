@@ -10,6 +10,7 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import Table from 'cli-table3';
 import * as cases from './cases.ts';
+import { resizeBalloon, resizeRegion, type ResizeFigures } from './resize.ts';
 
 const ROUNDS = 5;
 
@@ -181,6 +182,28 @@ for (const name of ['balloon', 'reporting'] as const) {
     target: '',
     met: null,
   });
+}
+
+{
+  const line = (name: string, f: ResizeFigures): void => {
+    const add = (what: string, unit: string, ebb: number): void => {
+      rows.push({ name: `${name}: ${what}`, unit, ebb, other: null, ratio: null, target: '', met: null });
+    };
+    add('give 1 GiB', 'GiB/s', f.grow);
+    add('take it back', 'GiB/s', f.shrink);
+    add('take it back, virtual', 's/GiB', f.shrinkVirtual);
+    add('requests', '/GiB', f.requestsPerGiB);
+    if (f.firstByteMs > 0) add('first block usable, virtual', 'ms', f.firstByteMs);
+    if (f.left > 0) add('could not be taken back', 'GiB', f.left);
+    process.stderr.write(`${name}: ${f.grow.toFixed(2)} GiB/s in, ${f.shrink.toFixed(2)} GiB/s out\n`);
+  };
+  resizeRegion('idle', true, 2);
+  for (const use of ['idle', 'half used', 'fragmented'] as const)
+    line(`virtio-mem, ${use}`, resizeRegion(use, true, 2));
+  line('virtio-mem, idle, init_on_alloc=0', resizeRegion('idle', false, 2));
+  line('virtio-mem, idle, 1 vCPU', resizeRegion('idle', true, 1));
+  line('balloon, idle', resizeBalloon(true, 2));
+  line('balloon, idle, init_on_alloc=0', resizeBalloon(false, 2));
 }
 
 rows.push({

@@ -1,8 +1,16 @@
 /**
- * A guest that sits idle and does what it is told: holds unmovable memory in given sub-blocks, for sessions that are
- * driven from outside. Orders come through shared words; vCPU 0 carries them out at the start of its next slice.
+ * A guest that sits idle and does what it is told: holds unmovable memory in given sub-blocks, fills its page cache, for
+ * sessions that are driven from outside. Orders come through shared words; vCPU 0 carries them out at the start of its next slice.
  */
-import { P_FLAGS, P_SHADOW, PG_CACHED, SHADOW_ALLOCATED, type GuestKernel } from '@ebb/guest-kernel';
+import {
+  MIGRATE_MOVABLE,
+  P_FLAGS,
+  P_SHADOW,
+  PG_CACHED,
+  PG_UPTODATE,
+  SHADOW_ALLOCATED,
+  type GuestKernel,
+} from '@ebb/guest-kernel';
 import { HUGE_PAGES } from '@ebb/machine';
 import { idle, type Program } from './program.ts';
 
@@ -10,6 +18,8 @@ import { idle, type Program } from './program.ts';
 const GIVEN = 0;
 const DONE = 1;
 const COUNT = 2;
+/** Pages of cached files wanted. */
+const CACHED = 3;
 const LIST = 16;
 const MAX_PINS = 65536;
 export const AGENT_BYTES: number = (LIST + MAX_PINS) * 4;
@@ -19,6 +29,12 @@ export function orderPins(words: Int32Array, pfns: readonly number[]): void {
   words[COUNT] = pfns.length;
   words.set(pfns, LIST);
   // Publishes the list. Pairs with the load in `step`.
+  Atomics.add(words, GIVEN, 1);
+}
+
+/** Orders that `pages` pages of files are cached: movable memory in use. */
+export function orderCache(words: Int32Array, pages: number): void {
+  words[CACHED] = pages;
   Atomics.add(words, GIVEN, 1);
 }
 
@@ -34,6 +50,7 @@ export class AgentProgram implements Program {
   readonly #words: Int32Array;
   /** Page held in each sub-block, by the sub-block's first page. */
   readonly #pins = new Map<number, number>();
+  #cached = 0;
 
   constructor(kernel: GuestKernel, words: SharedArrayBuffer) {
     this.#kernel = kernel;
@@ -51,6 +68,7 @@ export class AgentProgram implements Program {
     const given = Atomics.load(this.#words, GIVEN);
     if (this.#kernel.vcpu.id === 0 && given !== this.#words[DONE]) {
       this.#pin(new Set(this.#words.subarray(LIST, LIST + this.#words[COUNT])));
+      this.#cache(this.#words[CACHED]);
       Atomics.store(this.#words, DONE, given);
     }
     idle(this.#kernel, untilNs);
@@ -70,6 +88,17 @@ export class AgentProgram implements Program {
         this.#pins.set(block, pfn);
         break;
       }
+    }
+  }
+
+  /** Pages of one file, clean and up to date, as if they had been read. */
+  #cache(wanted: number): void {
+    const { alloc, cache } = this.#kernel.parts;
+    for (; this.#cached < wanted; this.#cached++) {
+      const pfn = alloc.alloc(0, MIGRATE_MOVABLE, 3);
+      if (pfn < 0) return;
+      alloc.unstamp(pfn);
+      cache.add(pfn, 1, this.#cached, PG_UPTODATE);
     }
   }
 

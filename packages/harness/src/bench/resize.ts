@@ -1,0 +1,159 @@
+/**
+ * What it costs to give a guest 1 GiB and to take it back, by virtio-mem and by the balloon: real time of this machine, on
+ * one thread, with every frame zapped, flushed, freed and poisoned at its edges; and virtual time by the cost table.
+ */
+import { LINUX_HOTPLUG, type GuestConfig } from '@ebb/guest-kernel';
+import { GiB, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
+import { VIRTIO_BALLOON_F_STATS_VQ } from '@ebb/virtio/uapi';
+import { orderCache, orderPins } from '../run/agent-program.ts';
+import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
+import { fileStorage } from '../run/file-storage.ts';
+import { InlineSession } from '../run/inline-session.ts';
+import type { RunSpec, VmSpec } from '../run/spec.ts';
+
+const BOOT: number = 512 * MiB;
+const MOVED: number = 1 * GiB;
+const HOST: number = 3 * GiB;
+const BLOCK: number = 2 * MiB;
+
+/** What the region is used for when it is to go. */
+export type Use = 'idle' | 'half used' | 'fragmented';
+
+export interface ResizeFigures {
+  /** GiB per second of real time. */
+  readonly grow: number;
+  readonly shrink: number;
+  /** Virtual seconds per GiB. */
+  readonly growVirtual: number;
+  readonly shrinkVirtual: number;
+  readonly requestsPerGiB: number;
+  /** Virtual milliseconds until the first block can be used. */
+  readonly firstByteMs: number;
+  /** GiB that could not be taken back. */
+  readonly left: number;
+}
+
+/** Touching fresh host memory costs more than what is measured: it is kept. */
+let host: HostBuffers | null = null;
+
+function session(vm: VmSpec, vcpus: number): { vm: InlineSession; orders: Int32Array } {
+  host ??= hostBuffers(HOST);
+  const spec: RunSpec = {
+    hostFrames: HOST / PAGE_SIZE,
+    backing: 'thp',
+    vms: [vm],
+    vcpusPerVm: vcpus,
+    workers: vcpus,
+    sampleNs: Number.POSITIVE_INFINITY,
+    graceNs: Number.POSITIVE_INFINITY,
+    traceOut: false,
+    poison: 'edges',
+  };
+  const buffers = runBuffers(spec, host);
+  const running = new InlineSession(spec, buffers, (_vm, bytes) => fileStorage(bytes));
+  return { vm: running, orders: new Int32Array(buffers.handles[0]) };
+}
+
+function guest(bytes: number, vcpus: number, initOnAlloc: boolean): GuestConfig {
+  return {
+    e820: [
+      { start: 0, end: 160 },
+      { start: 256, end: bytes / PAGE_SIZE },
+    ],
+    nodes: [{ start: 0, end: bytes / PAGE_SIZE }],
+    maxPfn: bytes / PAGE_SIZE,
+    nrCpus: vcpus,
+    cpuNode: new Array<number>(vcpus).fill(0),
+    initOnAlloc,
+    pagePoison: false,
+    balloon: false,
+    blk: false,
+    blocks: { kind: 'linear', pagesPerFile: 1 << 20 },
+  };
+}
+
+/** Real and virtual time of `act` and what it makes the guest do. */
+function timed(vm: InlineSession, act: () => void): { seconds: number; virtual: number } {
+  const clock = vm.host.vms[0].vm;
+  const from = clock.clock(0);
+  const began = performance.now();
+  act();
+  vm.settle();
+  return { seconds: (performance.now() - began) / 1000, virtual: (clock.clock(0) - from) / NS_PER_S };
+}
+
+export function resizeRegion(use: Use, initOnAlloc: boolean, vcpus: number): ResizeFigures {
+  const device = {
+    id: 'vm0',
+    addr: 4 * GiB,
+    regionBytes: MOVED,
+    blockBytes: BLOCK,
+    node: 0,
+    requestedBytes: 0,
+    profile: 'qemu',
+  } as const;
+  const { vm, orders } = session(
+    {
+      bootAtNs: 0,
+      guest: {
+        ...guest(BOOT, vcpus, initOnAlloc),
+        maxPfn: (device.addr + MOVED) / PAGE_SIZE,
+        hotplug: { ...LINUX_HOTPLUG, devices: 1, policy: 'online_movable' },
+      },
+      program: { kind: 'agent' },
+      memoryDevices: [device],
+      diskBytes: 0,
+    },
+    vcpus,
+  );
+  vm.settle();
+  const [{ memory }] = vm.host.vms;
+  const grow = timed(vm, () => memory[0].setRequested(MOVED));
+  const { plugRequests } = memory[0].counters;
+  if (use === 'half used') orderCache(orders, MOVED / 2 / PAGE_SIZE);
+  if (use === 'fragmented')
+    orderPins(
+      orders,
+      Array.from({ length: MOVED / BLOCK / 8 }, (_, i) => (device.addr + 8 * i * BLOCK) / PAGE_SIZE),
+    );
+  vm.settle();
+  const shrink = timed(vm, () => memory[0].setRequested(0));
+  const taken = (MOVED - memory[0].pluggedBytes) / GiB;
+  return {
+    grow: MOVED / GiB / grow.seconds,
+    shrink: taken / shrink.seconds,
+    growVirtual: grow.virtual,
+    shrinkVirtual: shrink.virtual / taken,
+    requestsPerGiB: (plugRequests + memory[0].counters.unplugRequests) / (1 + taken),
+    firstByteMs: (grow.virtual * 1000) / plugRequests,
+    left: memory[0].pluggedBytes / GiB,
+  };
+}
+
+/** The same GiB by the balloon: inflated, and deflated again. */
+export function resizeBalloon(initOnAlloc: boolean, vcpus: number): ResizeFigures {
+  const { vm } = session(
+    {
+      bootAtNs: 0,
+      guest: { ...guest(BOOT + MOVED, vcpus, initOnAlloc), balloon: true },
+      program: { kind: 'agent' },
+      balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ],
+      diskBytes: 0,
+    },
+    vcpus,
+  );
+  vm.settle();
+  const [{ balloon }] = vm.host.vms;
+  if (balloon === null) throw new Error('a balloon');
+  const shrink = timed(vm, () => balloon.setTarget(BOOT));
+  const grow = timed(vm, () => balloon.setTarget(BOOT + MOVED));
+  return {
+    grow: MOVED / GiB / grow.seconds,
+    shrink: MOVED / GiB / shrink.seconds,
+    growVirtual: grow.virtual,
+    shrinkVirtual: shrink.virtual,
+    requestsPerGiB: balloon.counters.descriptors / 2,
+    firstByteMs: 0,
+    left: 0,
+  };
+}
