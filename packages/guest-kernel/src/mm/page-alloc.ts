@@ -92,6 +92,8 @@ export type AllocTrace = (
 
 export class PageAllocator {
   trace: AllocTrace | null = null;
+  /** Allocations of this vCPU that are to fail, as if there were no memory (`fail_page_alloc`); for fault injection. */
+  failNext = 0;
   /** Takes a cached page off the LRU when its last reference goes (`__page_cache_release`). */
   onLastPut: (pfn: number) => void = () => undefined;
   pressure: MemoryPressure = { wakeKswapd: () => undefined, reclaim: () => 0, outOfMemory: () => 0 };
@@ -146,6 +148,11 @@ export class PageAllocator {
    * highest zone type and `GFP_*` flags; `node` is tried first.
    */
   alloc(order: number, migratetype: number, gfp: number, node: number = this.#node): number {
+    if (this.failNext > 0) {
+      this.failNext--;
+      this.#w[this.#events + EV.alloc_fail]++;
+      return -1;
+    }
     const zonelist = this.#zonelists[node][gfp & GFP_ZONE_MASK];
     let pfn = this.#fromFreelists(order, migratetype, gfp, Z_LOW, zonelist);
     if (pfn < 0) pfn = this.#slowPath(order, migratetype, gfp, zonelist);

@@ -114,7 +114,7 @@ export async function serveStdio(api: MonitorApi, isOver: () => boolean): Promis
   for await (const line of lines) {
     if (!stdin.isTTY) stdout.write(`${line}\n`);
     stdout.write(await api.hmp(line));
-    if (isOver()) break;
+    if (isOver() || /^\s*q(uit)?\s*$/.test(line)) break;
     stdout.write(PROMPT);
   }
   lines.close();

@@ -400,6 +400,9 @@ class GuestRun {
       case 'exit':
         this.#exit(a);
         break;
+      case 'starve':
+        this.#kernel.parts.alloc.failNext = 1 + (a % 3);
+        break;
       case 'drain':
         this.#kernel.parts.pcp.drainAll(this.#kernel.config.nrCpus);
         break;
@@ -558,6 +561,8 @@ class GuestRun {
 
   /** The liveness phase: no more operations; timers come due until everything has settled. */
   settle(disk: boolean, reporting: boolean): void {
+    // Faults are off: from here on everything must come to its end.
+    this.#kernel.parts.alloc.failNext = 0;
     for (let i = 0; i < this.#held.length; i++) this.#verify(i);
     if (disk) {
       for (let index = 0; index < KEPT_PAGES; index++) this.#read(index);
@@ -662,7 +667,18 @@ function guestProperty(
   };
 }
 
-const MEMORY_OPS = ['alloc', 'alloc', 'free', 'free', 'verify', 'many', 'free-many', 'time', 'slice'];
+const MEMORY_OPS = [
+  'alloc',
+  'alloc',
+  'free',
+  'free',
+  'verify',
+  'many',
+  'free-many',
+  'time',
+  'slice',
+  'starve',
+];
 
 export const allocator: Property = guestProperty(
   'allocator',
@@ -724,23 +740,13 @@ export const cache: Property = guestProperty(
       'free-many',
       'time',
       'slice',
+      'starve',
     ],
     host: ['interrupt'],
   },
 );
 
-const REGION_CPU_OPS = [
-  'alloc',
-  'alloc',
-  'free',
-  'free',
-  'verify',
-  'many',
-  'free-many',
-  'time',
-  'slice',
-  'drain',
-];
+const REGION_CPU_OPS = [...MEMORY_OPS, 'drain'];
 
 export const memoryDevice: Property = guestProperty(
   'memory-device',
@@ -766,7 +772,7 @@ export const migration: Property = guestProperty(
     disk: true,
     memory: 'qemu',
     reportingOrder: 9,
-    cpu: ['write', 'write', 'read', 'read', 'peek', 'peek', 'drop', 'sync', 'time', 'slice'],
+    cpu: ['write', 'write', 'read', 'read', 'peek', 'peek', 'drop', 'sync', 'time', 'slice', 'starve'],
     host: ['resize', 'resize', 'resize', 'resize', 'interrupt'],
   },
   PAGES + REGION_PAGES + 128,
@@ -782,7 +788,7 @@ export const processes: Property = guestProperty(
     memory: 'qemu',
     processes: true,
     reportingOrder: 9,
-    cpu: ['store', 'store', 'store', 'store', 'load', 'load', 'discard', 'fork', 'exit', 'slice'],
+    cpu: ['store', 'store', 'store', 'store', 'load', 'load', 'discard', 'fork', 'exit', 'slice', 'starve'],
     host: ['resize', 'resize', 'resize', 'resize'],
   },
   PAGES + REGION_PAGES + 128,
