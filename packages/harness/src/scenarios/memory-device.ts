@@ -8,6 +8,7 @@ import {
 } from '@ebb/guest-kernel';
 import { MEMORY_PROFILES, type MemoryProfile } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
+import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
 import type { VmResult } from '../run/run-result.ts';
 import type { MemoryDeviceSpec, RebootPolicy, VmSpec } from '../run/spec.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
@@ -334,6 +335,57 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
         atLeast('TLB shootdowns', eventSum(arena, 'tlb_shootdown'), 1000),
         atLeast('pages moved', eventSum(arena, 'pgmigrate_success'), 256),
         atLeast('UNPLUG requests', mem.counters.unplugRequests, 10),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-granularity',
+    about:
+      'the same 20 MiB for a guest that adds 128 MiB at a time (by sub-blocks), for one that adds 2 MiB, and for one with a balloon beside it',
+    rows: 'H17, H23, H34, H72; I9, I20',
+    spec: () => {
+      const vm = (over: Partial<HotplugConfig>, balloon: boolean): VmSpec => ({
+        bootAtNs: 0,
+        guest: { ...hotplugGuest(128 * MiB, [device()], over), balloon },
+        program: {
+          kind: 'touch-free',
+          startNs: second(1),
+          pages: 2048,
+          order: 0,
+          rounds: 1,
+          holdNs: 0,
+          pauseNs: 0,
+        },
+        memoryDevices: [device()],
+        memoryTargets: [
+          [second(0), 0, 20 * MiB],
+          [second(2), 0, 6 * MiB],
+        ],
+        ...(balloon
+          ? {
+              balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
+              balloonTargets: [[second(0.5), 96 * MiB] as const],
+            }
+          : {}),
+        diskBytes: 0,
+      });
+      return spec(1 * GiB, [vm({}, false), vm({ sectionPages: 512 }, false), vm({}, true)], {
+        graceNs: second(3),
+      });
+    },
+    checks: (outcome) => {
+      const [linux, windows, both] = outcome.result.vms;
+      const added = outcome.arenas.map((arena) => eventSum(arena, 'memory_added'));
+      return [
+        ...clean(outcome),
+        ...outcome.result.vms.map((vm, i) =>
+          exactly(`VM ${i}: bytes plugged`, vm.memoryDevices[0].plugged, 6 * MiB),
+        ),
+        exactly('128 MiB at a time: blocks added', added[0], 1),
+        exactly('2 MiB at a time: blocks added', added[1], 10),
+        exactly('128 MiB at a time: PLUG requests', linux.memoryDevices[0].counters.plugRequests, 1),
+        exactly('2 MiB at a time: PLUG requests', windows.memoryDevices[0].counters.plugRequests, 10),
+        exactly('beside a balloon: pages in it', both.balloonPages, (32 * MiB) / PAGE_SIZE),
       ];
     },
   },
