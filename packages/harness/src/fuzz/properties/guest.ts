@@ -684,7 +684,13 @@ export const allocator: Property = guestProperty(
   'allocator',
   'two vCPUs allocate and free through per-CPU lists and the buddy',
   'I19 I2',
-  { features: null, disk: false, reportingOrder: 9, cpu: [...MEMORY_OPS, 'drain'], host: [] },
+  {
+    features: null,
+    disk: false,
+    reportingOrder: 9,
+    cpu: [...MEMORY_OPS, 'drain', 'drain', 'drain', 'slice'],
+    host: [],
+  },
 );
 
 export const reporting: Property = guestProperty(
