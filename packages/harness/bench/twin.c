@@ -9,6 +9,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <linux/futex.h>
+#endif
 #include <time.h>
 
 static double now_s(void) {
@@ -258,12 +263,43 @@ static void pingpong(long n) {
   pthread_join(t, NULL);
 }
 
+/* Two threads that hand over to each other through a futex word each: what a controlled schedule does. */
+static atomic_int turns[2];
+
+static void sleep_until_turn(int me) {
+  while (atomic_exchange_explicit(&turns[me], 0, memory_order_acquire) == 0)
+    syscall(SYS_futex, &turns[me], FUTEX_WAIT_PRIVATE, 0, NULL, NULL, 0);
+}
+static void hand_over(int to) {
+  atomic_store_explicit(&turns[to], 1, memory_order_release);
+  syscall(SYS_futex, &turns[to], FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
+}
+static void *handed(void *arg) {
+  for (long i = 0, n = (long)arg; i < n; i++) {
+    sleep_until_turn(1);
+    hand_over(0);
+  }
+  return NULL;
+}
+static void futex(long n) {
+  pthread_t t;
+  pthread_create(&t, NULL, handed, (void *)n);
+  double t0 = now_s();
+  for (long i = 0; i < n; i++) {
+    hand_over(1);
+    sleep_until_turn(0);
+  }
+  printf("%.3f\n", (now_s() - t0) * 1e9 / (2 * n));
+  pthread_join(t, NULL);
+}
+
 int main(int argc, char **argv) {
   const char *what = argc > 1 ? argv[1] : "";
   if (!strcmp(what, "ring")) ring(argc > 2 ? atoi(argv[2]) : 64, 20000000);
   else if (!strcmp(what, "buddy")) buddy(argc > 2 ? argv[2] : "bulk");
   else if (!strcmp(what, "fault")) fault();
   else if (!strcmp(what, "pingpong")) pingpong(500000);
-  else return fprintf(stderr, "twin ring|buddy|fault|pingpong\n"), 2;
+  else if (!strcmp(what, "futex")) futex(50000);
+  else return fprintf(stderr, "twin ring|buddy|fault|pingpong|futex\n"), 2;
   return 0;
 }

@@ -1,5 +1,5 @@
 /** Taking memory out of use and back: isolation, counts, and what must not move. */
-import { expect, test } from 'vitest';
+import { expect, test, vi } from 'vitest';
 import { gfn } from '@ebb/machine';
 import { LINUX_HOTPLUG } from '../boot.ts';
 import { H_TOTAL_PAGES } from '../layout.ts';
@@ -7,7 +7,7 @@ import { GuestKernel } from '../kernel.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { MemoryHotplug } from './memory-hotplug.ts';
 import { P_FLAGS, PG_BUDDY, PG_OFFLINE, PG_UPTODATE } from './page.ts';
-import { MIGRATE_ISOLATE, MIGRATE_MOVABLE, Z_FREE, Z_MANAGED } from './zone.ts';
+import { MIGRATE_ISOLATE, MIGRATE_MOVABLE, Z_FREE, Z_LOCK, Z_MANAGED } from './zone.ts';
 
 /** A pageblock in the upper half of RAM, all of it free. */
 const BLOCK = 8192 + 512;
@@ -141,6 +141,24 @@ test('taking memory out of use zeroes it: most of what unplugging costs', () => 
   w.hotplug.fakeOffline(BLOCK, PAGES);
   expect(w.vcpus[0].load32(gfn(BLOCK + 9), 3)).toBe(0);
   expect(w.vcpus[0].clock - began).toBeGreaterThanOrEqual(PAGES * w.vcpus[0].costs.guestZeroPageNs);
+});
+
+test('pageblocks leave and join the free lists under the zone lock alone', () => {
+  const w = world();
+  const { buddy } = w.kernel.parts;
+  const held: boolean[] = [];
+  const look = (): void => void held.push(w.count(Z_LOCK) !== 0);
+  for (const name of ['isolatePageblock', 'takeIsolated', 'unisolatePageblock', 'freeOne'] as const) {
+    const original = buddy[name].bind(buddy) as (...args: unknown[]) => unknown;
+    vi.spyOn(buddy, name).mockImplementation((...args: unknown[]) => {
+      look();
+      return original(...args) as never;
+    });
+  }
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  w.hotplug.fakeOnline(BLOCK, PAGES);
+  expect(held.length).toBeGreaterThan(2);
+  expect(held).not.toContain(false);
 });
 
 test('a cached page moves only while nobody but the cache holds it (I22)', () => {

@@ -25,15 +25,24 @@ interface Row {
   readonly met: boolean | null;
 }
 
+let twinPath = '';
+
 /** Builds the counterpart; null without a C compiler. */
 function buildTwin(): ((...args: string[]) => number) | null {
   const source = fileURLToPath(new URL('../../bench/twin.c', import.meta.url));
   const out = join(mkdtempSync(join(tmpdir(), 'ebb-bench-')), 'twin');
   for (const cc of ['cc', 'gcc', 'clang']) {
     const built = spawnSync(cc, ['-O2', '-pthread', '-o', out, source], { encoding: 'utf8' });
+    twinPath = out;
     if (built.status === 0) return (...args) => Number(execFileSync(out, args, { encoding: 'utf8' }));
   }
   return null;
+}
+
+/** On one core, both sides alike, where the platform can pin; `null` where it cannot. */
+function pinned(command: string, ...args: string[]): number | null {
+  const run = spawnSync('taskset', ['-c', '0', command, ...args], { encoding: 'utf8' });
+  return run.status === 0 ? Number(run.stdout) : null;
 }
 
 const twin = cases.ARCH === 'x64' ? buildTwin() : null;
@@ -215,6 +224,21 @@ rows.push({
   target: '≤ 300',
   met: cases.pointCost() <= 300,
 });
+{
+  const script = fileURLToPath(new URL('./handover.ts', import.meta.url));
+  const mine = pinned(process.execPath, '--conditions=ebb-source', script);
+  const other = twin === null ? null : pinned(twinPath, 'futex');
+  if (mine !== null)
+    rows.push({
+      name: 'controlled schedule: a hand-over, one core (times slower than a C futex)',
+      unit: 'ns',
+      ebb: mine,
+      other,
+      ratio: other === null ? null : mine / other,
+      target: '≤ 1.5',
+      met: other === null ? null : mine / other <= 1.5,
+    });
+}
 for (const strategy of ['random', 'pct'] as const) {
   const { perSecond, points, pointsPerSecond } = await cases.executions(strategy);
   const target = strategy === 'random' ? 300 : 2000;

@@ -37,3 +37,11 @@ test.prop(
   for (const { frame, order } of held) buddy.freeRun(frame, 1 << order);
   expect(Array.from({ length: 11 }, (_, o) => buddy.blocks(o))).toEqual(fresh);
 });
+
+test('a block does not merge with a free one of another order: what lies between is in use', () => {
+  const buddy = new HostBuddy(8);
+  for (let i = 0; i < 8; i++) expect(buddy.alloc(0)).toBeGreaterThanOrEqual(0);
+  // 0 and 1 become a block of two; its neighbour at 2 is free, but 3 is not.
+  for (const frame of [2, 0, 1]) buddy.freeRun(frame, 1);
+  expect([buddy.blocks(0), buddy.blocks(1), buddy.blocks(2)]).toEqual([1, 1, 0]);
+});

@@ -247,7 +247,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '    this.#buddy.lock(zone);\n    for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.isolatePageblock(zone, p);\n    this.#buddy.unlock(zone);\n',
     '    for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.isolatePageblock(zone, p);\n',
     'the zone lock around isolation',
-    props('memory-device'),
+    HOTPLUG_TEST,
   ),
   fault(
     'managed-not-reduced',
