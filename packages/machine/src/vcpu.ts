@@ -182,6 +182,8 @@ export class Vcpu implements GuestMemory {
   #gate = 0;
   #held = 0;
   /** DRAM words of a scatter or gather, for one section. */
+  /** One page on its way. */
+  readonly #page: Uint8Array = new Uint8Array(PAGE_SIZE);
   readonly #targets: Int32Array = new Int32Array(SECTION_ACCESSES);
   readonly #walk = new WalkResult();
   /** Epoch in tag position; entries of older epochs never match. */
@@ -479,6 +481,15 @@ export class Vcpu implements GuestMemory {
     }
     this.clock += count * this.costs.guestZeroPageNs;
     return missing;
+  }
+
+  /** Copies a page, by way of a buffer: the two are never translated in one section. False: one of them is not RAM. */
+  copyPage(from: Gfn, to: Gfn): boolean {
+    if (!this.window(from * PAGE_SIZE, PAGE_SIZE, false)) return false;
+    this.#page.set(this.u8.subarray(this.at, this.at + PAGE_SIZE));
+    if (!this.window(to * PAGE_SIZE, PAGE_SIZE, true)) return false;
+    this.u8.set(this.#page, this.at);
+    return true;
   }
 
   /** Begins a section and translates one page for a bulk operation; −1 if it is not RAM. Valid in this section only. */

@@ -65,12 +65,11 @@ export class BlkDriver implements BlockIo {
   probe(pages: readonly number[]): boolean {
     const w = this.#w;
     const { driver } = this.#guest;
-    if (!driver.begin(VIRTIO_ID_BLOCK).ok) return false;
-    const features = driver
-      .readFeatures()
-      .and(Features.of(VIRTIO_BLK_F_FLUSH, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1));
-    driver.writeFeatures(features);
-    if (!driver.acceptFeatures(features).ok) return false;
+    const features = this.#guest.negotiate(
+      VIRTIO_ID_BLOCK,
+      Features.of(VIRTIO_BLK_F_FLUSH, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1),
+    );
+    if (features === null) return false;
     w[T_BLK + B_FEATURES_LOW] = features.low;
     w[T_BLK + B_FEATURES_HIGH] = features.high;
     for (let i = 0; i < 4; i++) w[T_BLK + B_RINGS + i] = pages[i];

@@ -53,6 +53,15 @@ export class VirtioGuest {
     this.driver = new MmioDriver(bus);
   }
 
+  /** Bring-up to FEATURES_OK with what the device offers of `wanted`; null: no such device, or it does not agree. */
+  negotiate(deviceId: number, wanted: Features): Features | null {
+    const { driver } = this;
+    if (!driver.begin(deviceId).ok) return null;
+    const features = driver.readFeatures().and(wanted);
+    driver.writeFeatures(features);
+    return driver.acceptFeatures(features).ok ? features : null;
+  }
+
   /** A view of queue `number`, whose rings are the three pages from the arena's record at `ringWord`. */
   queue(number: number, size: number, ringWord: number, features: Features): SplitDriverQueue {
     const w = this.#arena.w;

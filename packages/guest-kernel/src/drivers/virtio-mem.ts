@@ -159,22 +159,19 @@ export class VirtioMemDriver {
     const w = this.#w;
     const base = this.#base;
     const { driver } = this.guest;
-    if (!driver.begin(VIRTIO_ID_MEM).ok) return false;
-    const features = driver
-      .readFeatures()
-      .and(
-        Features.of(
-          VIRTIO_MEM_F_ACPI_PXM,
-          VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE,
-          VIRTIO_MEM_F_PERSISTENT_SUSPEND,
-          EBB_MEM_F_MORE,
-          VIRTIO_F_INDIRECT_DESC,
-          VIRTIO_F_EVENT_IDX,
-          VIRTIO_F_VERSION_1,
-        ),
-      );
-    driver.writeFeatures(features);
-    if (!driver.acceptFeatures(features).ok) return false;
+    const features = this.guest.negotiate(
+      VIRTIO_ID_MEM,
+      Features.of(
+        VIRTIO_MEM_F_ACPI_PXM,
+        VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE,
+        VIRTIO_MEM_F_PERSISTENT_SUSPEND,
+        EBB_MEM_F_MORE,
+        VIRTIO_F_INDIRECT_DESC,
+        VIRTIO_F_EVENT_IDX,
+        VIRTIO_F_VERSION_1,
+      ),
+    );
+    if (features === null) return false;
     w[base + M_FEATURES_LOW] = features.low;
     w[base + M_FEATURES_HIGH] = features.high;
     for (let i = 0; i < 3; i++) w[base + M_RINGS + i] = pages[i];

@@ -6,7 +6,7 @@
  * page and frees it only if nobody else has one (`freeze`). Simplified: one lock for all mappings, in place of one
  * XArray lock per inode.
  */
-import { spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
+import { gfn, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import { H_CACHE_LOCK, H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
 import { EV, eventRow } from './events.ts';
@@ -57,8 +57,6 @@ export class PageCache {
   readonly #relax: () => void;
   readonly #pfns = new Int32Array(WRITEBACK_BATCH);
   readonly #blocks = new Float64Array(WRITEBACK_BATCH);
-  /** One page on its way. */
-  readonly #page = new Uint8Array(4096);
 
   constructor(
     arena: Arena,
@@ -243,7 +241,7 @@ export class PageCache {
     this.#lru.lock(node);
     this.#lru.remove(node, from);
     this.#lru.unlock(node);
-    this.#copy(from, to);
+    this.#vcpu.copyPage(gfn(from), gfn(to));
     const flags = w[page + P_FLAGS] & (PG_DIRTY | PG_UPTODATE | PG_REFERENCED);
     this.#unhash(from);
     Atomics.and(w, target + P_FLAGS, ~PG_STAMPED);
@@ -264,14 +262,6 @@ export class PageCache {
     w[page + P_REF] = 1;
     this.#alloc.put(from);
     return true;
-  }
-
-  #copy(from: number, to: number): void {
-    const vcpu = this.#vcpu;
-    vcpu.window(from * 4096, 4096, false);
-    this.#page.set(vcpu.u8.subarray(vcpu.at, vcpu.at + 4096));
-    vcpu.window(to * 4096, 4096, true);
-    vcpu.u8.set(this.#page, vcpu.at);
   }
 
   // ── File I/O ─────────────────────────────────────────────────────────────────────────────────────────────────────

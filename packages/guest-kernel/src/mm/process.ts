@@ -62,7 +62,6 @@ export class Processes {
   readonly #alloc: PageAllocator;
   readonly #relax: () => void;
   readonly #events: number;
-  readonly #page = new Uint8Array(4096);
   readonly #zeroed: boolean;
 
   /** `inWait`: what this vCPU serves while it waits for another. */
@@ -281,7 +280,7 @@ export class Processes {
       if (Atomics.load(w, this.#memmap + (shared << 4) + P_REF) === 1)
         this.#setFlags(entry, low, low | PTE_W);
       else if (fresh >= 0) {
-        this.#copy(shared, fresh);
+        this.#vcpu.copyPage(gfn(shared), gfn(fresh));
         this.#write(entry, fresh, PTE_P | PTE_W | PTE_U);
         unused = -1;
         old = shared;
@@ -309,14 +308,6 @@ export class Processes {
     this.#w[page + P_INDEX] = vpn;
     Atomics.or(this.#w, page + P_FLAGS, PG_ANON);
     return pfn;
-  }
-
-  #copy(from: number, to: number): void {
-    const vcpu = this.#vcpu;
-    vcpu.window(from * 4096, 4096, false);
-    this.#page.set(vcpu.u8.subarray(vcpu.at, vcpu.at + 4096));
-    vcpu.window(to * 4096, 4096, true);
-    vcpu.u8.set(this.#page, vcpu.at);
   }
 
   // ── Page tables ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -431,7 +422,7 @@ export class Processes {
     if (entries.length > 0) this.shootdown.flushAll();
     const moves = entries.length > 0 && Atomics.load(w, page + P_REF) === entries.length;
     if (moves) {
-      this.#copy(from, to);
+      this.#vcpu.copyPage(gfn(from), gfn(to));
       const target = this.#memmap + (to << 4);
       this.#alloc.unstamp(to);
       w[target + P_INDEX] = vpn;

@@ -260,7 +260,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'migrate-without-content',
     CACHE,
-    '    this.#copy(from, to);\n    const flags',
+    '    this.#vcpu.copyPage(gfn(from), gfn(to));\n    const flags',
     '    const flags',
     'I22: a page moves and its content stays',
     props('migration'),

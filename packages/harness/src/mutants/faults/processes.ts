@@ -22,7 +22,7 @@ export const PROCESSES_FAULTS: readonly Mutant[] = [
   fault(
     'move-without-content',
     PROCESS,
-    '      this.#copy(from, to);\n      const target',
+    '      this.#vcpu.copyPage(gfn(from), gfn(to));\n      const target',
     '      const target',
     'I22: a page moves and its content stays',
     PROCESSES,
