@@ -308,11 +308,11 @@ export class VirtioMemDriver {
   work(): void {
     if (!this.ready || this.#w[this.#base + M_BROKEN] !== 0) return;
     if (!trySpinLock(this.#w, this.#base + M_MUTEX, this.#vcpu.id)) return;
-    this.#pass();
+    this.#pass(false);
     spinUnlock(this.#w, this.#base + M_MUTEX);
   }
 
-  /** The OOM notifier: asks the host for more, and plugs what it grants; pages gained. Any vCPU. */
+  /** The OOM notifier: asks the host for more, and plugs what it grants, never less; pages gained. Any vCPU. */
   oomNotify(): number {
     const w = this.#w;
     const base = this.#base;
@@ -321,13 +321,14 @@ export class VirtioMemDriver {
     if (Atomics.load(w, base + M_MUTEX) === this.#vcpu.id + 1) return 0;
     spinLock(w, base + M_MUTEX, this.#vcpu.id, this.#relax);
     const before = w[base + M_PLUGGED];
-    if (this.#request(EBB_MEM_REQ_MORE, w[base + M_ADDR], MORE_PAGES) === 'ok') this.#pass();
+    if (this.#request(EBB_MEM_REQ_MORE, w[base + M_ADDR], Math.max(MORE_PAGES, w[base + M_BLOCK])) === 'ok')
+      this.#pass(true);
     const gained = w[base + M_PLUGGED] - before;
     spinUnlock(w, base + M_MUTEX);
     return Math.max(0, gained);
   }
 
-  #pass(): void {
+  #pass(plugOnly: boolean): void {
     const w = this.#w;
     const base = this.#base;
     const timer = (base + M_RETRY_F64) / 2;
@@ -340,9 +341,13 @@ export class VirtioMemDriver {
       outcome = w[base + M_UNPLUG_ALL] === 0 ? 'ok' : this.#unplugAll();
       if (outcome === 'ok') {
         this.#refresh();
+        outcome = this.#unplugPending();
+      }
+      if (outcome === 'ok') {
         const diff = w[base + M_REQUESTED] - w[base + M_PLUGGED];
         if (diff > 0) outcome = this.bigBlocks ? this.#plugBig(diff) : this.#plugSmall(diff);
-        else if (diff < 0) outcome = this.bigBlocks ? this.#unplugBig(-diff) : this.#unplugSmall(-diff);
+        else if (diff < 0 && !plugOnly)
+          outcome = this.bigBlocks ? this.#unplugBig(-diff) : this.#unplugSmall(-diff);
       }
     } while (outcome === 'EAGAIN');
     w[base + M_LAST] = MEM_OUTCOMES.indexOf(outcome);
@@ -401,6 +406,18 @@ export class VirtioMemDriver {
       this.interrupt();
     }
     return this.#w[this.#base + M_WORK] !== 0;
+  }
+
+  /** What was plugged and could not be added goes back first (`virtio_mem_cleanup_pending_mb`). */
+  #unplugPending(): MemOutcome {
+    for (let b = this.#firstBlock; b < this.#w[this.#base + M_NEXT]; b++) {
+      if (this.#state(b) !== PLUGGED) continue;
+      const pages = this.bigBlocks ? this.#unit : this.#pluggedIn(b) * this.#sub;
+      const outcome = this.#request(VIRTIO_MEM_REQ_UNPLUG, b * this.#unit, pages);
+      if (outcome !== 'ok') return outcome;
+      this.#setState(b, UNUSED);
+    }
+    return 'ok';
   }
 
   #unplugAll(): MemOutcome {
@@ -502,13 +519,6 @@ export class VirtioMemDriver {
     const w = this.#w;
     let left = Math.floor(diff / this.#sub);
     if (left === 0) return 'ok';
-    for (let b = this.#firstBlock; b < w[this.#base + M_NEXT]; b++) {
-      // Plugged but never added: nothing of it is in use.
-      if (this.#state(b) !== PLUGGED) continue;
-      const outcome = this.#request(VIRTIO_MEM_REQ_UNPLUG, b * this.#unit, this.#pluggedIn(b) * this.#sub);
-      if (outcome !== 'ok') return outcome;
-      this.#setState(b, UNUSED);
-    }
     for (const state of UNPLUG_ORDER) {
       for (let b = w[this.#base + M_NEXT] - 1; b >= this.#firstBlock && left > 0; b--) {
         if (this.#state(b) !== state) continue;
@@ -573,18 +583,21 @@ export class VirtioMemDriver {
   }
 
   #plugBigBlock(block: number): MemOutcome {
+    const w = this.#w;
     const first = block * this.#unit;
     const outcome = this.#request(VIRTIO_MEM_REQ_PLUG, first, this.#unit);
     if (outcome !== 'ok') return outcome;
-    for (let pfn = first; pfn < first + this.#unit; pfn += this.#hotplug.sectionPages) {
-      if (this.#addAndOnline(pfn)) continue;
-      for (let p = first; p < pfn; p += this.#hotplug.sectionPages) {
-        this.#hotplug.fakeOffline(p, this.#hotplug.sectionPages);
-        this.#hotplug.remove(p);
-      }
-      this.#request(VIRTIO_MEM_REQ_UNPLUG, first, this.#unit);
+    const { sectionPages } = this.#hotplug;
+    const node = w[this.#base + M_NODE];
+    // All memory blocks are added before the first is online: nothing of them is in use if one cannot be.
+    for (let pfn = first; pfn < first + this.#unit; pfn += sectionPages) {
+      if (this.#hotplug.add(pfn, node)) continue;
+      for (let p = first; p < pfn; p += sectionPages) this.#hotplug.remove(p);
+      if (this.#request(VIRTIO_MEM_REQ_UNPLUG, first, this.#unit) !== 'ok') this.#setState(block, PLUGGED);
       return 'ENOMEM';
     }
+    for (let pfn = first; pfn < first + this.#unit; pfn += sectionPages)
+      this.#hotplug.online(pfn, node, this.#hotplug.zoneFor(node), (p) => this.isPlugged(p));
     this.#setState(block, this.#hotplug.zoneTypeOf(first) === ZONE_MOVABLE ? MOVABLE : KERNEL);
     return 'ok';
   }

@@ -282,7 +282,8 @@ export class MemoryHotplug {
 
   /** Gives pages that are nobody's to the zone's free lists, at their tails. Needs the lock. */
   #release(zone: number, first: number, count: number): void {
-    this.#w[zone + Z_MANAGED] += count;
+    // The balloon changes it as well, without the zone's lock.
+    Atomics.add(this.#w, zone + Z_MANAGED, count);
     shadowMove(this.#w, this.#memmap, this.#vcpu, first, count, SHADOW_ABSENT, SHADOW_BUDDY);
     for (let pfn = first; pfn < first + count; ) {
       let order = 0;
@@ -321,12 +322,15 @@ export class MemoryHotplug {
     let taken = false;
     for (let tries = 0; tries < MIGRATE_TRIES && !taken; tries++) {
       this.#pcp.drainAll(this.#nrCpus);
-      if (!this.#migrateRange(first, end)) break;
+      const moved = this.#migrateRange(first, end);
+      if (moved === 'no room') break;
+      // Held for a moment, or being set up: it may have gone by the next look.
+      if (moved === 'busy') continue;
       this.#buddy.lock(zone);
       taken = this.#buddy.takeIsolated(zone, first, count);
       if (taken) {
         shadowMove(w, this.#memmap, this.#vcpu, first, count, SHADOW_BUDDY, SHADOW_ABSENT);
-        w[zone + Z_MANAGED] -= count;
+        Atomics.sub(w, zone + Z_MANAGED, count);
         this.#mark(first, count, PG_OFFLINE);
         for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.setPageblockType(p, MIGRATE_MOVABLE);
       }
@@ -371,23 +375,23 @@ export class MemoryHotplug {
     return id !== 0 && id !== POISONED;
   }
 
-  /** Moves every page of the range that can be moved elsewhere. False: one will not move, or there is no room. */
-  #migrateRange(first: number, end: number): boolean {
+  /** Moves every page of the range that can be moved elsewhere. */
+  #migrateRange(first: number, end: number): 'moved' | 'busy' | 'no room' {
     for (let pfn = first; pfn < end; pfn++) {
       const page = this.#memmap + (pfn << 4);
       if (!this.#inUse(page)) continue;
       const flags = this.#peek[page + P_FLAGS];
-      if ((flags & (PG_CACHED | PG_ANON)) === 0) return false;
+      if ((flags & (PG_CACHED | PG_ANON)) === 0) return 'busy';
       const to = this.#alloc.alloc(0, MIGRATE_MOVABLE, MOVABLE_GFP);
-      if (to < 0) return false;
+      if (to < 0) return 'no room';
       if ((flags & PG_ANON) !== 0 ? this.#processes.migrate(pfn, to) : this.#cache.migrate(pfn, to)) {
         this.#w[this.#events + EV.pgmigrate_success]++;
         continue;
       }
       this.#alloc.free(to, 0);
       this.#w[this.#events + EV.pgmigrate_fail]++;
-      if (this.#inUse(page)) return false;
+      if (this.#inUse(page)) return 'busy';
     }
-    return true;
+    return 'moved';
   }
 }

@@ -152,12 +152,17 @@ export class PageCache {
     w[H_NR_FILE_PAGES]++;
     if ((flags & PG_DIRTY) !== 0) w[H_NR_DIRTY]++;
     Atomics.or(w, page + P_FLAGS, flags | PG_CACHED);
+    this.#toLru(pfn);
     this.#unlock();
+    return true;
+  }
+
+  /** Under the cache's lock: who finds the page in the hash finds it on its list as well, or isolated. */
+  #toLru(pfn: number): void {
     const node = this.nodeOf(pfn);
     this.#lru.lock(node);
     this.#lru.add(node, L_INACTIVE, pfn);
     this.#lru.unlock(node);
-    return true;
   }
 
   /**
@@ -253,11 +258,8 @@ export class PageCache {
     w[H_NR_FILE_PAGES]++;
     if ((flags & PG_DIRTY) !== 0) w[H_NR_DIRTY]++;
     Atomics.or(w, target + P_FLAGS, flags | PG_CACHED);
+    this.#toLru(to);
     this.#unlock();
-    const home = this.nodeOf(to);
-    this.#lru.lock(home);
-    this.#lru.add(home, L_INACTIVE, to);
-    this.#lru.unlock(home);
     // The reference that was frozen is the last one.
     w[page + P_REF] = 1;
     this.#alloc.put(from);

@@ -38,7 +38,7 @@ import type { Arena } from '../arena.ts';
 import { H_RMAP_LOCK, MAX_PROCESSES, PROCESS_BASE, PROCESS_WORDS } from '../layout.ts';
 import { EV, eventRow } from './events.ts';
 import { P_FLAGS, P_INDEX, P_REF, PG_ANON } from './page.ts';
-import type { PageAllocator } from './page-alloc.ts';
+import { GFP_NORETRY, type PageAllocator } from './page-alloc.ts';
 import { TlbShootdown } from './shootdown.ts';
 import { MIGRATE_MOVABLE, MIGRATE_UNMOVABLE } from './zone.ts';
 
@@ -51,7 +51,8 @@ const X_LOCK = 16;
 
 /** Highest zone: Movable for what processes hold, Normal for their page tables (H24). */
 const USER_GFP = 3;
-const TABLE_GFP = 2;
+/** Allocated under the reverse-map lock too, which the OOM path may want: it is not called. */
+const TABLE_GFP: number = 2 | GFP_NORETRY;
 
 export class Processes {
   readonly mmu: GuestMmu;
@@ -280,6 +281,10 @@ export class Processes {
       if (Atomics.load(w, this.#memmap + (shared << 4) + P_REF) === 1)
         this.#setFlags(entry, low, low | PTE_W);
       else if (fresh >= 0) {
+        // Nobody may store to the old page once it is copied, nor read it once the new one is there: a fork under way
+        // has left writable translations (`ptep_clear_flush`).
+        this.#clear(entry);
+        this.shootdown.flushAll();
         this.#vcpu.copyPage(gfn(shared), gfn(fresh));
         this.#write(entry, fresh, PTE_P | PTE_W | PTE_U);
         unused = -1;
@@ -288,11 +293,7 @@ export class Processes {
       }
     }
     this.#unlock(id);
-    if (old >= 0) {
-      // Other vCPUs in this process may still read the page that it shared.
-      this.shootdown.flushAll();
-      this.#drop(old);
-    }
+    if (old >= 0) this.#drop(old);
     if (unused >= 0) this.#drop(unused);
     return true;
   }

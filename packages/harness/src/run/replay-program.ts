@@ -245,10 +245,13 @@ export class ReplayProgram implements Program {
     const { alloc, cache } = this.#kernel.parts;
     const dirty = (this.#plan.flags[row] & PLAN_DIRTY) !== 0;
     alloc.unstamp(pfn);
-    if (!cache.add(pfn, this.#plan.file[row], this.#plan.index[row], dirty ? PG_DIRTY | PG_UPTODATE : 0))
+    // Held before others can find it: it is filled later.
+    if (!dirty) alloc.get(pfn);
+    if (!cache.add(pfn, this.#plan.file[row], this.#plan.index[row], dirty ? PG_DIRTY | PG_UPTODATE : 0)) {
+      if (!dirty) alloc.put(pfn);
       return;
+    }
     if (dirty) return;
-    alloc.get(pfn);
     this.#fill[this.#fillCount++] = pfn;
     if (this.#fillCount === CACHE_BATCH) this.#flushFill();
   }

@@ -25,6 +25,8 @@ export interface VmDescription {
   readonly devices: readonly (MemoryDeviceSpec & { readonly memdev: string })[];
   readonly balloon: string | null;
   readonly monitors: readonly MonitorPlace[];
+  /** Standard input is nobody's: `-monitor none`. */
+  readonly noStdio: boolean;
   /** Options that were accepted and mean nothing here. */
   readonly ignored: readonly string[];
   readonly vcpus: number;
@@ -127,6 +129,7 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
   let balloon: string | null = null;
   const chardevs = new Map<string, Fields>();
   const monitors: MonitorPlace[] = [];
+  let noStdio = false;
   const ignore = (what: string): void => {
     if (!ignored.includes(what)) ignored.push(what);
   };
@@ -202,7 +205,10 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
       case 'monitor': {
         const mode = option === 'qmp' ? 'control' : 'readline';
         const where = fields(value, 'where').get('where') ?? '';
-        if (where === 'none') break;
+        if (where === 'none') {
+          noStdio = true;
+          break;
+        }
         if (where !== 'stdio' && !where.startsWith('unix:'))
           throw new UserError(`-${option} ${value}: give stdio or unix:PATH`);
         monitors.push({ mode, socket: where === 'stdio' ? null : where.slice(5) });
@@ -250,6 +256,7 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
     devices,
     balloon,
     monitors,
+    noStdio,
     ignored: [...new Set(ignored)],
     vcpus,
     vm: {
@@ -337,8 +344,12 @@ function placeDevices(
       throw new UserError(
         `-${option}: 'node' property has value '${node}', which exceeds the number of numa nodes: ${where.nodes}`,
       );
-    const addr = f.has('memaddr') ? Number(f.get('memaddr')) : next;
     const blockBytes = f.has('block-size') ? size(`${option} block-size`, f.get('block-size')) : 2 * MiB;
+    const addr = f.has('memaddr') ? Number(f.get('memaddr')) : Math.ceil(next / blockBytes) * blockBytes;
+    if (addr < where.from || addr < next)
+      throw new UserError(
+        `-${option}: address range conflicts with memory that ends at 0x${next.toString(16)}`,
+      );
     const requestedBytes = where.isRfc
       ? backend.boot
       : f.has('requested-size')

@@ -124,6 +124,8 @@ async function stdioMonitor(
   isOver: () => boolean,
 ): Promise<void> {
   const place = description.monitors.find((m) => m.socket === null);
+  // Nobody reads it: the VM runs until a monitor on a socket ends it.
+  if (description.noStdio && place === undefined) return new Promise(() => undefined);
   if (place?.mode === 'control') await serveStdioQmp(api, clients);
   else await serveStdio(api, isOver);
 }

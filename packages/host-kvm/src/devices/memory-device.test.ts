@@ -441,6 +441,19 @@ describe('what a guest can do with unplugged memory', () => {
     expect(vcpu.load32(gfn(at(2) / PAGE_SIZE), 5)).toBe(0);
   });
 
+  test('a large page reaches no further than the block that is plugged', () => {
+    const b = bench('a VM of this host', { profile: 'rfc-write-protect' });
+    const [vcpu] = b.host?.vcpus ?? [];
+    b.request(VIRTIO_MEM_REQ_PLUG, at(0), 1);
+    vcpu.enterGuest();
+    expect(vcpu.load32(gfn(at(1) / PAGE_SIZE), 5)).toBe(0);
+    vcpu.store32(gfn(at(0) / PAGE_SIZE), 5, 0x1111);
+    vcpu.store32(gfn(at(1) / PAGE_SIZE), 5, 0x2222);
+    expect(vcpu.load32(gfn(at(1) / PAGE_SIZE), 5)).toBe(0);
+    expect(b.device.counters.refusedWrites).toBeGreaterThan(0);
+    expect(framesBehind(b, 1)).toBe(0);
+  });
+
   test('inaccessible: nothing is there, for vCPUs and devices; the refusals are counted', () => {
     const b = world('inaccessible');
     const [vcpu] = b.host.vcpus;

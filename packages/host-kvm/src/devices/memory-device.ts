@@ -213,6 +213,9 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   get nrPages(): number {
     return this.regionBytes / PAGE_SIZE;
   }
+  get unitPages(): number {
+    return this.profile === 'qemu' ? this.nrPages : this.blockBytes / PAGE_SIZE;
+  }
 
   /** Bytes plugged: population of the bitmap × block size, always. */
   get pluggedBytes(): number {

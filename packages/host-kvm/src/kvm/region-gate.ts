@@ -12,5 +12,7 @@ export type Verdict = 'memory' | 'zeros' | 'scribbled' | 'nothing';
 export interface RegionGate {
   readonly baseGfn: number;
   readonly nrPages: number;
+  /** Pages that share one verdict: a leaf that covers more would let an access past. */
+  readonly unitPages: number;
   verdict(gfn: number, write: boolean): Verdict;
 }

@@ -110,7 +110,9 @@ export class TdpMmu {
     const low = this.#dram[word];
     if ((low & EPT_R) !== 0) {
       if (level > 1 && (low & EPT_PS) === 0) return this.map4kInstead(gfn, frame, level, writable);
-      if (writable && (low & EPT_W) === 0) Atomics.or(this.#dram, word, EPT_W);
+      // Another frame there (the shared page of zeros) does not become writable by this.
+      const same = eptFrame(low, this.#dram[word + 1]) === frame;
+      if (writable && same && (low & EPT_W) === 0) Atomics.or(this.#dram, word, EPT_W);
       return true;
     }
     const pages = pagesPerEntry(level);

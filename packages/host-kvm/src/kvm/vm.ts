@@ -184,12 +184,21 @@ export class Vm implements InvalidationListener {
     this.#gates.push(gate);
   }
 
-  #verdict(gfn: number, write: boolean): Verdict {
+  #gate(gfn: number): RegionGate | undefined {
     for (let i = 0; i < this.#gates.length; i++) {
       const gate = this.#gates[i];
-      if (gfn >= gate.baseGfn && gfn < gate.baseGfn + gate.nrPages) return gate.verdict(gfn, write);
+      if (gfn >= gate.baseGfn && gfn < gate.baseGfn + gate.nrPages) return gate;
     }
-    return 'memory';
+    return undefined;
+  }
+
+  #verdict(gfn: number, write: boolean): Verdict {
+    return this.#gate(gfn)?.verdict(gfn, write) ?? 'memory';
+  }
+
+  /** Whether a 2 MiB leaf around the page reaches no further than the slot and the verdict do. */
+  #mayBeHuge(slot: Memslot, gfn: number): boolean {
+    return hugeFits(slot, gfn) && (this.#gate(gfn)?.unitPages ?? HUGE_PAGES) >= HUGE_PAGES;
   }
 
   /** Virtual clock of a vCPU as of its last exit or halt. */
@@ -370,7 +379,7 @@ export class Vm implements InvalidationListener {
       return -1;
     }
     if (verdict === 'zeros') return this.#zeros(vcpu);
-    const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), hugeFits(slot, gfn));
+    const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), this.#mayBeHuge(slot, gfn));
     this.#zeroed = this.#pool.lastZeroed;
     if (frame < 0) this.#kill(vcpu);
     else if (verdict === 'scribbled' && this.#zeroed > 0) this.#pool.memory.poisonFrame(hfn(frame), SCRIBBLE);
@@ -389,7 +398,8 @@ export class Vm implements InvalidationListener {
   #install(vcpu: number, slot: Memslot, gfn: number, frame: number): void {
     const zeros = frame === this.#zeroFrame;
     const writable = (slot.flags & KVM_MEM_READONLY) === 0 && !zeros;
-    const level = zeros ? 1 : leafLevelFor(slot, slot.fileOffset + (gfn - slot.baseGfn), gfn);
+    const huge = !zeros && this.#mayBeHuge(slot, gfn);
+    const level = huge ? leafLevelFor(slot, slot.fileOffset + (gfn - slot.baseGfn), gfn) : 1;
     const offset = gfn & (pagesPerEntry(level) - 1);
     if (!this.mmu.map(gfn - offset, frame - offset, level, writable)) {
       this.#kill(vcpu);

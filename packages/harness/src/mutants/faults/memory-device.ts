@@ -252,7 +252,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'managed-not-reduced',
     HOTPLUG,
-    '        w[zone + Z_MANAGED] -= count;\n',
+    '        Atomics.sub(w, zone + Z_MANAGED, count);\n',
     '',
     'I19: counters of a zone that lost memory',
     HOTPLUG_TEST,

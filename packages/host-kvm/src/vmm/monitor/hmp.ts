@@ -188,7 +188,7 @@ export class Hmp {
         run: () => {
           if (machine.balloon === null) return failed(NO_BALLOON);
           const { device } = machine.balloon;
-          return `balloon: actual=${(baseMemory(machine) - device.actual * 4096) / MiB}\n`;
+          return `balloon: actual=${Math.floor((baseMemory(machine) - device.actual * 4096) / MiB)}\n`;
         },
       },
       {
