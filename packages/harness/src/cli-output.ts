@@ -49,3 +49,12 @@ export function emitJson(target: string | undefined, value: unknown): void {
   if (target === '-') process.stdout.write(text);
   else writeOut(target, text);
 }
+
+/** Writes the allocation events of a run as tracefs text and its device events as QEMU trace lines. */
+export function writeTraces(prefix: string, alloc: readonly string[], device: readonly string[]): void {
+  writeOut(`${prefix}.trace.txt`, `# tracer: nop\n#\n${alloc.join('\n')}\n`);
+  writeOut(`${prefix}.qemu-trace.log`, `${device.join('\n')}\n`);
+  say(
+    `traces: ${prefix}.trace.txt (${alloc.length} events), ${prefix}.qemu-trace.log (${device.length} events)`,
+  );
+}
