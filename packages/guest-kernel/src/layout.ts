@@ -35,6 +35,8 @@ export const H_BLK_MUTEX = 48;
 export const H_RMAP_LOCK = 80;
 /** Pages the kernel gave away at boot: reserved, never free. */
 export const H_RESERVED_PAGES = 64;
+/** Guards watermarks, totals and memory groups once memory comes and goes. Taken inside no other spin lock. */
+export const H_HOTPLUG_LOCK = 96;
 
 // ── Zones ────────────────────────────────────────────────────────────────────────────────────────────────────────
 export const MAX_ZONES = 8;
@@ -64,10 +66,14 @@ export const MAX_MEM_DEVICES = 4;
 export const MEM_THREAD_WORDS = 64;
 export const T_MEM: number = T_BALLOON + 5 * THREAD_WORDS;
 
+/** Memory groups, one per device: what its driver added, by kind of zone. Guarded by `H_HOTPLUG_LOCK`. */
+export const GROUP_WORDS = 16;
+export const GROUP_BASE: number = T_MEM + MAX_MEM_DEVICES * MEM_THREAD_WORDS;
+
 // ── Processes, and what vCPUs ask of each other's TLBs ───────────────────────────────────────────────────────────
 export const MAX_PROCESSES = 16;
 export const PROCESS_WORDS = 32;
-export const PROCESS_BASE: number = T_MEM + MAX_MEM_DEVICES * MEM_THREAD_WORDS;
+export const PROCESS_BASE: number = GROUP_BASE + MAX_MEM_DEVICES * GROUP_WORDS;
 export const SHOOTDOWN_WORDS = 32;
 export const SHOOTDOWN_BASE: number = PROCESS_BASE + MAX_PROCESSES * PROCESS_WORDS;
 

@@ -42,7 +42,7 @@ function world(): World {
   );
   // DMA32: all above 16 MiB.
   const [, zone] = zones;
-  hotplug.adopt(8192);
+  hotplug.adopt(8192, 0);
   return {
     ...guest,
     kernel,

@@ -2,16 +2,24 @@
  * Memory hotplug by memory block: add, online, take sub-blocks out of use and back, remove. Counterpart:
  * `mm/memory_hotplug.c`, `mm/page_isolation.c`, `alloc_contig_range`.
  *
- * Runs on vCPU 0 alone (the virtio-mem driver's thread); other vCPUs allocate and free meanwhile. What they may touch,
- * free lists, counts and pageblock types, changes under the zone lock; section records are this thread's own.
+ * Runs in a pass of a virtio-mem driver, under its device's mutex; other vCPUs allocate and free meanwhile, or have a pass
+ * of another device. What they may touch, free lists, counts and pageblock types, changes under the zone lock; watermarks
+ * and memory groups under the hotplug lock; section records are the device's own.
  *
  * Simplified: added memory has its memmap in the arena from the start; the guest pages that would back it are charged
  * when a block is added and freed when it is removed (H31).
  */
-import { gfn, plainView, type Vcpu } from '@ebb/machine';
+import { gfn, plainView, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import type { HotplugConfig } from '../boot.ts';
-import { H_TOTAL_PAGES, SECTION_WORDS } from '../layout.ts';
+import {
+  GROUP_BASE,
+  GROUP_WORDS,
+  H_HOTPLUG_LOCK,
+  H_TOTAL_PAGES,
+  MAX_MEM_DEVICES,
+  SECTION_WORDS,
+} from '../layout.ts';
 import type { Buddy } from './buddy.ts';
 import { EV, eventRow } from './events.ts';
 import {
@@ -59,6 +67,12 @@ const S_MEMMAP = 2;
 /** The fourth word is virtio-mem's. */
 export const S_DRIVER = 3;
 
+/** Words of a memory group (`struct memory_group`, dynamic): its node, pages of a unit, pages online by kind of zone. */
+const G_NODE = 0;
+const G_UNIT = 1;
+const G_KERNEL = 2;
+const G_MOVABLE = 3;
+
 const ABSENT = 0;
 const ADDED = 1;
 const ONLINE = 2;
@@ -68,6 +82,7 @@ const PAGES_PER_MEMMAP_PAGE = 64;
 /** Highest zone a movable page may go to. */
 const MOVABLE_GFP: number = 3 | GFP_NORETRY;
 const MIGRATE_TRIES = 5;
+const ANY_NODE = -1;
 /** Id of a freed page that holds poison. */
 const POISONED = -1;
 
@@ -78,7 +93,6 @@ export class MemoryHotplug {
   readonly #peek: Int32Array;
   readonly #memmap: number;
   readonly #sections: number;
-  readonly #sectionsEnd: number;
   readonly #vcpu: Vcpu;
   readonly #buddy: Buddy;
   readonly #pcp: PerCpuPages;
@@ -90,6 +104,7 @@ export class MemoryHotplug {
   readonly #nrCpus: number;
   readonly #initOnAlloc: boolean;
   readonly #events: number;
+  readonly #relax: () => void;
 
   constructor(
     arena: Arena,
@@ -109,7 +124,6 @@ export class MemoryHotplug {
     this.#peek = plainView(arena.w);
     this.#memmap = arena.memmap;
     this.#sections = arena.layout.sections;
-    this.#sectionsEnd = this.section(arena.maxPfn);
     this.#vcpu = vcpu;
     this.#buddy = buddy;
     this.#pcp = pcp;
@@ -121,6 +135,10 @@ export class MemoryHotplug {
     this.#nrCpus = nrCpus;
     this.#initOnAlloc = initOnAlloc;
     this.#events = eventRow(vcpu.id);
+    this.#relax = () => {
+      vcpu.beginSection();
+      vcpu.port.relax();
+    };
   }
 
   /** First word of the record of the section that holds `pfn`. */
@@ -139,12 +157,21 @@ export class MemoryHotplug {
 
   // ── Add and remove ───────────────────────────────────────────────────────────────────────────────────────────────
 
+  /** The memory group of a device: memory on `node` that comes and goes `unit` pages at once. */
+  registerGroup(group: number, node: number, unit: number): void {
+    const g = GROUP_BASE + group * GROUP_WORDS;
+    this.#w.fill(0, g, g + GROUP_WORDS);
+    this.#w[g + G_NODE] = node;
+    this.#w[g + G_UNIT] = unit;
+  }
+
   /** A block that has been in use since boot, in the zone that boot put it into. */
-  adopt(first: number): void {
+  adopt(first: number, group: number): void {
     const record = this.section(first);
     this.#w[record + S_STATE] = ONLINE;
     this.#w[record + S_ZONE] = this.#w[this.#memmap + (first << 4) + P_ZONE];
     this.#w[record + S_MEMMAP] = PAGE_LIST_END;
+    this.#account(group, this.zoneTypeOf(first), this.sectionPages);
   }
 
   /** `add_memory`: charges the block's memmap, on its node if it can. False: the guest has no memory for it. */
@@ -192,43 +219,78 @@ export class MemoryHotplug {
     }
   }
 
-  /** Removes an offline block, or one whose every page is out of use, and gives its memmap back. */
-  remove(first: number): void {
+  /** Removes an offline block of `group`, or one whose every page is out of use, and gives its memmap back. */
+  remove(first: number, group: number): void {
     const w = this.#w;
     const record = this.section(first);
-    if (w[record + S_STATE] === ONLINE) this.#offline(first);
+    if (w[record + S_STATE] === ONLINE) this.#offline(first, group);
     w[record + S_STATE] = ABSENT;
     this.#freeMemmap(w[record + S_MEMMAP]);
     w[this.#events + EV.memory_removed]++;
   }
 
-  // ── Online and offline ───────────────────────────────────────────────────────────────────────────────────────────
+  // ── Which zone ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** The zone that the policy puts added memory of `node` into. */
-  zoneFor(node: number): number {
-    const { policy, autoMovableRatio } = this.#config;
-    if (policy === 'online') return ZONE_NORMAL;
-    if (policy === 'online_movable') return ZONE_MOVABLE;
-    // `auto_movable_can_online_movable`: Movable up to a ratio of the kernel memory this node had at boot.
+  /** The kind of zone that the policy puts an added block into. Needs the hotplug lock. */
+  #zoneTypeFor(first: number, group: number): number {
+    const { policy } = this.#config;
+    if (policy !== 'auto-movable') return policy === 'online' ? ZONE_NORMAL : ZONE_MOVABLE;
     const w = this.#w;
-    let movable = this.sectionPages;
-    let early = 0;
-    for (const zone of this.#zones) {
-      if (w[zone + Z_NODE] !== node) continue;
-      if (w[zone + Z_TYPE] === ZONE_MOVABLE) movable += w[zone + Z_PRESENT];
-      else early += w[zone + Z_PRESENT];
+    const unit = w[GROUP_BASE + group * GROUP_WORDS + G_UNIT];
+    // A unit is of one kind: what is online of it decides, and room is asked for all the rest at once.
+    let rest = unit;
+    const start = first - (first % unit);
+    for (let pfn = start; pfn < start + unit; pfn += this.sectionPages) {
+      if (!this.isOnline(pfn)) continue;
+      if (this.zoneTypeOf(pfn) !== ZONE_MOVABLE) return ZONE_NORMAL;
+      rest -= this.sectionPages;
     }
-    for (let s = this.#sections; s < this.#sectionsEnd; s += SECTION_WORDS) {
-      if (w[s + S_STATE] !== ONLINE) continue;
-      const zone = this.#zones[w[s + S_ZONE]];
-      if (w[zone + Z_NODE] === node && w[zone + Z_TYPE] !== ZONE_MOVABLE) early -= this.sectionPages;
-    }
-    return movable * 100 <= autoMovableRatio * early ? ZONE_MOVABLE : ZONE_NORMAL;
+    const node = w[GROUP_BASE + group * GROUP_WORDS + G_NODE];
+    return this.#movableFits(ANY_NODE, group, rest) && this.#movableFits(node, group, rest)
+      ? ZONE_MOVABLE
+      : ZONE_NORMAL;
   }
 
-  /** Puts an added block's plugged pages to use in a zone; the others are there, but offline. */
-  online(first: number, node: number, type: number, plugged: (pfn: number) => boolean): void {
+  /**
+   * `auto_movable_can_online_movable`: Movable may be up to a ratio of the kernel memory that was there at boot; kernel
+   * memory that a device added counts for that device alone. On one node, or on all.
+   */
+  #movableFits(node: number, group: number, pages: number): boolean {
     const w = this.#w;
+    const { autoMovableRatio } = this.#config;
+    let movable = pages;
+    let kernel = 0;
+    for (const zone of this.#zones) {
+      if (node !== ANY_NODE && w[zone + Z_NODE] !== node) continue;
+      if (w[zone + Z_TYPE] === ZONE_MOVABLE) movable += w[zone + Z_PRESENT];
+      else kernel += w[zone + Z_PRESENT];
+    }
+    for (let i = 0; i < MAX_MEM_DEVICES; i++) {
+      const g = GROUP_BASE + i * GROUP_WORDS;
+      if (i === group || (node !== ANY_NODE && w[g + G_NODE] !== node)) continue;
+      movable -= w[g + G_MOVABLE];
+      // Not there at boot; and what the others' Movable memory needs of boot memory is taken.
+      const needed = Math.floor((w[g + G_MOVABLE] * 100) / autoMovableRatio) - w[g + G_KERNEL];
+      kernel -= w[g + G_KERNEL] + Math.max(0, needed);
+    }
+    return kernel > 0 && movable <= Math.floor((autoMovableRatio * kernel) / 100);
+  }
+
+  /** Counts pages of a group that went online, or offline if negative. Needs the hotplug lock once the guest is up. */
+  #account(group: number, zoneType: number, pages: number): void {
+    this.#w[GROUP_BASE + group * GROUP_WORDS + (zoneType === ZONE_MOVABLE ? G_MOVABLE : G_KERNEL)] += pages;
+  }
+
+  // ── Online and offline ───────────────────────────────────────────────────────────────────────────────────────────
+
+  /** Puts an added block's plugged pages to use in the zone that the policy says; the others are there, but offline. */
+  online(first: number, group: number, plugged: (pfn: number) => boolean): void {
+    const w = this.#w;
+    const node = w[GROUP_BASE + group * GROUP_WORDS + G_NODE];
+    this.#lock();
+    const type = this.#zoneTypeFor(first, group);
+    this.#account(group, type, this.sectionPages);
+    this.#unlock();
     const index = this.#zones.findIndex((z) => w[z + Z_NODE] === node && w[z + Z_TYPE] === type);
     const zone = this.#zones[index];
     const end = first + this.sectionPages;
@@ -256,9 +318,12 @@ export class MemoryHotplug {
   }
 
   /** Everything in it is out of use: the zone forgets it. Its span shrinks only when nothing is left. */
-  #offline(first: number): void {
+  #offline(first: number, group: number): void {
     const w = this.#w;
     const zone = this.#zones[w[this.section(first) + S_ZONE]];
+    this.#lock();
+    this.#account(group, w[zone + Z_TYPE], -this.sectionPages);
+    this.#unlock();
     this.#buddy.lock(zone);
     w[zone + Z_PRESENT] -= this.sectionPages;
     if (w[zone + Z_PRESENT] === 0) w.fill(0, zone + Z_START, zone + Z_END + 1);
@@ -269,8 +334,18 @@ export class MemoryHotplug {
 
   #newTotals(): void {
     const w = this.#w;
+    this.#lock();
     setupWatermarks(w, this.#zones, this.#nrCpus);
     w[H_TOTAL_PAGES] = this.#zones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
+    this.#unlock();
+  }
+
+  /** Two devices may have their drivers run on two vCPUs: one in a pass, the other's as OOM notifier. */
+  #lock(): void {
+    spinLock(this.#w, H_HOTPLUG_LOCK, this.#vcpu.id, this.#relax);
+  }
+  #unlock(): void {
+    spinUnlock(this.#w, H_HOTPLUG_LOCK);
   }
 
   #mark(first: number, count: number, flags: number): void {

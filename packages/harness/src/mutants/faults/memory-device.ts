@@ -5,6 +5,8 @@ const DEVICE = 'packages/host-kvm/src/devices/memory-device.ts';
 const VM = 'packages/host-kvm/src/kvm/vm.ts';
 const VM_MEMORY = 'packages/host-kvm/src/kvm/vm-memory.ts';
 const DRIVER = 'packages/guest-kernel/src/drivers/virtio-mem.ts';
+const REGION = 'packages/guest-kernel/src/drivers/mem-region.ts';
+const SUB_BLOCKS = 'packages/guest-kernel/src/drivers/mem-sub-blocks.ts';
 const HOTPLUG = 'packages/guest-kernel/src/mm/memory-hotplug.ts';
 const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
 const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
@@ -145,7 +147,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   // ── Driver ──
   fault(
     'unplug-in-use',
-    DRIVER,
+    SUB_BLOCKS,
     "    if (online && !this.#hotplug.fakeOffline(pfn, pages)) return 'EBUSY';\n",
     '',
     'I20: memory is unplugged while it is on the free lists',
@@ -153,9 +155,9 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'bits-not-cleared',
-    DRIVER,
-    'if (type < VIRTIO_MEM_REQ_UNPLUG_ALL) this.#setPlugged(pfn, pages, type === VIRTIO_MEM_REQ_PLUG);',
-    'if (type === VIRTIO_MEM_REQ_PLUG) this.#setPlugged(pfn, pages, true);',
+    REGION,
+    'if (type < VIRTIO_MEM_REQ_UNPLUG_ALL) this.setPlugged(pfn, pages, type === VIRTIO_MEM_REQ_PLUG);',
+    'if (type === VIRTIO_MEM_REQ_PLUG) this.setPlugged(pfn, pages, true);',
     'the driver forgets what it unplugged',
     props('memory-device'),
   ),
@@ -170,14 +172,14 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'retry-too-soon',
     DRIVER,
-    'export const RETRY_MIN_MS = 50_000;',
-    'export const RETRY_MIN_MS = 5_000;',
+    'const RETRY_MIN_MS = 50_000;',
+    'const RETRY_MIN_MS = 5_000;',
     'the retry timer of Linux: 50 s',
     FIDELITY,
   ),
   fault(
     'new-before-holes',
-    DRIVER,
+    SUB_BLOCKS,
     'const PLUG_ORDER = [KERNEL_PARTIAL, MOVABLE_PARTIAL, OFFLINE_PARTIAL] as const;',
     'const PLUG_ORDER = [OFFLINE_PARTIAL] as const;',
     'H8: replug before growth',
@@ -185,24 +187,24 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'unplug-from-the-bottom',
-    DRIVER,
-    '      for (let b = w[this.#base + M_NEXT] - 1; b >= this.#firstBlock && left > 0; b--) {\n        if (this.#state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
-    '      for (let b = this.#firstBlock; b < w[this.#base + M_NEXT] && left > 0; b++) {\n        if (this.#state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
+    SUB_BLOCKS,
+    '      for (let b = r.nextBlock - 1; b >= r.firstBlock && left > 0; b--) {\n        if (r.state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
+    '      for (let b = r.firstBlock; b < r.nextBlock && left > 0; b++) {\n        if (r.state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
     "Linux's order: from the highest block",
     FIDELITY,
   ),
   fault(
     'holes-one-by-one',
-    DRIVER,
-    '      while (pages < left * sub && pfn + pages < end && !this.isPlugged(pfn + pages)) pages += sub;',
+    SUB_BLOCKS,
+    '      while (pages < left * sub && pfn + pages < end && !r.isPlugged(pfn + pages)) pages += sub;',
     '      pages = sub;',
     "Linux's order: one request per run of holes",
     FIDELITY,
   ),
   fault(
     'never-whole-blocks',
-    DRIVER,
-    '    if (left >= all && this.#pluggedIn(block) === all) {',
+    SUB_BLOCKS,
+    '    if (left >= all && r.pluggedIn(block) === all) {',
     '    if (left > all * 1000) {',
     "Linux's order: a full block whole first",
     FIDELITY,
