@@ -1,7 +1,7 @@
 import { expect, test } from 'vitest';
 import { longestCommonSubsequence } from './align.ts';
 import { memoryFidelity } from './fidelity.ts';
-import { readSession } from './session-file.ts';
+import { readSession, type Session } from './session-file.ts';
 
 test.each(['I-busy', 'E-block-128M', 'A-session'])(
   '%s: our requests and answers are the real ones, in their order',
@@ -21,4 +21,101 @@ test('two sequences are aligned by their longest common subsequence', () => {
 
 test('a capture that is none is named', () => {
   expect(() => readSession('/nowhere.json')).toThrow(/cannot be read; give a CAPTURE/);
+});
+
+const MiB = 2 ** 20;
+const GiB = 2 ** 30;
+
+/** A machine with 2 GiB on each node and a device of 8 GiB on node 0, and what its driver asks for. */
+function requestsOf(over: Partial<Session>, blockSize = 2 * MiB): string[] {
+  const session: Session = {
+    capture: 'made up',
+    boot: [
+      { node: 0, size: 2 * GiB },
+      { node: 1, size: 2 * GiB },
+    ],
+    vcpus: 2,
+    linuxMemoryBlockSize: 128 * MiB,
+    onlinePolicy: 'online',
+    initOnAlloc: true,
+    devices: [
+      {
+        id: 'vm0',
+        node: 0,
+        memaddr: 0x1_4000_0000,
+        maxSize: 8 * GiB,
+        blockSize,
+        requestedSizeAtStart: 0,
+      },
+    ],
+    steps: [],
+    requests: [],
+    ...over,
+  };
+  const [device] = memoryFidelity(session, () => undefined).devices;
+  return device.aligned.map((a) => a.ebb);
+}
+
+const resize = (t: number, requestedSize: number): Session['steps'][number] => ({
+  t,
+  action: 'resize',
+  device: 'vm0',
+  requestedSize,
+});
+/** The memory block of a request, from the start of the region. */
+const blockOf = (request: string): number =>
+  (Number.parseInt(request.split(' ')[1], 16) - 0x1_4000_0000) / (128 * MiB);
+
+test('auto-movable: three times the boot memory is Movable, then each kernel block of the device backs three more', () => {
+  const requests = requestsOf({
+    onlinePolicy: 'auto-movable',
+    steps: [resize(6, 8 * GiB), resize(10, 1 * GiB)],
+  });
+  const unplugged = requests.filter((r) => r.startsWith('UNPLUG')).map(blockOf);
+  // Movable blocks go first, from the top; these four are Normal, and 301 % of node 0 is 48 blocks.
+  expect([60, 56, 52, 48].filter((b) => unplugged.includes(b))).toEqual([]);
+  expect(unplugged).toHaveLength(56);
+  expect(unplugged.slice(0, 7)).toEqual([63, 62, 61, 59, 58, 57, 55]);
+});
+
+test('auto-movable: a big block is of one kind', () => {
+  const requests = requestsOf(
+    { onlinePolicy: 'auto-movable', steps: [resize(6, 8 * GiB), resize(10, 6 * GiB)] },
+    1 * GiB,
+  );
+  // 6 GiB of 1 GiB blocks fit the ratio whole; the seventh is Normal and backs the eighth.
+  expect(requests.filter((r) => r.startsWith('UNPLUG')).map(blockOf)).toEqual([56, 40]);
+});
+
+test('after a system reset the guest plugs again what is requested', () => {
+  const requests = requestsOf({
+    steps: [resize(6, 256 * MiB), { t: 10, action: 'system_reset' }, resize(20, 0)],
+  });
+  expect(requests.map((r) => r.replace(/ 0x\S+/, ''))).toEqual([
+    'PLUG 64 ACK',
+    'PLUG 64 ACK',
+    'PLUG 64 ACK',
+    'PLUG 64 ACK',
+    'UNPLUG 64 ACK',
+    'UNPLUG 64 ACK',
+  ]);
+});
+
+test('what the retry timer could give back is held until then', () => {
+  const request = (t: number, type: 'PLUG' | 'UNPLUG', subBlock: number, nbBlocks: number) => ({
+    t,
+    type,
+    addr: 0x1_4000_0000 + subBlock * 2 * MiB,
+    nbBlocks,
+    response: 'ACK' as const,
+  });
+  const highest = Array.from({ length: 64 }, (_, i) => 63 - i);
+  const real = [
+    request(6, 'PLUG', 0, 64),
+    ...highest.filter((b) => b !== 3).map((b) => request(10, 'UNPLUG', b, 1)),
+    request(60, 'UNPLUG', 3, 1),
+  ];
+  const requests = requestsOf({ steps: [resize(6, 128 * MiB), resize(10, 0)], requests: real });
+  expect(requests).toHaveLength(real.length);
+  expect(requests.at(-1)).toBe('UNPLUG 0x140600000 1 ACK');
 });

@@ -23,6 +23,9 @@ import type { Session, SessionRequest } from './session-file.ts';
  * sub-block that keeps one page in use takes 2 MiB of a host with huge pages.
  */
 const HOST_BYTES: number = 4096 * MiB;
+/** A silence as long within one shrink is the retry timer's, 50 s or more; and how long before its end pins change. */
+const RETRY_GAP_S = 40;
+const BEFORE_RETRY_S = 5;
 /** Linux's sub-block: a pageblock. */
 const SUB_BLOCK: number = 2 * MiB;
 
@@ -69,19 +72,21 @@ export function memoryFidelity(session: Session, onStep: (text: string) => void)
   );
   const orders = new Int32Array(buffers.handles[0]);
   vm.settle();
-  const leftovers = pinsPerStep(session);
-  session.steps.forEach((step, i) => {
-    vm.passTo(Math.max(vm.now, step.t * NS_PER_S));
+  const pins = new Map<string, readonly number[]>();
+  const pin = (device: string, pfns: readonly number[]): void => {
+    pins.set(device, pfns);
+    orderPins(orders, [...pins.values()].flat());
+    while (!ordersDone(orders)) vm.settle();
+  };
+  for (const { t, step, left } of timeline(session)) {
+    vm.passTo(Math.max(vm.now, t * NS_PER_S));
     const [{ memory }] = vm.host.vms;
-    switch (step.action) {
+    if (left !== undefined) pin(left.device, left.plugged);
+    switch (step?.action) {
       case 'resize': {
         const device = memory.find((m) => m.id === step.device);
-        if (device === undefined) throw new UserError(`step ${i}: no device '${step.device}'`);
-        onStep(`${step.t.toFixed(1)} s: ${step.device} → ${formatMiB(step.requestedSize)}`);
-        if (step.requestedSize < device.pluggedBytes) {
-          orderPins(orders, leftovers[i]);
-          while (!ordersDone(orders)) vm.settle();
-        }
+        if (device === undefined) throw new UserError(`step at ${t} s: no device '${step.device}'`);
+        onStep(`${t.toFixed(1)} s: ${step.device} → ${formatMiB(step.requestedSize)}`);
         device.setRequested(step.requestedSize);
         break;
       }
@@ -89,12 +94,15 @@ export function memoryFidelity(session: Session, onStep: (text: string) => void)
         for (const device of memory) device.busy = step.active;
         break;
       case 'system_reset':
-        throw new UserError(`step ${i}: system_reset is not modelled`);
+        onStep(`${t.toFixed(1)} s: system_reset`);
+        vm.host.systemReset(0, 'virtio-1.2');
+        break;
       case 'note':
+      case undefined:
         break;
     }
     vm.settle();
-  });
+  }
   vm.passTo(Math.max(vm.now, ((session.requests.at(-1)?.t ?? 0) + 1) * NS_PER_S));
   for (const disk of disks) disk.close();
   const result = vm.host.result();
@@ -140,46 +148,88 @@ function deviceOf(session: Session, request: SessionRequest): string {
   return device?.id ?? '';
 }
 
-/**
- * For each step the sub-blocks of all devices that hold unmovable memory, as first pages: after a shrink, what the
- * capture left plugged of that device; nothing else.
- */
-function pinsPerStep(session: Session): number[][] {
-  const streams = new Map(
-    session.devices.map((d) => [
-      d.id,
-      {
-        device: d,
-        plugged: new Set<number>(),
-        next: 0,
-        list: session.requests.filter((r) => deviceOf(session, r) === d.id),
-      },
-    ]),
-  );
-  type Stream = typeof streams extends Map<string, infer S> ? S : never;
-  const apply = (s: Stream): void => {
-    const { type, addr = 0, nbBlocks = 0, response } = s.list[s.next++];
-    if (response !== 'ACK') return;
-    if (type === 'UNPLUG_ALL') s.plugged.clear();
-    for (let b = 0; b < nbBlocks * s.device.blockSize; b += SUB_BLOCK) {
-      if (type === 'PLUG') s.plugged.add((addr + b) / PAGE_SIZE);
-      else if (type === 'UNPLUG') s.plugged.delete((addr + b) / PAGE_SIZE);
+/** What the capture says of one device, read pass by pass. */
+class DeviceStream {
+  readonly plugged = new Set<number>();
+  requested: number;
+  readonly #device: Session['devices'][number];
+  readonly #requests: readonly SessionRequest[];
+  #next = 0;
+
+  constructor(session: Session, device: Session['devices'][number]) {
+    this.#device = device;
+    this.requested = device.requestedSizeAtStart;
+    this.#requests = session.requests.filter((r) => deviceOf(session, r) === device.id);
+  }
+
+  get left(): { readonly device: string; readonly plugged: readonly number[] } {
+    return { device: this.#device.id, plugged: [...this.plugged].toSorted((a, b) => a - b) };
+  }
+
+  /** Applies the requests of one pass towards `size`. When the retry timer began another, its time, else null. */
+  pass(size: number): number | null {
+    this.requested = size;
+    const way = size > this.plugged.size * SUB_BLOCK ? 'PLUG' : 'UNPLUG';
+    let before: SessionRequest | undefined;
+    for (; this.plugged.size * SUB_BLOCK !== size; this.#next++) {
+      const request = this.#requests.at(this.#next);
+      if (request?.type !== way) break;
+      // A device that was busy has not left anything; memory that would not go has.
+      if (before?.response === 'ACK' && request.t - before.t > RETRY_GAP_S) return request.t;
+      this.#apply(request);
+      before = request;
     }
-  };
-  const towards = (s: Stream, size: number): void => {
-    const way = size > s.plugged.size * SUB_BLOCK ? 'PLUG' : 'UNPLUG';
-    while (s.next < s.list.length && s.plugged.size * SUB_BLOCK !== size && s.list[s.next].type === way)
-      apply(s);
-  };
-  for (const s of streams.values()) towards(s, s.device.requestedSizeAtStart);
-  return session.steps.map((step) => {
-    if (step.action !== 'resize') return [];
-    const s = streams.get(step.device);
-    if (s === undefined) return [];
+    return null;
+  }
+
+  #apply({ type, addr = 0, nbBlocks = 0, response }: SessionRequest): void {
+    if (response !== 'ACK') return;
+    for (let b = 0; b < nbBlocks * this.#device.blockSize; b += SUB_BLOCK) {
+      if (type === 'PLUG') this.plugged.add((addr + b) / PAGE_SIZE);
+      else this.plugged.delete((addr + b) / PAGE_SIZE);
+    }
+  }
+}
+
+/** A step of the session, or a moment before a retry; and the sub-blocks that from here on hold unmovable memory. */
+interface Moment {
+  readonly t: number;
+  readonly step?: Session['steps'][number];
+  /** What the capture leaves plugged of a device that shrinks, as first pages. */
+  readonly left?: { readonly device: string; readonly plugged: readonly number[] };
+}
+
+/**
+ * The session's steps, each shrink with what the capture left plugged. A real pass may end early, because memory to move
+ * pages to had run out, and go on at the retry timer: then what the retry left replaces it shortly before.
+ */
+function timeline(session: Session): Moment[] {
+  const streams = new Map(session.devices.map((d) => [d.id, new DeviceStream(session, d)]));
+  for (const s of streams.values()) s.pass(s.requested);
+  const moments: Moment[] = [];
+  for (const step of session.steps) {
+    if (step.action === 'system_reset') {
+      // Nothing is plugged any more; the guest that boots plugs what is requested.
+      for (const s of streams.values()) {
+        s.plugged.clear();
+        s.pass(s.requested);
+      }
+    }
+    const s = step.action === 'resize' ? streams.get(step.device) : undefined;
+    if (step.action !== 'resize' || s === undefined) {
+      moments.push({ t: step.t, step });
+      continue;
+    }
     const shrinks = step.requestedSize < s.plugged.size * SUB_BLOCK;
-    towards(s, step.requestedSize);
-    return shrinks ? [...s.plugged].toSorted((a, b) => a - b) : [];
-  });
+    let retry = s.pass(step.requestedSize);
+    moments.push({ t: step.t, step, ...(shrinks ? { left: s.left } : {}) });
+    while (retry !== null) {
+      const t = retry - BEFORE_RETRY_S;
+      retry = s.pass(step.requestedSize);
+      moments.push({ t, left: s.left });
+    }
+  }
+  return moments.toSorted((a, b) => a.t - b.t);
 }
 
 function specOf(session: Session): RunSpec {

@@ -12,6 +12,26 @@ const address = z.union([
     .transform((text) => Number.parseInt(text, 16)),
 ]);
 
+const step = z.discriminatedUnion('action', [
+  z.object({
+    t: z.number(),
+    action: z.literal('resize'),
+    device: z.string(),
+    requestedSize: z.int().min(0),
+  }),
+  z.object({ t: z.number(), action: z.literal('migration'), active: z.boolean() }),
+  z.object({ t: z.number(), action: z.literal('system_reset') }),
+  z.object({ t: z.number(), action: z.literal('note'), text: z.string().default('') }),
+]);
+
+/** What was done inside the guest, or by a tool we do not know, is a note: it is read past. */
+function asNote(raw: unknown): unknown {
+  const known = z.object({ action: z.enum(['resize', 'migration', 'system_reset', 'note']) });
+  const other = z.object({ t: z.number(), action: z.string() }).safeParse(raw);
+  if (!other.success || known.safeParse(raw).success) return raw;
+  return { t: other.data.t, action: 'note', text: other.data.action };
+}
+
 const sessionSchema = z.object({
   capture: z.string(),
   boot: z.array(z.object({ node: z.int().min(0).max(1), size: z.int().positive() })).min(1),
@@ -32,19 +52,7 @@ const sessionSchema = z.object({
     )
     .min(1)
     .max(4),
-  steps: z.array(
-    z.discriminatedUnion('action', [
-      z.object({
-        t: z.number(),
-        action: z.literal('resize'),
-        device: z.string(),
-        requestedSize: z.int().min(0),
-      }),
-      z.object({ t: z.number(), action: z.literal('migration'), active: z.boolean() }),
-      z.object({ t: z.number(), action: z.literal('system_reset') }),
-      z.object({ t: z.number(), action: z.literal('note'), text: z.string() }),
-    ]),
-  ),
+  steps: z.array(z.preprocess(asNote, step)),
   requests: z.array(
     z.object({
       t: z.number(),
