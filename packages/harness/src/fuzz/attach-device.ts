@@ -10,8 +10,8 @@ export function attachDevice(lab: HostLab, vm: Vm, line: number, device: VirtioD
   const transport = new MmioTransport({
     device,
     memory: vm.memory,
-    interrupt: () => vm.interrupt(line),
-    completed: (at) => vm.completed(line, at),
+    interrupt: () => vm.vcpus.interrupt(line),
+    completed: (at) => vm.vcpus.completed(line, at),
     onLeaseBroken: (gpa) =>
       lab.found.push(
         `device-lease: a device touched 0x${gpa.toString(16)} after it had returned the buffer (I16)`,

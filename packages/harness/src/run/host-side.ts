@@ -293,7 +293,7 @@ export class HostSide {
       );
       while (!over) this.poll();
     }
-    vm.clearInterrupts();
+    vm.vcpus.clearInterrupts();
     arena.clear();
     Atomics.and(this.#runControl, RC_VM + k, 0);
     // Pairs with the load at the start of a window: what was cleared is seen by whoever boots.

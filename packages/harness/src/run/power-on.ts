@@ -97,8 +97,8 @@ export function powerOn(options: PowerOn): RunningVm {
     const transport = new MmioTransport({
       device,
       memory: vm.memory,
-      interrupt: () => vm.interrupt(line),
-      completed: (at) => vm.completed(line, at),
+      interrupt: () => vm.vcpus.interrupt(line),
+      completed: (at) => vm.vcpus.completed(line, at),
       onLeaseBroken: (gpa) => leaseBroken(options.violations, id, gpa),
     });
     vm.addMmio({

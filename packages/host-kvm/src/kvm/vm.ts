@@ -1,5 +1,5 @@
 /**
- * One virtual machine as KVM knows it: slots, MMU, vCPU control blocks, exits, invalidation.
+ * One virtual machine as KVM knows it: slots, MMU, exits, faults, invalidation.
  *
  * **Invalidation** (DESIGN § 2): under the MMU lock, count it in progress, record the range, exchange the entries; set
  * the flush request of *every* vCPU and wait for those in guest mode; only then drop the lock. The file detaches the
@@ -10,15 +10,11 @@ import {
   assert,
   COST_TABLE,
   err,
-  EXIT_DONE,
   EXIT_EPT_VIOLATION,
   EXIT_MMIO_READ,
   EXIT_MMIO_WRITE,
-  EXIT_REQUEST,
-  EXIT_REQUEST_SLEEPING,
   hfn,
   HUGE_PAGES,
-  MODE_OUTSIDE,
   ok,
   ownerOf,
   PAGE_SIZE,
@@ -26,26 +22,7 @@ import {
   RESULT_EMULATED,
   RESULT_KILLED,
   RESULT_RETRY,
-  sharedF64,
-  sharedI32,
   USE_VMM,
-  VCPU_BLOCK_BYTES,
-  VCPU_BLOCK_WORDS,
-  VC_CLOCK_F64,
-  VC_EPT_ROOT,
-  VC_EXIT_ADDR_F64,
-  VC_EXIT_COST_F64,
-  VC_EXIT_DATA,
-  VC_EXIT_RDATA,
-  VC_EXIT_REASON,
-  VC_EXIT_RESULT,
-  VC_EXIT_SIZE,
-  VC_EXIT_STATE,
-  VC_FLUSH_ACK,
-  VC_FLUSH_REQ,
-  VC_IRQ,
-  VC_IRQ_DUE_F64,
-  VC_MODE,
   type CostTable,
   type Result,
   type Schedule,
@@ -63,6 +40,7 @@ import {
 } from './memslots.ts';
 import type { RegionGate, Verdict } from './region-gate.ts';
 import { TdpMmu } from './tdp-mmu.ts';
+import { VcpuBlocks } from './vcpu-blocks.ts';
 import { VmMemory } from './vm-memory.ts';
 
 /** A device's registers in guest-physical space. */
@@ -119,19 +97,16 @@ export class Vm implements InvalidationListener {
   killed = false;
   /** Virtual time of the newest register write: when a device was kicked. */
   kickTime = 0;
-  readonly nrVcpus: number;
+  readonly vcpus: VcpuBlocks;
   readonly #pool: FramePool;
   readonly #tasks: HostTasks;
   readonly #schedule: Schedule;
-  readonly #control: Int32Array;
-  readonly #controlF64: Float64Array;
-  readonly #firstBlock: number;
   readonly #exitTasks: HostTask[] = [];
   readonly #regions: MmioRegion[] = [];
   readonly #gates: RegionGate[] = [];
   /** Frame of zeros that reads of unplugged memory map; −1 until the first. */
   #zeroFrame = -1;
-  /** Guards the EPT and the three fields below. Order: taken inside no other lock. */
+  /** Guards the EPT and the four fields below. Order: taken inside no other lock. */
   readonly #mmuLock = new TaskLock('mmu');
   #inProgress = 0;
   #sequence = 0;
@@ -144,14 +119,11 @@ export class Vm implements InvalidationListener {
 
   constructor(options: VmOptions) {
     this.id = options.id;
-    this.nrVcpus = options.nrVcpus;
     this.costs = options.costs ?? COST_TABLE;
     this.#pool = options.pool;
     this.#tasks = options.tasks;
     this.#schedule = options.schedule;
-    this.#control = sharedI32('vcpu-control', options.control);
-    this.#controlF64 = sharedF64('vcpu-control', options.control);
-    this.#firstBlock = options.firstBlock;
+    this.vcpus = new VcpuBlocks(options.control, options.firstBlock, options.nrVcpus, options.schedule);
     this.mmu = new TdpMmu(options.id, options.pool, options.schedule, options.tableLive, options.frameFlags);
     this.memory = new VmMemory(
       options.id,
@@ -162,17 +134,9 @@ export class Vm implements InvalidationListener {
       options.schedule,
       (gfn, write) => this.#verdict(gfn, write),
     );
-    for (let v = 0; v < options.nrVcpus; v++) {
-      this.#control[this.#base(v) + VC_EPT_ROOT] = this.mmu.root;
+    this.vcpus.setRoot(this.mmu.root);
+    for (let v = 0; v < options.nrVcpus; v++)
       this.#exitTasks.push(options.tasks.spawn(`vm${options.id}/vcpu${v}`, this.#serveExits(v)));
-    }
-  }
-
-  #base(vcpu: number): number {
-    return (this.#firstBlock + vcpu) * VCPU_BLOCK_WORDS;
-  }
-  #baseF64(vcpu: number): number {
-    return ((this.#firstBlock + vcpu) * VCPU_BLOCK_BYTES) / 8;
   }
 
   addMmio(region: MmioRegion): void {
@@ -201,25 +165,16 @@ export class Vm implements InvalidationListener {
     return hugeFits(slot, gfn) && (this.#gate(gfn)?.unitPages ?? HUGE_PAGES) >= HUGE_PAGES;
   }
 
-  /** Virtual clock of a vCPU as of its last exit or halt. */
-  clock(vcpu: number): number {
-    return this.#controlF64[this.#baseF64(vcpu) + VC_CLOCK_F64];
-  }
-
   // ── Exits ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /**
    * Scans the mailboxes and answers each vCPU that asks: at once where nothing stands in the way, else by waking its task.
-   * With no other task ready a task's yields are points and nothing more, so both ways do the same. Pairs with the
-   * vCPU's store of `EXIT_REQUEST`.
+   * With no other task ready a task's yields are points and nothing more, so both ways do the same.
    */
   scanExits(): boolean {
     let found = false;
-    const control = this.#control;
-    for (let v = 0; v < this.nrVcpus; v++) {
-      const state = Atomics.load(control, this.#base(v) + VC_EXIT_STATE);
-      if (state !== EXIT_REQUEST && state !== EXIT_REQUEST_SLEEPING) continue;
-      if (this.#exitTasks[v].state !== 'parked') continue;
+    for (let v = 0; v < this.vcpus.count; v++) {
+      if (!this.vcpus.asks(v) || this.#exitTasks[v].state !== 'parked') continue;
       found = true;
       if (this.#schedule.controlled || this.#tasks.anyReady || !this.#serveNow(v))
         this.#tasks.wake(this.#exitTasks[v]);
@@ -228,33 +183,29 @@ export class Vm implements InvalidationListener {
   }
 
   *#serveExits(vcpu: number): TaskBody {
-    const control = this.#control;
-    const base = this.#base(vcpu);
     for (;;) {
       yield PARK;
-      const state = Atomics.load(control, base + VC_EXIT_STATE);
-      if (state !== EXIT_REQUEST && state !== EXIT_REQUEST_SLEEPING) continue;
-      const address = this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_ADDR_F64];
-      if (this.killed) this.#complete(vcpu, RESULT_KILLED, 0, 0);
-      else if (control[base + VC_EXIT_REASON] === EXIT_EPT_VIOLATION)
-        yield* this.#violation(vcpu, Math.floor(address / PAGE_SIZE), control[base + VC_EXIT_SIZE] !== 0);
+      if (!this.vcpus.asks(vcpu)) continue;
+      const address = this.vcpus.exitAddress(vcpu);
+      if (this.killed) this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);
+      else if (this.vcpus.exitReason(vcpu) === EXIT_EPT_VIOLATION)
+        yield* this.#violation(vcpu, Math.floor(address / PAGE_SIZE), this.vcpus.exitSize(vcpu) !== 0);
       else this.#register(vcpu, address);
     }
   }
 
   /** Serves an exit without a task; false if it has to wait for something. */
   #serveNow(vcpu: number): boolean {
-    const base = this.#base(vcpu);
-    const address = this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_ADDR_F64];
-    if (this.killed) this.#complete(vcpu, RESULT_KILLED, 0, 0);
-    else if (this.#control[base + VC_EXIT_REASON] === EXIT_EPT_VIOLATION) {
+    const address = this.vcpus.exitAddress(vcpu);
+    if (this.killed) this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);
+    else if (this.vcpus.exitReason(vcpu) === EXIT_EPT_VIOLATION) {
       if (this.#mmuLock.held || this.#inProgress > 0 || this.#held) return false;
       const gfn = Math.floor(address / PAGE_SIZE);
-      const slot = this.#resolve(vcpu, gfn, this.#control[base + VC_EXIT_SIZE] !== 0);
+      const write = this.vcpus.exitSize(vcpu) !== 0;
+      const slot = this.#resolve(vcpu, gfn, write);
       if (slot === null) return true;
       if (slot.invalid) return false;
       this.counters.eptViolations++;
-      const write = this.#control[base + VC_EXIT_SIZE] !== 0;
       const frame = this.#populate(vcpu, slot, gfn, write);
       if (frame >= 0) this.#install(vcpu, slot, gfn, frame);
     } else this.#register(vcpu, address);
@@ -263,9 +214,8 @@ export class Vm implements InvalidationListener {
 
   /** A register access: to a device, or to nothing (all ones). */
   #register(vcpu: number, address: number): void {
-    const base = this.#base(vcpu);
-    const reason = this.#control[base + VC_EXIT_REASON];
-    const size = this.#control[base + VC_EXIT_SIZE];
+    const reason = this.vcpus.exitReason(vcpu);
+    const size = this.vcpus.exitSize(vcpu);
     this.counters.mmioExits++;
     const region = this.#region(address);
     let value = 0;
@@ -273,11 +223,11 @@ export class Vm implements InvalidationListener {
       value = region === undefined ? this.#unclaimed() : region.read(address - region.base, size);
     } else {
       assert(reason === EXIT_MMIO_WRITE, `exit reason ${reason}`);
-      this.kickTime = this.clock(vcpu);
+      this.kickTime = this.vcpus.clock(vcpu);
       if (region === undefined) this.#unclaimed();
-      else region.write(address - region.base, size, this.#control[base + VC_EXIT_DATA]);
+      else region.write(address - region.base, size, this.vcpus.exitData(vcpu));
     }
-    this.#complete(vcpu, RESULT_EMULATED, value, this.costs.exitNs);
+    this.vcpus.answer(vcpu, RESULT_EMULATED, value, this.costs.exitNs);
   }
 
   #region(address: number): MmioRegion | undefined {
@@ -291,37 +241,6 @@ export class Vm implements InvalidationListener {
   #unclaimed(): number {
     this.counters.unclaimedMmio++;
     return -1;
-  }
-
-  /** Answers an exit. Exchanging to DONE tells whether the vCPU sleeps; only then is it notified. */
-  #complete(vcpu: number, result: number, data: number, cost: number): void {
-    const base = this.#base(vcpu);
-    this.#control[base + VC_EXIT_RESULT] = result;
-    this.#control[base + VC_EXIT_RDATA] = data;
-    this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_COST_F64] = cost;
-    const old = Atomics.exchange(this.#control, base + VC_EXIT_STATE, EXIT_DONE);
-    if (old === EXIT_REQUEST_SLEEPING) Atomics.notify(this.#control, base + VC_EXIT_STATE);
-  }
-
-  /** Notes that device `line` completes what it returned at virtual time `due`. */
-  completed(line: number, due: number): void {
-    const f64 = this.#baseF64(0) + VC_IRQ_DUE_F64 + line;
-    if (due > this.#controlF64[f64]) this.#controlF64[f64] = due;
-  }
-
-  /** Raises interrupt line `line` on every vCPU: whichever waits for the device sees it. Wakes halted ones. */
-  interrupt(line: number): void {
-    for (let v = 0; v < this.nrVcpus; v++) {
-      const irq = this.#base(v) + VC_IRQ;
-      // Publishes the due time and whatever the device wrote. Pairs with the exchange in `Vcpu.takeInterrupts`.
-      Atomics.or(this.#control, irq, 1 << line);
-      Atomics.notify(this.#control, irq);
-    }
-  }
-
-  /** System reset: nothing is pending any more. Every vCPU is outside. */
-  clearInterrupts(): void {
-    for (let v = 0; v < this.nrVcpus; v++) Atomics.store(this.#control, this.#base(v) + VC_IRQ, 0);
   }
 
   // ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -361,7 +280,7 @@ export class Vm implements InvalidationListener {
     const slot = this.slots.find(gfn);
     if (slot !== null && (!write || (slot.flags & KVM_MEM_READONLY) === 0)) return slot;
     this.#unclaimed();
-    this.#complete(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
+    this.vcpus.answer(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
     return null;
   }
 
@@ -375,7 +294,7 @@ export class Vm implements InvalidationListener {
     const verdict = this.#gates.length === 0 ? 'memory' : this.#verdict(gfn, write);
     if (verdict === 'nothing') {
       this.#unclaimed();
-      this.#complete(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
+      this.vcpus.answer(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
       return -1;
     }
     if (verdict === 'zeros') return this.#zeros(vcpu);
@@ -406,12 +325,12 @@ export class Vm implements InvalidationListener {
       return;
     }
     const { exitNs, faultNs, hostZeroPageNs } = this.costs;
-    this.#complete(vcpu, RESULT_RETRY, 0, exitNs + faultNs + this.#zeroed * hostZeroPageNs);
+    this.vcpus.answer(vcpu, RESULT_RETRY, 0, exitNs + faultNs + this.#zeroed * hostZeroPageNs);
   }
 
   #kill(vcpu: number): void {
     this.killed = true;
-    this.#complete(vcpu, RESULT_KILLED, 0, 0);
+    this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);
   }
 
   /** A resolved frame may be stale: an invalidation covers it now, or one ended since the sample. Under the MMU lock. */
@@ -468,29 +387,13 @@ export class Vm implements InvalidationListener {
     this.#rangeTo = Math.max(this.#rangeTo, to);
   }
 
-  /**
-   * Asks every vCPU to drop its translations and waits for those in guest mode. Set the request, *then* load the mode:
-   * pairs with store mode, then load request in `Vcpu.enterGuest`. One that is OUTSIDE keeps the request.
-   */
+  /** Asks every vCPU to drop its translations and waits for those in guest mode. */
   *#flushAll(): Generator<TaskYield, void, void> {
     this.counters.tlbFlushes++;
-    const control = this.#control;
-    const want: number[] = [];
-    for (let v = 0; v < this.nrVcpus; v++) {
-      this.#schedule.point('flush-request', v);
-      want.push(Atomics.add(control, this.#base(v) + VC_FLUSH_REQ, 1) + 1);
-    }
-    const pending = (): boolean => {
-      for (let v = 0; v < this.nrVcpus; v++) {
-        const base = this.#base(v);
-        if (Atomics.load(control, base + VC_MODE) === MODE_OUTSIDE) continue;
-        if (((Atomics.load(control, base + VC_FLUSH_ACK) - want[v]) | 0) < 0) return true;
-      }
-      return false;
-    };
-    if (!pending()) return;
+    const want = this.vcpus.requestFlush();
+    if (!this.vcpus.owesFlush(want)) return;
     this.counters.flushWaits++;
-    yield () => !pending();
+    yield () => !this.vcpus.owesFlush(want);
   }
 
   /** Drops every mapping of the pages and waits for the flush; the blocks stay. The next access faults. */

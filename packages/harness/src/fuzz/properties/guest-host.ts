@@ -158,7 +158,7 @@ function* hostTask(
       balloon.stopHinting();
       break;
     case 'interrupt':
-      vm.interrupt(op.a % 3);
+      vm.vcpus.interrupt(op.a % 3);
       break;
   }
   // Only now: a guest that has seen the last command has been told of it.

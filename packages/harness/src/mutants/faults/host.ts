@@ -3,6 +3,7 @@ import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const LEDGER = 'packages/machine/src/ledger.ts';
 const VM = 'packages/host-kvm/src/kvm/vm.ts';
+const VCPU_BLOCKS = 'packages/host-kvm/src/kvm/vcpu-blocks.ts';
 const MMU = 'packages/host-kvm/src/kvm/tdp-mmu.ts';
 const SLOTS = 'packages/host-kvm/src/kvm/memslots.ts';
 const POOL = 'packages/host-kvm/src/mm/frame-pool.ts';
@@ -22,8 +23,8 @@ export const HOST_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'flush-one-vcpu',
-    VM,
-    'for (let v = 0; v < this.nrVcpus; v++) {\n      this.#schedule.point',
+    VCPU_BLOCKS,
+    'for (let v = 0; v < this.count; v++) {\n      this.#schedule.point',
     'for (let v = 0; v < 1; v++) {\n      this.#schedule.point',
     'I17: one vCPU not asked',
     props('invalidation'),
@@ -31,14 +32,14 @@ export const HOST_FAULTS: readonly Mutant[] = [
   fault(
     'no-ack-wait',
     VM,
-    '    yield () => !pending();\n',
+    '    yield () => !this.vcpus.owesFlush(want);\n',
     '',
     'I4 I17: no wait for the acknowledgement',
     props('invalidation'),
   ),
   fault(
     'one-ack-is-enough',
-    VM,
+    VCPU_BLOCKS,
     'if (((Atomics.load(control, base + VC_FLUSH_ACK) - want[v]) | 0) < 0) return true;',
     'return ((Atomics.load(control, base + VC_FLUSH_ACK) - want[v]) | 0) < 0;',
     'I17: one vCPU not awaited',
@@ -46,9 +47,9 @@ export const HOST_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'mode-before-request',
-    VM,
-    'want.push(Atomics.add(control, this.#base(v) + VC_FLUSH_REQ, 1) + 1);',
-    'want.push(\n        Atomics.load(control, this.#base(v) + VC_MODE) === MODE_OUTSIDE\n          ? Atomics.load(control, this.#base(v) + VC_FLUSH_REQ)\n          : Atomics.add(control, this.#base(v) + VC_FLUSH_REQ, 1) + 1,\n      );',
+    VCPU_BLOCKS,
+    'want.push(Atomics.add(this.#control, this.#base(v) + VC_FLUSH_REQ, 1) + 1);',
+    'want.push(\n        Atomics.load(this.#control, this.#base(v) + VC_MODE) === MODE_OUTSIDE\n          ? Atomics.load(this.#control, this.#base(v) + VC_FLUSH_REQ)\n          : Atomics.add(this.#control, this.#base(v) + VC_FLUSH_REQ, 1) + 1,\n      );',
     'I17: the mode is loaded before the request is set',
     props('invalidation'),
   ),

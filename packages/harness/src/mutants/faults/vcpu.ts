@@ -4,7 +4,7 @@ import { fault, props, test, type Mutant } from '../mutant.ts';
 const VCPU = 'packages/machine/src/vcpu.ts';
 const PORT = 'packages/machine/src/exit-port.ts';
 const BELL = 'packages/machine/src/doorbell.ts';
-const VM = 'packages/host-kvm/src/kvm/vm.ts';
+const VCPU_BLOCKS = 'packages/host-kvm/src/kvm/vcpu-blocks.ts';
 const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
 
 export const VCPU_FAULTS: readonly Mutant[] = [
@@ -114,7 +114,7 @@ export const VCPU_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'done-without-notify',
-    VM,
+    VCPU_BLOCKS,
     '    if (old === EXIT_REQUEST_SLEEPING) Atomics.notify(this.#control, base + VC_EXIT_STATE);\n',
     '',
     'I24: a sleeping vCPU is not told',
@@ -122,7 +122,7 @@ export const VCPU_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'done-before-answer',
-    VM,
+    VCPU_BLOCKS,
     '    this.#control[base + VC_EXIT_RESULT] = result;\n    this.#control[base + VC_EXIT_RDATA] = data;\n    this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_COST_F64] = cost;\n    const old = Atomics.exchange(this.#control, base + VC_EXIT_STATE, EXIT_DONE);\n',
     '    const old = Atomics.exchange(this.#control, base + VC_EXIT_STATE, EXIT_DONE);\n    this.#control[base + VC_EXIT_RESULT] = result;\n    this.#control[base + VC_EXIT_RDATA] = data;\n    this.#controlF64[this.#baseF64(vcpu) + VC_EXIT_COST_F64] = cost;\n',
     'the answer follows its publication',
@@ -138,7 +138,7 @@ export const VCPU_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'interrupt-without-notify',
-    VM,
+    VCPU_BLOCKS,
     '      Atomics.notify(this.#control, irq);\n',
     '',
     'I24: a halted vCPU is not woken',
