@@ -19,17 +19,12 @@ import {
   assert,
   gfn,
   GuestMmu,
-  pteHigh,
-  pteLow,
   ptePfn,
-  ptIndex,
-  PTE_A,
   PTE_D,
   PTE_MIGRATION,
   PTE_P,
   PTE_U,
   PTE_W,
-  PT_LEVELS,
   spinLock,
   spinUnlock,
   type Vcpu,
@@ -38,9 +33,10 @@ import type { Arena } from '../arena.ts';
 import { H_RMAP_LOCK, MAX_PROCESSES, PROCESS_BASE, PROCESS_WORDS } from '../layout.ts';
 import { EV, eventRow } from './events.ts';
 import { P_FLAGS, P_INDEX, P_REF, PG_ANON } from './page.ts';
-import { GFP_NORETRY, type PageAllocator } from './page-alloc.ts';
+import type { PageAllocator } from './page-alloc.ts';
+import { PageTables } from './page-tables.ts';
 import { TlbShootdown } from './shootdown.ts';
-import { MIGRATE_MOVABLE, MIGRATE_UNMOVABLE } from './zone.ts';
+import { MIGRATE_MOVABLE } from './zone.ts';
 
 /** Words of a process. */
 const X_ALIVE = 0;
@@ -49,10 +45,8 @@ const X_ROOT = 1;
 const X_PAGES = 2;
 const X_LOCK = 16;
 
-/** Highest zone: Movable for what processes hold, Normal for their page tables (H24). */
+/** Highest zone: Movable for what processes hold; their page tables are in Normal (H24). */
 const USER_GFP = 3;
-/** Allocated under the reverse-map lock too, which the OOM path may want: it is not called. */
-const TABLE_GFP: number = 2 | GFP_NORETRY;
 
 export class Processes {
   readonly mmu: GuestMmu;
@@ -61,6 +55,7 @@ export class Processes {
   readonly #memmap: number;
   readonly #vcpu: Vcpu;
   readonly #alloc: PageAllocator;
+  readonly #tables: PageTables;
   readonly #relax: () => void;
   readonly #events: number;
   readonly #zeroed: boolean;
@@ -87,6 +82,7 @@ export class Processes {
       vcpu.beginSection();
       vcpu.port.relax();
     };
+    this.#tables = new PageTables(vcpu, alloc, arena.w, this.#relax);
     this.shootdown = new TlbShootdown(arena, vcpu, this.mmu, nrCpus, this.#relax);
   }
 
@@ -94,16 +90,26 @@ export class Processes {
     return PROCESS_BASE + id * PROCESS_WORDS;
   }
   #lock(id: number): void {
-    spinLock(this.#w, this.#slot(id) + X_LOCK, this.#vcpu.id, this.#relax);
+    this.#tables.lock(this.#slot(id) + X_LOCK);
   }
   #unlock(id: number): void {
-    spinUnlock(this.#w, this.#slot(id) + X_LOCK);
+    this.#tables.unlock(this.#slot(id) + X_LOCK);
   }
   #lockRmap(): void {
     spinLock(this.#w, H_RMAP_LOCK, this.#vcpu.id, this.#relax);
   }
   #unlockRmap(): void {
     spinUnlock(this.#w, H_RMAP_LOCK);
+  }
+
+  /** Guest-physical address of the leaf entry of `vpn`; −1 if a table on the way is missing. */
+  #entryOf(id: number, vpn: number): number {
+    return this.#tables.entry(this.#w[this.#slot(id) + X_ROOT], vpn);
+  }
+  /** The same, but makes the tables that are missing; −1 without memory. */
+  #makeEntry(id: number, vpn: number): number {
+    const slot = this.#slot(id);
+    return this.#tables.makeEntry(this.#w[slot + X_ROOT], vpn, slot + X_LOCK);
   }
 
   // ── Life ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -122,7 +128,7 @@ export class Processes {
     for (let id = 0; id < MAX_PROCESSES; id++) {
       const slot = this.#slot(id);
       if (w[slot + X_ALIVE] !== 0) continue;
-      const root = this.#newTable();
+      const root = this.#tables.newTable();
       if (root < 0) return -1;
       w[slot + X_ROOT] = root;
       w[slot + X_PAGES] = pages;
@@ -139,7 +145,7 @@ export class Processes {
     const pages = w[this.#slot(parent) + X_PAGES];
     const child = this.#claim(pages);
     for (let vpn = 0; child >= 0 && vpn < pages; vpn++) {
-      const from = this.#entry(parent, vpn);
+      const from = this.#entryOf(parent, vpn);
       if (from < 0) continue;
       const into = this.#makeEntry(child, vpn);
       if (into < 0) {
@@ -149,11 +155,11 @@ export class Processes {
         return -1;
       }
       this.#lock(parent);
-      const [low, high] = this.#read(from);
+      const [low, high] = this.#tables.read(from);
       if ((low & PTE_P) !== 0) {
-        this.#setFlags(from, low, low & ~PTE_W);
+        this.#tables.setFlags(from, low, low & ~PTE_W);
         Atomics.add(w, this.#memmap + (ptePfn(low, high) << 4) + P_REF, 1);
-        this.#write(into, ptePfn(low, high), (low & 0xfff & ~(PTE_W | PTE_D)) | PTE_P);
+        this.#tables.write(into, ptePfn(low, high), (low & 0xfff & ~(PTE_W | PTE_D)) | PTE_P);
       }
       this.#unlock(parent);
     }
@@ -176,32 +182,32 @@ export class Processes {
     const slot = this.#slot(id);
     const freed: number[] = [];
     for (let vpn = 0; vpn < w[slot + X_PAGES]; vpn++) {
-      const entry = this.#entry(id, vpn);
+      const entry = this.#entryOf(id, vpn);
       if (entry < 0) continue;
       this.#lock(id);
-      const pfn = this.#clear(entry);
+      const pfn = this.#tables.clear(entry);
       this.#unlock(id);
       if (pfn >= 0) freed.push(pfn);
     }
     this.shootdown.flushAll();
     for (const pfn of freed) this.#drop(pfn);
-    this.#freeTables(w[slot + X_ROOT], PT_LEVELS);
+    this.#tables.freeAll(w[slot + X_ROOT]);
     w[slot + X_ALIVE] = 0;
   }
 
   /** Gives the page at `vpn` up (`MADV_DONTNEED`): the next access finds zeros. */
   discard(id: number, vpn: number): void {
-    const entry = this.#entry(id, vpn);
+    const entry = this.#entryOf(id, vpn);
     if (entry < 0) return;
     for (;;) {
       this.#lock(id);
-      const [low] = this.#read(entry);
+      const [low] = this.#tables.read(entry);
       if ((low & PTE_MIGRATION) !== 0) {
         this.#unlock(id);
         this.#relax();
         continue;
       }
-      const pfn = this.#clear(entry);
+      const pfn = this.#tables.clear(entry);
       this.#unlock(id);
       if (pfn < 0) return;
       this.shootdown.flushAll();
@@ -247,9 +253,9 @@ export class Processes {
 
   /** The page mapped at `vpn`, without touching it; −1 if none is. */
   pageAt(id: number, vpn: number): number {
-    const at = this.#entry(id, vpn);
+    const at = this.#entryOf(id, vpn);
     if (at < 0) return -1;
-    const [low, high] = this.#read(at);
+    const [low, high] = this.#tables.read(at);
     return (low & PTE_P) === 0 ? -1 : ptePfn(low, high);
   }
 
@@ -260,7 +266,7 @@ export class Processes {
     w[this.#events + EV.pgfault]++;
     const entry = this.#makeEntry(id, vpn);
     if (entry < 0) return false;
-    const [seen] = this.#read(entry);
+    const [seen] = this.#tables.read(entry);
     // A page that is on its way: look again when it has arrived (`migration_entry_wait`).
     if ((seen & PTE_MIGRATION) !== 0) {
       this.#relax();
@@ -270,23 +276,23 @@ export class Processes {
     const fresh = needsPage ? this.#newPage(vpn) : -1;
     if (needsPage && fresh < 0) return false;
     this.#lock(id);
-    const [low, high] = this.#read(entry);
+    const [low, high] = this.#tables.read(entry);
     let unused = fresh;
     let old = -1;
     if (low === 0 && fresh >= 0) {
-      this.#write(entry, fresh, PTE_P | PTE_W | PTE_U);
+      this.#tables.write(entry, fresh, PTE_P | PTE_W | PTE_U);
       unused = -1;
     } else if (write && (low & (PTE_P | PTE_W)) === PTE_P) {
       const shared = ptePfn(low, high);
       if (Atomics.load(w, this.#memmap + (shared << 4) + P_REF) === 1)
-        this.#setFlags(entry, low, low | PTE_W);
+        this.#tables.setFlags(entry, low, low | PTE_W);
       else if (fresh >= 0) {
         // Nobody may store to the old page once it is copied, nor read it once the new one is there: a fork under way
         // has left writable translations (`ptep_clear_flush`).
-        this.#clear(entry);
+        this.#tables.clear(entry);
         this.shootdown.flushAll();
         this.#vcpu.copyPage(gfn(shared), gfn(fresh));
-        this.#write(entry, fresh, PTE_P | PTE_W | PTE_U);
+        this.#tables.write(entry, fresh, PTE_P | PTE_W | PTE_U);
         unused = -1;
         old = shared;
         w[this.#events + EV.cow]++;
@@ -311,105 +317,6 @@ export class Processes {
     return pfn;
   }
 
-  // ── Page tables ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-  #newTable(): number {
-    const pfn = this.#alloc.alloc(0, MIGRATE_UNMOVABLE, TABLE_GFP);
-    if (pfn < 0) return -1;
-    this.#alloc.unstamp(pfn);
-    this.#vcpu.zeroPages(gfn(pfn), 1);
-    return pfn;
-  }
-
-  /** Guest-physical address of the leaf entry of `vpn`; −1 if a table on the way is missing. */
-  #entry(id: number, vpn: number): number {
-    let table = this.#w[this.#slot(id) + X_ROOT];
-    for (let level = PT_LEVELS; level > 1; level--) {
-      const [low, high] = this.#read(table * 4096 + ptIndex(vpn, level) * 8);
-      if ((low & PTE_P) === 0) return -1;
-      table = ptePfn(low, high);
-    }
-    return table * 4096 + ptIndex(vpn, 1) * 8;
-  }
-
-  /** The same, but makes the tables that are missing; −1 without memory. */
-  #makeEntry(id: number, vpn: number): number {
-    let table = this.#w[this.#slot(id) + X_ROOT];
-    for (let level = PT_LEVELS; level > 1; level--) {
-      const at = table * 4096 + ptIndex(vpn, level) * 8;
-      const [low, high] = this.#read(at);
-      if ((low & PTE_P) !== 0) {
-        table = ptePfn(low, high);
-        continue;
-      }
-      // Memory first: an allocation may have to wait, and no spin lock is held then.
-      const fresh = this.#newTable();
-      if (fresh < 0) return -1;
-      this.#lock(id);
-      const [again, againHigh] = this.#read(at);
-      if ((again & PTE_P) === 0) this.#write(at, fresh, PTE_P | PTE_W | PTE_U);
-      this.#unlock(id);
-      if ((again & PTE_P) === 0) table = fresh;
-      else {
-        this.#alloc.free(fresh, 0);
-        table = ptePfn(again, againHigh);
-      }
-    }
-    return table * 4096 + ptIndex(vpn, 1) * 8;
-  }
-
-  #freeTables(table: number, level: number): void {
-    for (let index = 0; level > 1 && index < 512; index++) {
-      const [low, high] = this.#read(table * 4096 + index * 8);
-      if ((low & PTE_P) !== 0) this.#freeTables(ptePfn(low, high), level - 1);
-    }
-    this.#alloc.free(table, 0);
-  }
-
-  /** An entry as it is now: low and high word of one moment. */
-  #read(at: number): [low: number, high: number] {
-    const vcpu = this.#vcpu;
-    for (;;) {
-      vcpu.window(at, 8, false);
-      const word = vcpu.at >> 2;
-      const low = Atomics.load(vcpu.i32, word);
-      const high = Atomics.load(vcpu.i32, word + 1);
-      if (Atomics.load(vcpu.i32, word) === low) return [low, high];
-    }
-  }
-
-  /** Writes an entry: never present with the wrong page, so the low word goes first out and last in. */
-  #write(at: number, pfn: number, flags: number): void {
-    const vcpu = this.#vcpu;
-    vcpu.window(at, 8, true);
-    const word = vcpu.at >> 2;
-    Atomics.store(vcpu.i32, word, 0);
-    Atomics.store(vcpu.i32, word + 1, pteHigh(pfn));
-    Atomics.store(vcpu.i32, word, pteLow(pfn, flags));
-  }
-
-  /** Changes the flags of an entry; the hardware may have added A or D since it was read, which stay. */
-  #setFlags(at: number, seen: number, wanted: number): void {
-    const vcpu = this.#vcpu;
-    for (let low = seen; ; ) {
-      vcpu.window(at, 8, true);
-      const word = vcpu.at >> 2;
-      const found = Atomics.compareExchange(vcpu.i32, word, low, wanted | (low & (PTE_A | PTE_D)));
-      if (found === low) return;
-      low = found;
-    }
-  }
-
-  /** Empties an entry by exchange; the page it mapped, or −1. */
-  #clear(at: number): number {
-    const vcpu = this.#vcpu;
-    vcpu.window(at, 8, true);
-    const word = vcpu.at >> 2;
-    const high = Atomics.load(vcpu.i32, word + 1);
-    const low = Atomics.exchange(vcpu.i32, word, 0);
-    return (low & PTE_P) === 0 ? -1 : ptePfn(low, high);
-  }
-
   // ── Migration ────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /** Moves an anonymous page to `to` under everybody who maps it. False: it is in other use, or gone; `to` is the caller's. */
@@ -432,7 +339,7 @@ export class Processes {
     }
     for (const { id, at, flags } of entries) {
       this.#lock(id);
-      this.#write(at, moves ? to : from, flags);
+      this.#tables.write(at, moves ? to : from, flags);
       this.#unlock(id);
     }
     if (moves) {
@@ -450,16 +357,12 @@ export class Processes {
     for (let id = 0; id < MAX_PROCESSES; id++) {
       const slot = this.#slot(id);
       if (w[slot + X_ALIVE] === 0 || vpn >= w[slot + X_PAGES]) continue;
-      const at = this.#entry(id, vpn);
+      const at = this.#entryOf(id, vpn);
       if (at < 0) continue;
       this.#lock(id);
-      const [seen, high] = this.#read(at);
+      const [seen, high] = this.#tables.read(at);
       if ((seen & PTE_P) !== 0 && ptePfn(seen, high) === pfn) {
-        const vcpu = this.#vcpu;
-        vcpu.window(at, 8, true);
-        // By exchange: a D bit that the hardware sets at the last moment is in what comes out.
-        const low = Atomics.exchange(vcpu.i32, vcpu.at >> 2, pteLow(pfn, PTE_MIGRATION));
-        entries.push({ id, at, flags: low & 0xfff });
+        entries.push({ id, at, flags: this.#tables.replace(at, pfn, PTE_MIGRATION) });
       }
       this.#unlock(id);
     }

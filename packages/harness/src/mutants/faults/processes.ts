@@ -54,8 +54,8 @@ export const PROCESSES_FAULTS: readonly Mutant[] = [
   fault(
     'fork-leaves-writable',
     PROCESS,
-    'this.#setFlags(from, low, low & ~PTE_W);',
-    'this.#setFlags(from, low, low);',
+    'this.#tables.setFlags(from, low, low & ~PTE_W);',
+    'this.#tables.setFlags(from, low, low);',
     'copy on write: the parent stores into shared pages',
     PROCESSES,
   ),
