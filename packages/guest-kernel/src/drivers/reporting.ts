@@ -68,12 +68,18 @@ export class PageReporting {
     this.#events = eventRow(vcpu.id);
   }
 
-  /** A large block became free (`page_reporting_notify_free`): a pass is due in 2 s unless one is already. Any vCPU. */
+  /**
+   * A large block became free (`page_reporting_notify_free`): a pass is due in 2 s unless one is already. One that is under
+   * way may have been past the block's list: another follows it. Any vCPU.
+   */
   notifyFree(): void {
-    if (Atomics.load(this.#w, T_REPORTING + R_STATE) !== IDLE) return;
-    // The time before the state: vCPU 0 reads it once it sees the request. A second asker only moves it by a moment.
-    this.#dueInTwoSeconds();
-    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);
+    for (;;) {
+      const state = Atomics.load(this.#w, T_REPORTING + R_STATE);
+      if (state === REQUESTED) return;
+      // The time before the state: vCPU 0 reads it once it sees the request. A second asker only moves it by a moment.
+      if (state === IDLE) this.#dueInTwoSeconds();
+      if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, state, REQUESTED) === state) return;
+    }
   }
 
   #dueInTwoSeconds(): void {

@@ -276,8 +276,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
         ? 0
         : Math.ceil(Math.min(this.regionBytes, this.requestedBytes + USABLE_EXTENT_BYTES) / this.blockBytes) *
           this.blockBytes;
-    if (wanted < this.usableBytes && !mayShrink) return;
-    if (wanted === this.usableBytes && !mayShrink) return;
+    if (wanted <= this.usableBytes && !mayShrink) return;
     this.#trace?.(
       `virtio_mem_resized_usable_region old_size=0x${this.usableBytes.toString(16)}new_size=0x${wanted.toString(16)}`,
     );

@@ -112,9 +112,17 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
   fault(
     'due-after-request',
     'packages/guest-kernel/src/drivers/reporting.ts',
-    '    this.#dueInTwoSeconds();\n    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);\n',
-    '    Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, IDLE, REQUESTED);\n    this.#w[T_REPORTING + R_DUE_MS] = Math.ceil((this.#vcpu.clock + PAGE_REPORTING_DELAY) / NS_PER_MS);\n',
+    '      if (state === IDLE) this.#dueInTwoSeconds();\n      if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, state, REQUESTED) === state) return;\n',
+    '      if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, state, REQUESTED) !== state) continue;\n      this.#w[T_REPORTING + R_DUE_MS] = Math.ceil((this.#vcpu.clock + PAGE_REPORTING_DELAY) / NS_PER_MS);\n      return;\n',
     'memory model: the time is stored after the request is published (found by fuzzing)',
     props('reporting'),
+  ),
+  fault(
+    'freed-during-a-pass',
+    'packages/guest-kernel/src/drivers/reporting.ts',
+    '      if (state === REQUESTED) return;\n',
+    '      if (state !== IDLE) return;\n',
+    'I24: memory freed during a pass is never reported',
+    test('guest-kernel/src/drivers/balloon.conformance.test.ts'),
   ),
 ];

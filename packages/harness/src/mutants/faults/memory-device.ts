@@ -82,8 +82,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'usable-shrinks',
     DEVICE,
-    '    if (wanted < this.usableBytes && !mayShrink) return;\n',
-    '',
+    '    if (wanted <= this.usableBytes && !mayShrink) return;\n',
+    '    if (wanted === this.usableBytes && !mayShrink) return;\n',
     '5.15.4.2: the usable region shrinks only by UNPLUG ALL and reset',
     DEVICE_TEST,
   ),
