@@ -29,6 +29,9 @@ export class HostTask {
   }
 }
 
+/** Steps of a lone task before the host looks for exits again. */
+const TURNS_ALONE = 64;
+
 export class HostTasks {
   readonly #schedule: Schedule;
   #ready: HostTask[] = [];
@@ -117,8 +120,9 @@ export class HostTasks {
     if (this.#schedule.controlled) this.#schedule.point('task-yield', task.id);
     task.state = 'running';
     let { done, value } = task.body.next();
-    // With nobody else ready a yield is only a point: go on at once.
-    while (alone && done !== true && value === undefined && this.#next.length === 0) {
+    // With nobody else ready a yield is only a point: go on at once; not for ever, since exits are looked for in between.
+    for (let n = 0; alone && n < TURNS_ALONE && done !== true && value === undefined; n++) {
+      if (this.#next.length > 0) break;
       ({ done, value } = task.body.next());
     }
     if (done === true) {

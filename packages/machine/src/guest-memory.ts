@@ -20,8 +20,14 @@ export interface GuestMemory {
   section: number;
 }
 
+/** Guest memory as a device has it: it can ask where RAM is without touching it. */
+export interface DeviceMemory extends GuestMemory {
+  /** Whether `length` bytes at `gpa` (all inside one page) may be touched. Takes no frame and marks nothing. */
+  contains(gpa: number, length: number, write: boolean): boolean;
+}
+
 /** Guest memory over one plain buffer at guest-physical 0: tests, benchmarks, foreign guests. */
-export class FlatGuestMemory implements GuestMemory {
+export class FlatGuestMemory implements DeviceMemory {
   u8: Uint8Array;
   u16: Uint16Array;
   i32: Int32Array;
@@ -36,8 +42,12 @@ export class FlatGuestMemory implements GuestMemory {
     this.i32 = new Int32Array(buffer);
   }
 
-  window(gpa: number, length: number, _write: boolean): boolean {
-    if (gpa < 0 || gpa + length > this.size) return false;
+  contains(gpa: number, length: number, _write: boolean): boolean {
+    return gpa >= 0 && gpa + length <= this.size;
+  }
+
+  window(gpa: number, length: number, write: boolean): boolean {
+    if (!this.contains(gpa, length, write)) return false;
     this.at = gpa;
     return true;
   }

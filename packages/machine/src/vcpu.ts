@@ -185,6 +185,7 @@ export class Vcpu implements GuestMemory {
   /** One page on its way. */
   readonly #page: Uint8Array = new Uint8Array(PAGE_SIZE);
   readonly #targets: Int32Array = new Int32Array(SECTION_ACCESSES);
+  readonly #absent = new Uint8Array(SECTION_ACCESSES);
   readonly #walk = new WalkResult();
   /** Epoch in tag position; entries of older epochs never match. */
   #epoch = 0;
@@ -415,6 +416,8 @@ export class Vcpu implements GuestMemory {
    * the section: then all are translated again.
    */
   #locate(words: Int32Array, from: number, n: number, write: boolean): number {
+    // What was not RAM is not looked at again: that exits each time, and the search would not end.
+    let absent = false;
     for (;;) {
       this.beginSection();
       const { section } = this;
@@ -439,9 +442,13 @@ export class Vcpu implements GuestMemory {
           targets[i] = (frame << 10) + (word & 1023);
           continue;
         }
-        const target = this.#locateSlow(word, write);
+        const target = absent && this.#absent[i] !== 0 ? -1 : this.#locateSlow(word, write);
         targets[i] = target;
-        if (target < 0) missing++;
+        if (target >= 0) continue;
+        missing++;
+        if (!absent) this.#absent.fill(0);
+        absent = true;
+        this.#absent[i] = 1;
       }
       if (this.section === section) return missing;
     }

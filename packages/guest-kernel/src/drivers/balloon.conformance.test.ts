@@ -131,6 +131,9 @@ class Script implements VirtioDevice {
     this.#queues[this.statsQueue]?.push(chain, 0);
     this.host?.queueInterrupt(this.statsQueue);
   }
+  get idle(): boolean {
+    return true;
+  }
   reset(): void {
     this.#queues = [];
   }

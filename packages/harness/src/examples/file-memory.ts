@@ -1,12 +1,12 @@
 /** Guest memory that is a file: someone else's RAM, shared by whoever maps it. Node only. */
 import { fstatSync, readSync, writeSync } from 'node:fs';
-import { PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+import { PAGE_SIZE, type DeviceMemory } from '@ebb/machine';
 
 /**
  * Every window is read afresh, and written back when the next is opened or at `flush`: in the order in which a device
  * model writes, which is what its guest relies on. Nothing of an earlier window is kept, so each call moves `section`.
  */
-export class FileMemory implements GuestMemory {
+export class FileMemory implements DeviceMemory {
   readonly u8: Uint8Array = new Uint8Array(PAGE_SIZE);
   readonly u16: Uint16Array = new Uint16Array(this.u8.buffer);
   readonly i32: Int32Array = new Int32Array(this.u8.buffer);
@@ -22,10 +22,14 @@ export class FileMemory implements GuestMemory {
     this.bytes = fstatSync(fd).size;
   }
 
+  contains(gpa: number, length: number, _write: boolean): boolean {
+    return gpa >= 0 && length >= 0 && (gpa % PAGE_SIZE) + length <= PAGE_SIZE && gpa + length <= this.bytes;
+  }
+
   window(gpa: number, length: number, write: boolean): boolean {
     this.flush();
     const offset = gpa % PAGE_SIZE;
-    if (gpa < 0 || length < 0 || offset + length > PAGE_SIZE || gpa + length > this.bytes) return false;
+    if (!this.contains(gpa, length, write)) return false;
     this.section++;
     this.at = offset;
     readSync(this.#fd, this.u8, offset, length, gpa);

@@ -22,5 +22,6 @@ export function attachDevice(lab: HostLab, vm: Vm, line: number, device: VirtioD
     bytes: MMIO_REGION_BYTES,
     read: (offset, width) => transport.read(offset, width),
     write: (offset, width, value) => transport.write(offset, width, value),
+    mustWait: (offset, width, value) => transport.mustWait(offset, width, value),
   });
 }

@@ -19,6 +19,9 @@ function withoutReset(device: BalloonDevice): VirtioDevice {
     attach: (host) => device.attach(host),
     activate: (queues, features) => device.activate(queues, features),
     kick: (index) => device.kick(index),
+    get idle() {
+      return device.idle;
+    },
     reset: () => undefined,
     readConfig: (offset, width, features) => device.readConfig(offset, width, features),
     writeConfig: (offset, width, value, features) => device.writeConfig(offset, width, value, features),

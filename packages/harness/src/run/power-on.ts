@@ -106,6 +106,7 @@ export function powerOn(options: PowerOn): RunningVm {
       bytes: MMIO_REGION_BYTES,
       read: (offset, width) => transport.read(offset, width),
       write: (offset, width, value) => transport.write(offset, width, value),
+      mustWait: (offset, width, value) => transport.mustWait(offset, width, value),
     });
     transports.push(transport);
   };
@@ -118,6 +119,10 @@ export function powerOn(options: PowerOn): RunningVm {
       features: spec.balloonFeatures,
       memory: {
         ramPages,
+        endPfn: Math.max(
+          file.nrBlocks,
+          ...(spec.memoryDevices ?? []).map((d) => (d.addr + d.regionBytes) / PAGE_SIZE),
+        ),
         unitPages: file.granularity,
         discard: (runs, n) => vm.discard(runs, n),
       },

@@ -10,7 +10,7 @@
  * On a backing of fixed large pages a page is freed only when all of its 4 KiB parts are in the balloon; the parts are
  * kept in a bitmap that a reset empties.
  */
-import { assert, Bitmap } from '@ebb/machine';
+import { Bitmap } from '@ebb/machine';
 import {
   BALLOON_CFG_ACTUAL,
   BALLOON_CFG_BYTES,
@@ -151,9 +151,10 @@ export class BalloonDevice implements VirtioDevice {
     this.#port = options.port;
     this.#trace = options.trace;
     this.#onActual = options.onActual;
-    this.ballooned = new Bitmap(maxPfn(options.memory));
-    this.#partial = new Bitmap(options.memory.unitPages > 1 ? maxPfn(options.memory) : 0);
-    this.#runner = new QueueRunner(options.port, 'balloon', (index) => this.#serve(index));
+    const { ramPages, unitPages, endPfn = ramPages } = options.memory;
+    this.ballooned = new Bitmap(endPfn);
+    this.#partial = new Bitmap(unitPages > 1 ? endPfn : 0);
+    this.#runner = new QueueRunner(options.port, 'balloon', (index, kicked) => this.#serve(index, kicked));
   }
 
   attach(host: DeviceHost): void {
@@ -167,6 +168,10 @@ export class BalloonDevice implements VirtioDevice {
 
   kick(index: number): void {
     this.#runner.kick(index);
+  }
+
+  get idle(): boolean {
+    return this.#runner.idle;
   }
 
   /** Device reset: buffers are forgotten, and so are half-ballooned host pages (QEMU lost this in 2019). */
@@ -221,11 +226,10 @@ export class BalloonDevice implements VirtioDevice {
 
   // ── Queues ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  *#serve(index: number): Generator<TaskYield, void, void> {
+  *#serve(index: number, kicked: number): Generator<TaskYield, void, void> {
     const queue = this.#queues[index];
     const role = this.#roles[index];
     if (queue === undefined || queue === null || role === undefined || role === null) return;
-    const kicked = this.#port.now();
     do {
       queue.disableKicks();
       for (;;) {
@@ -233,17 +237,18 @@ export class BalloonDevice implements VirtioDevice {
         if (chain === null) break;
         this.counters.descriptors += chain.segments;
         if (role === 'stats') {
-          this.#receiveStats(chain);
+          this.#receiveStats(queue, index, chain);
+          yield undefined;
           continue;
         }
         const cost = yield* this.#handle(role, chain);
-        // A reset while the discard ran took the buffer back.
+        // Others have their turn after each buffer: a guest may add them as fast as we take them.
+        yield undefined;
+        // A reset meanwhile took the buffer back.
         if (this.#queues[index] !== queue) return;
+        this.#host?.completes(this.#timeline.complete(kicked, cost + this.#port.costs.queueRoundTripNs));
         queue.push(chain, 0);
-        this.#host?.queueInterrupt(
-          index,
-          this.#timeline.complete(kicked, cost + this.#port.costs.queueRoundTripNs),
-        );
+        this.#host?.queueInterrupt(index);
       }
       if (queue.error !== null) {
         this.#host?.needsReset(queue.error.kind);
@@ -258,7 +263,7 @@ export class BalloonDevice implements VirtioDevice {
       case 'inflate':
         return yield* this.#inflate(chain);
       case 'deflate':
-        return this.#deflate(chain);
+        return yield* this.#deflate(chain);
       case 'hint':
         return this.#hint(chain);
       case 'reporting':
@@ -266,14 +271,22 @@ export class BalloonDevice implements VirtioDevice {
     }
   }
 
-  #pfns(chain: DescriptorChain): Uint32Array {
-    const bytes = new Uint8Array(Math.min(chain.readableBytes - (chain.readableBytes % 4), 1 << 20));
-    chain.read(0, bytes);
-    return new Uint32Array(bytes.buffer);
+  /** PFNs of the readable part from byte `offset`, at most a chunk of them; those that are not in RAM end them. */
+  #pfns(chain: DescriptorChain, offset: number): Uint32Array {
+    const left = chain.readableBytes - offset;
+    const bytes = new Uint8Array(Math.min(left - (left % 4), PFN_CHUNK_BYTES));
+    const read = chain.read(offset, bytes);
+    return new Uint32Array(bytes.buffer, 0, Math.floor(read / 4));
   }
 
   *#inflate(chain: DescriptorChain): Generator<TaskYield, number, void> {
-    const pfns = this.#pfns(chain).toSorted();
+    let cost = 0;
+    for (let offset = 0; offset < chain.readableBytes; offset += PFN_CHUNK_BYTES)
+      cost += yield* this.#inflatePages(this.#pfns(chain, offset).toSorted());
+    return cost;
+  }
+
+  *#inflatePages(pfns: Uint32Array): Generator<TaskYield, number, void> {
     const runs: number[] = [];
     const unit = this.#memory.unitPages;
     for (const pfn of pfns) {
@@ -296,14 +309,17 @@ export class BalloonDevice implements VirtioDevice {
     return yield* this.#discard(runs);
   }
 
-  #deflate(chain: DescriptorChain): number {
-    for (const pfn of this.#pfns(chain)) {
-      if (pfn >= this.ballooned.length) {
-        this.counters.badPfns++;
-        continue;
+  *#deflate(chain: DescriptorChain): Generator<TaskYield, number, void> {
+    for (let offset = 0; offset < chain.readableBytes; offset += PFN_CHUNK_BYTES) {
+      if (offset > 0) yield undefined;
+      for (const pfn of this.#pfns(chain, offset)) {
+        if (pfn >= this.ballooned.length) {
+          this.counters.badPfns++;
+          continue;
+        }
+        if (this.ballooned.delete(pfn)) this.counters.deflatedPages++;
+        if (this.#partial.length > 0) this.#partial.delete(pfn);
       }
-      if (this.ballooned.delete(pfn)) this.counters.deflatedPages++;
-      if (this.#partial.length > 0) this.#partial.delete(pfn);
     }
     return this.#port.costs.exitNs;
   }
@@ -341,13 +357,20 @@ export class BalloonDevice implements VirtioDevice {
 
   // ── Statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** The driver's buffer arrives with fresh figures; we keep it until we want the next ones. Unknown tags are ignored. */
-  #receiveStats(chain: DescriptorChain): void {
+  /**
+   * The driver's buffer arrives with fresh figures; we keep it until we want the next ones. Unknown tags are ignored. A
+   * second one, which no driver sends, takes the first one's place.
+   */
+  #receiveStats(queue: SplitDeviceQueue, index: number, chain: DescriptorChain): void {
+    if (this.#statsChain !== null) {
+      queue.push(this.#statsChain, 0);
+      this.#host?.queueInterrupt(index);
+    }
     const bytes = new Uint8Array(Math.min(chain.readableBytes, 4096));
-    chain.read(0, bytes);
+    const read = chain.read(0, bytes);
     const view = new DataView(bytes.buffer);
     const stats: BalloonStats = {};
-    for (let at = 0; at + BALLOON_STAT_BYTES <= bytes.length; at += BALLOON_STAT_BYTES) {
+    for (let at = 0; at + BALLOON_STAT_BYTES <= read; at += BALLOON_STAT_BYTES) {
       const name = BALLOON_STAT_NAMES[view.getUint16(at, true)];
       if (name !== undefined)
         stats[name] = view.getUint32(at + 2, true) + view.getUint32(at + 6, true) * 0x1_0000_0000;
@@ -364,8 +387,9 @@ export class BalloonDevice implements VirtioDevice {
     const chain = this.#statsChain;
     if (queue === undefined || queue === null || chain === null) return false;
     this.#statsChain = null;
+    if (completesAt !== undefined) this.#host?.completes(completesAt);
     queue.push(chain, 0);
-    this.#host?.queueInterrupt(index, completesAt);
+    this.#host?.queueInterrupt(index);
     return true;
   }
 
@@ -382,9 +406,9 @@ export class BalloonDevice implements VirtioDevice {
     return true;
   }
 
-  /** Ends the round: the guest may use hinted pages for good. Returns those hinted, one bit per PFN. */
+  /** Ends the round: the guest may use hinted pages for good. Returns those hinted, one bit per PFN; none was: no round. */
   stopHinting(): Bitmap {
-    assert(this.#hintBitmap !== null, 'a round was started');
+    if (this.#hintBitmap === null) return new Bitmap(this.ballooned.length);
     this.hintCommandId = FREE_PAGE_HINT_DONE;
     this.#hintState = 'done';
     this.#host?.configChanged();
@@ -393,7 +417,7 @@ export class BalloonDevice implements VirtioDevice {
 
   #hint(chain: DescriptorChain): number {
     if (chain.readableBytes >= 4) {
-      const [id] = this.#pfns(chain);
+      const [id] = this.#pfns(chain, 0);
       if (id === FREE_PAGE_HINT_STOP) {
         if (this.#hintState === 'start') this.#hintState = 'stop';
       } else if (id === this.hintCommandId && this.#hintState === 'requested') this.#hintState = 'start';
@@ -412,10 +436,8 @@ export class BalloonDevice implements VirtioDevice {
   }
 }
 
-/** PFNs go up to 4 GiB more than RAM, to leave room for the hole below 4 GiB and above-4G RAM. */
-function maxPfn(memory: DiscardPort): number {
-  return memory.ramPages + 0x10_0000;
-}
+/** PFNs are taken out of a buffer this many bytes at a time, whatever its length. */
+const PFN_CHUNK_BYTES: number = 1 << 20;
 
 /** Extends the last `[gfn, count]` run or appends one. */
 function appendPage(runs: number[], gfn: number, count: number): void {

@@ -24,7 +24,7 @@ import type { DescriptorChain, DeviceHost, SplitDeviceQueue, VirtioDevice } from
 import type { TaskYield } from '../host-tasks.ts';
 import { DeviceTimeline, QueueRunner, type DevicePort } from './device-port.ts';
 
-/** Where a disk's bytes are: a host file in Node, a buffer in tests. Offsets and lengths are bytes. */
+/** Where a disk's bytes are: a host file in Node, a buffer in tests. Offsets and lengths are bytes. Failures are thrown. */
 export interface BlockStorage {
   readonly bytes: number;
   read(offset: number, out: Uint8Array): void;
@@ -62,6 +62,8 @@ export class BlockDevice implements VirtioDevice {
     bytesWritten: 0,
     errors: 0,
   };
+  /** What the storage last failed with; empty while it has not. */
+  lastError = '';
   readonly #storage: BlockStorage;
   readonly #port: DevicePort;
   readonly #runner: QueueRunner;
@@ -73,7 +75,7 @@ export class BlockDevice implements VirtioDevice {
   constructor(storage: BlockStorage, port: DevicePort) {
     this.#storage = storage;
     this.#port = port;
-    this.#runner = new QueueRunner(port, 'blk', () => this.#serve());
+    this.#runner = new QueueRunner(port, 'blk', (_index, kicked) => this.#serve(kicked));
   }
 
   attach(host: DeviceHost): void {
@@ -84,6 +86,9 @@ export class BlockDevice implements VirtioDevice {
   }
   kick(_index: number): void {
     this.#runner.kick(0);
+  }
+  get idle(): boolean {
+    return this.#runner.idle;
   }
   reset(): void {
     this.#queue = null;
@@ -97,10 +102,9 @@ export class BlockDevice implements VirtioDevice {
   /** The whole configuration is read-only to the driver. */
   writeConfig(_offset: number, _width: number, _value: number, _features: Features): void {}
 
-  *#serve(): Generator<TaskYield, void, void> {
+  *#serve(kicked: number): Generator<TaskYield, void, void> {
     const queue = this.#queue;
     if (queue === null) return;
-    const kicked = this.#port.now();
     do {
       queue.disableKicks();
       for (;;) {
@@ -110,12 +114,15 @@ export class BlockDevice implements VirtioDevice {
         yield undefined;
         // A reset while we were away took the buffer back: touch nothing of it.
         if (this.#queue !== queue) return;
-        chain.write(chain.writableBytes - 1, Uint8Array.of(status));
+        // The status is the last byte: only where all before it was written, it counts as written (§ 2.7.8.2).
+        const told = chain.write(chain.writableBytes - 1, Uint8Array.of(status)) === 1;
+        const whole = told && written + 1 === chain.writableBytes;
         if (status !== VIRTIO_BLK_S_OK) this.counters.errors++;
-        queue.push(chain, written + 1);
-        queue.recycle(chain);
         const done = this.#timeline.complete(kicked, cost);
-        this.#host?.queueInterrupt(0, done + this.#port.costs.queueRoundTripNs);
+        this.#host?.completes(done + this.#port.costs.queueRoundTripNs);
+        queue.push(chain, whole ? written + 1 : written);
+        queue.recycle(chain);
+        this.#host?.queueInterrupt(0);
       }
       if (queue.error !== null) {
         this.#host?.needsReset(queue.error.kind);
@@ -149,8 +156,10 @@ export class BlockDevice implements VirtioDevice {
         const bytes = chain.writableBytes - 1;
         if (!inside(bytes)) return fail(VIRTIO_BLK_S_IOERR);
         const data = this.#buffer.subarray(0, bytes);
-        this.#storage.read(sector * SECTOR_BYTES, data);
-        chain.write(0, data);
+        if (!this.#stored(() => this.#storage.read(sector * SECTOR_BYTES, data)))
+          return fail(VIRTIO_BLK_S_IOERR);
+        const copied = chain.write(0, data);
+        if (copied !== bytes) return { ...fail(VIRTIO_BLK_S_IOERR), written: copied };
         this.counters.reads++;
         this.counters.bytesRead += bytes;
         return { status: VIRTIO_BLK_S_OK, written: bytes, cost: cost(bytes) };
@@ -160,17 +169,29 @@ export class BlockDevice implements VirtioDevice {
         if (!inside(bytes)) return fail(VIRTIO_BLK_S_IOERR);
         const data = this.#buffer.subarray(0, bytes);
         if (chain.read(BLK_HEADER_BYTES, data) !== bytes) return fail(VIRTIO_BLK_S_IOERR);
-        this.#storage.write(sector * SECTOR_BYTES, data);
+        if (!this.#stored(() => this.#storage.write(sector * SECTOR_BYTES, data)))
+          return fail(VIRTIO_BLK_S_IOERR);
         this.counters.writes++;
         this.counters.bytesWritten += bytes;
         return { status: VIRTIO_BLK_S_OK, written: 0, cost: cost(bytes) };
       }
       case VIRTIO_BLK_T_FLUSH:
-        this.#storage.flush();
+        if (!this.#stored(() => this.#storage.flush())) return fail(VIRTIO_BLK_S_IOERR);
         this.counters.flushes++;
         return { status: VIRTIO_BLK_S_OK, written: 0, cost: costs.diskRequestNs };
       default:
         return fail(VIRTIO_BLK_S_UNSUPP);
+    }
+  }
+
+  /** Whether the storage did as asked. What it cannot do (a full host disk) is the guest's I/O error, not our end. */
+  #stored(act: () => void): boolean {
+    try {
+      act();
+      return true;
+    } catch (error) {
+      this.lastError = (error as Error).message;
+      return false;
     }
   }
 }

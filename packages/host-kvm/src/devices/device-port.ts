@@ -12,8 +12,10 @@ export interface DevicePort {
 
 /** The part of a VM's memory that a balloon may give back. */
 export interface DiscardPort {
-  /** Pages of RAM, holes excluded. */
+  /** Pages of boot memory, holes excluded. */
   readonly ramPages: number;
+  /** One more than the highest page there may ever be RAM at: holes and regions that come and go. `ramPages` without it. */
+  readonly endPfn?: number;
   /** Pages of the backing's unit: 1, or 512 for fixed 2 MiB pages. */
   readonly unitPages: number;
   /** See `Vm.discard`: ascending, disjoint `[gfn, count]` runs; returns pages freed, after the flush. */
@@ -34,20 +36,31 @@ export class DeviceTimeline {
   }
 }
 
-/** Runs one task per queue at a time; a kick during a run makes it look once more. */
+/** Runs one task per queue at a time; a kick during a run makes it look once more. `serve` is told when the kick came. */
 export class QueueRunner {
   readonly #port: DevicePort;
   readonly #name: string;
-  readonly #serve: (index: number) => Generator<TaskYield, void, void>;
+  readonly #serve: (index: number, kicked: number) => Generator<TaskYield, void, void>;
+  readonly #kicked: number[] = [];
   readonly #state: ('idle' | 'running' | 'again')[] = [];
 
-  constructor(port: DevicePort, name: string, serve: (index: number) => Generator<TaskYield, void, void>) {
+  constructor(
+    port: DevicePort,
+    name: string,
+    serve: (index: number, kicked: number) => Generator<TaskYield, void, void>,
+  ) {
     this.#port = port;
     this.#name = name;
     this.#serve = serve;
   }
 
+  /** No queue is being served. */
+  get idle(): boolean {
+    return this.#state.every((state) => state === 'idle');
+  }
+
   kick(index: number): void {
+    this.#kicked[index] = this.#port.now();
     if ((this.#state[index] ?? 'idle') !== 'idle') {
       this.#state[index] = 'again';
       return;
@@ -59,7 +72,7 @@ export class QueueRunner {
   *#run(index: number): TaskBody {
     do {
       this.#state[index] = 'running';
-      yield* this.#serve(index);
+      yield* this.#serve(index, this.#kicked[index]);
     } while (this.#state[index] === ('again' as string));
     this.#state[index] = 'idle';
   }

@@ -201,7 +201,9 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.#onSize = options.onSize ?? (() => undefined);
     this.#onRequest = options.onRequest;
     this.#grant = options.grant;
-    this.#runner = new QueueRunner(options.port, `virtio-mem/${options.id}`, () => this.#serve());
+    this.#runner = new QueueRunner(options.port, `virtio-mem/${options.id}`, (_index, kicked) =>
+      this.#serve(kicked),
+    );
     this.#resizeUsable(true);
     for (let b = 0; b < (options.pluggedBytes ?? 0) / options.blockBytes; b++) this.plugged.add(b);
     this.#size = options.pluggedBytes ?? 0;
@@ -231,6 +233,10 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   }
   kick(_index: number): void {
     this.#runner.kick(MEM_QUEUE_REQUEST);
+  }
+
+  get idle(): boolean {
+    return this.#runner.idle;
   }
 
   /** Device reset: no block changes its state or content (I10). */
@@ -281,14 +287,14 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
       `virtio_mem_resized_usable_region old_size=0x${this.usableBytes.toString(16)}new_size=0x${wanted.toString(16)}`,
     );
     this.usableBytes = wanted;
+    this.#host?.configMoved();
   }
 
   // ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  *#serve(): Generator<TaskYield, void, void> {
+  *#serve(kicked: number): Generator<TaskYield, void, void> {
     const queue = this.#queue;
     if (queue === null) return;
-    const kicked = this.#port.now();
     do {
       queue.disableKicks();
       for (;;) {
@@ -315,11 +321,13 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
           nbBlocks,
           response: MEMORY_ANSWERS[answer],
         });
-        // A reset while the memory went took the buffer back: touch nothing of it.
+        // Others have their turn after each request: a guest may add them as fast as we take them.
+        yield undefined;
+        // A reset meanwhile took the buffer back: touch nothing of it.
         if (this.#queue !== queue) return;
+        this.#host?.completes(this.#timeline.complete(kicked, cost + this.#port.costs.queueRoundTripNs));
         this.#respond(queue, chain, answer, state);
-        const done = this.#timeline.complete(kicked, cost + this.#port.costs.queueRoundTripNs);
-        this.#host?.queueInterrupt(MEM_QUEUE_REQUEST, done);
+        this.#host?.queueInterrupt(MEM_QUEUE_REQUEST);
       }
       if (queue.error !== null) {
         this.#host?.needsReset(queue.error.kind);
@@ -371,7 +379,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
       case VIRTIO_MEM_REQ_UNPLUG_ALL:
         counters.unplugAllRequests++;
         this.#trace?.('virtio_mem_unplug_all_request ');
-        if (this.busy) answer = VIRTIO_MEM_RESP_BUSY;
+        if (this.busy || !this.#mayUnplugAll()) answer = VIRTIO_MEM_RESP_BUSY;
         else yield* this.unplugAll();
         cost += discardLeafNs;
         break;
@@ -461,6 +469,19 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.counters.discardedPages += yield* this.#region.discard(addr / PAGE_SIZE, pages);
   }
 
+  /** Asks whoever holds pages of plugged blocks, run by run. */
+  #mayUnplugAll(): boolean {
+    const pages = this.blockBytes / PAGE_SIZE;
+    for (let b = 0; b < this.plugged.length; b++) {
+      if (!this.plugged.has(b)) continue;
+      let end = b + 1;
+      while (end < this.plugged.length && this.plugged.has(end)) end++;
+      if (this.#region.notifyUnplug?.(this.baseGfn + b * pages, (end - b) * pages) === false) return false;
+      b = end;
+    }
+    return true;
+  }
+
   /** Unplugs every block and lets the usable region shrink: UNPLUG_ALL, and system reset. */
   *unplugAll(): Generator<TaskYield, void, void> {
     const blocks = this.plugged.count();
@@ -480,6 +501,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
    * region shrinks to what was plugged, without holes, and stays (H9); the content is gone.
    */
   *systemReset(policy: 'virtio-1.2' | 'rfc-2017'): Generator<TaskYield, void, void> {
+    // What a request began before the reset is carried out first, so that it is undone with the rest.
+    if (!this.idle) yield () => this.idle;
     const blocks = this.plugged.count();
     yield* this.unplugAll();
     if (policy === 'virtio-1.2') return;
@@ -491,6 +514,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
 
   #sizeIs(bytes: number): void {
     this.#size = bytes;
+    this.#host?.configMoved();
     this.#onSize(bytes);
   }
 

@@ -45,6 +45,8 @@ export class Memslots {
   #slots: Memslot[] = [];
   /** Bumped by every change; a cached "this is MMIO" is stale when it moved. */
   generation = 0;
+  /** A slot that is gone, whose successor is about to come. */
+  replaced: Memslot | null = null;
 
   /** The slot that holds `gfn`, or null: an access there is MMIO. */
   find(gfn: number): Memslot | null {
@@ -54,18 +56,29 @@ export class Memslots {
     return null;
   }
 
+  /**
+   * The slot as the VMM's own map has it, for devices and discards: it does not change while KVM's slot is invalid, nor
+   * between the delete and the create of a resize.
+   */
+  findForVmm(gfn: number): Memslot | null {
+    const slot = this.find(gfn);
+    if (slot !== null || this.replaced === null) return slot;
+    const { baseGfn, nrPages } = this.replaced;
+    return gfn >= baseGfn && gfn < baseGfn + nrPages ? this.replaced : null;
+  }
+
   get all(): readonly Memslot[] {
     return this.#slots;
   }
 
-  /** Judges a request without carrying it out. */
-  judge(region: UserMemoryRegion): Result<SlotChange, SlotError> {
+  /** Judges a request without carrying it out. `gone`: as if this slot had been deleted. */
+  judge(region: UserMemoryRegion, gone = -1): Result<SlotChange, SlotError> {
     const { slot: id, flags, guestPhysAddr, memorySize } = region;
     const aligned = guestPhysAddr % PAGE_SIZE === 0 && memorySize % PAGE_SIZE === 0;
     if (!aligned || guestPhysAddr < 0 || memorySize < 0) return err('EINVAL');
     // Dirty logging is not modelled yet: a request for it is refused rather than ignored.
     if ((flags & ~KVM_MEM_READONLY) !== 0 || id < 0 || id >= KVM_USER_MEM_SLOTS) return err('EINVAL');
-    const old = this.#slots.find((slot) => slot.id === id) ?? null;
+    const old = this.#slots.find((slot) => slot.id === id && id !== gone) ?? null;
     if (memorySize === 0) {
       if (old === null) return err('EINVAL');
       return ok({ kind: 'delete', slot: { ...old, invalid: true }, old });
@@ -97,7 +110,12 @@ export class Memslots {
       kind = old.baseGfn === baseGfn ? 'flags' : 'move';
     }
     for (const other of this.#slots) {
-      if (other.id !== id && baseGfn < other.baseGfn + other.nrPages && other.baseGfn < baseGfn + nrPages)
+      if (
+        other.id !== id &&
+        other.id !== gone &&
+        baseGfn < other.baseGfn + other.nrPages &&
+        other.baseGfn < baseGfn + nrPages
+      )
         return err('EEXIST');
     }
     return ok({ kind, slot, old });

@@ -149,7 +149,8 @@ export class TdpMmu {
 
   /**
    * Removes every mapping of `[gfn, gfn + count)`. A leaf that covers more is split first; its children inherit A and
-   * D. Returns the leaves removed; if it is not 0 a flush must follow before any frame is reused or the lock dropped.
+   * D. Returns the leaves removed; if it is not 0, or a table was detached, a flush must follow before any frame is reused
+   * or the lock dropped.
    */
   zapRange(gfn: number, count: number): number {
     const zapped = this.#zap(this.root, EPT_ROOT_LEVEL, gfn, gfn + count, 0);

@@ -11,17 +11,17 @@ import {
   ownerOf,
   PAGE_SIZE,
   USE_RAM,
-  type GuestMemory,
+  type DeviceMemory,
   type HostMemory,
   type Schedule,
   type ViolationLog,
 } from '@ebb/machine';
 import type { FramePool } from '../mm/frame-pool.ts';
-import { KVM_MEM_READONLY, type Memslots } from './memslots.ts';
+import { KVM_MEM_READONLY, type Memslot, type Memslots } from './memslots.ts';
 import type { Verdict } from './region-gate.ts';
 import { FRAME_DIRTY } from './tdp-mmu.ts';
 
-export class VmMemory implements GuestMemory {
+export class VmMemory implements DeviceMemory {
   u8: Uint8Array;
   u16: Uint16Array;
   i32: Int32Array;
@@ -59,15 +59,26 @@ export class VmMemory implements GuestMemory {
     this.i32 = this.#memory.i32Chunks[0];
   }
 
-  window(gpa: number, length: number, write: boolean): boolean {
+  contains(gpa: number, length: number, write: boolean): boolean {
+    return this.#slotOf(gpa, length, write) !== null;
+  }
+
+  /** The slot behind the bytes; null if they are not for a device. */
+  #slotOf(gpa: number, length: number, write: boolean): Memslot | null {
     const gfn = Math.floor(gpa / PAGE_SIZE);
-    const offset = gpa - gfn * PAGE_SIZE;
-    if (length < 0 || offset + length > PAGE_SIZE) return false;
-    const slot = this.#slots.find(gfn);
-    if (slot === null || slot.invalid || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return false;
+    if (length < 0 || gpa - gfn * PAGE_SIZE + length > PAGE_SIZE) return null;
+    const slot = this.#slots.findForVmm(gfn);
+    if (slot === null || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return null;
     // Unplugged memory is not for DMA, whatever a CPU may read there (§ 5.15.6).
     const verdict = this.#verdict(gfn, write);
-    if (verdict === 'zeros' || verdict === 'nothing') return false;
+    return verdict === 'zeros' || verdict === 'nothing' ? null : slot;
+  }
+
+  window(gpa: number, length: number, write: boolean): boolean {
+    const slot = this.#slotOf(gpa, length, write);
+    if (slot === null) return false;
+    const gfn = Math.floor(gpa / PAGE_SIZE);
+    const offset = gpa - gfn * PAGE_SIZE;
     const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), false);
     if (frame < 0) return false;
     const ledger = this.#pool.ledger;

@@ -49,6 +49,8 @@ export interface MmioRegion {
   readonly bytes: number;
   read(offset: number, width: number): number;
   write(offset: number, width: number, value: number): void;
+  /** Whether the vCPU that writes this is to be held until it may; asked again until it may. */
+  mustWait?(offset: number, width: number, value: number): boolean;
 }
 
 export interface VmOptions {
@@ -114,8 +116,8 @@ export class Vm implements InvalidationListener {
   #rangeTo = 0;
   /** A memory map is being changed: a fault that finds no slot waits instead of being MMIO. */
   #held = false;
-  /** Frames zeroed by the last `#populate`, for the cost of the fault. */
-  #zeroed = 0;
+  /** Frames zeroed for each vCPU's fault, for its cost. */
+  readonly #zeroed: number[] = [];
 
   constructor(options: VmOptions) {
     this.id = options.id;
@@ -190,7 +192,10 @@ export class Vm implements InvalidationListener {
       if (this.killed) this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);
       else if (this.vcpus.exitReason(vcpu) === EXIT_EPT_VIOLATION)
         yield* this.#violation(vcpu, Math.floor(address / PAGE_SIZE), this.vcpus.exitSize(vcpu) !== 0);
-      else this.#register(vcpu, address);
+      else {
+        if (this.#registerWaits(vcpu, address)) yield () => !this.#registerWaits(vcpu, address);
+        this.#register(vcpu, address);
+      }
     }
   }
 
@@ -208,8 +213,18 @@ export class Vm implements InvalidationListener {
       this.counters.eptViolations++;
       const frame = this.#populate(vcpu, slot, gfn, write);
       if (frame >= 0) this.#install(vcpu, slot, gfn, frame);
-    } else this.#register(vcpu, address);
+    } else if (this.#registerWaits(vcpu, address)) return false;
+    else this.#register(vcpu, address);
     return true;
+  }
+
+  /** Whether a register write has to wait: a device that is to be reset carries out what it has taken. */
+  #registerWaits(vcpu: number, address: number): boolean {
+    if (this.vcpus.exitReason(vcpu) !== EXIT_MMIO_WRITE) return false;
+    const region = this.#region(address);
+    return (
+      region?.mustWait?.(address - region.base, this.vcpus.exitSize(vcpu), this.vcpus.exitData(vcpu)) === true
+    );
   }
 
   /** A register access: to a device, or to nothing (all ones). */
@@ -299,16 +314,17 @@ export class Vm implements InvalidationListener {
     }
     if (verdict === 'zeros') return this.#zeros(vcpu);
     const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), this.#mayBeHuge(slot, gfn));
-    this.#zeroed = this.#pool.lastZeroed;
+    this.#zeroed[vcpu] = this.#pool.lastZeroed;
     if (frame < 0) this.#kill(vcpu);
-    else if (verdict === 'scribbled' && this.#zeroed > 0) this.#pool.memory.poisonFrame(hfn(frame), SCRIBBLE);
+    else if (verdict === 'scribbled' && this.#pool.lastZeroed > 0)
+      this.#pool.memory.poisonFrame(hfn(frame), SCRIBBLE);
     return frame;
   }
 
   /** The frame of zeros, taken for the VMM at the first read that needs it. */
   #zeros(vcpu: number): number {
     if (this.#zeroFrame < 0) this.#zeroFrame = this.#pool.allocZeroed(0, ownerOf(this.id, USE_VMM));
-    this.#zeroed = 0;
+    this.#zeroed[vcpu] = 0;
     if (this.#zeroFrame < 0) this.#kill(vcpu);
     return this.#zeroFrame;
   }
@@ -325,7 +341,7 @@ export class Vm implements InvalidationListener {
       return;
     }
     const { exitNs, faultNs, hostZeroPageNs } = this.costs;
-    this.vcpus.answer(vcpu, RESULT_RETRY, 0, exitNs + faultNs + this.#zeroed * hostZeroPageNs);
+    this.vcpus.answer(vcpu, RESULT_RETRY, 0, exitNs + faultNs + this.#zeroed[vcpu] * hostZeroPageNs);
   }
 
   #kill(vcpu: number): void {
@@ -348,7 +364,7 @@ export class Vm implements InvalidationListener {
     let zapped = 0;
     for (let r = 0; r < nrRuns; r++) zapped += this.#zapBlocks(runs[2 * r], runs[2 * r + 1]);
     // Never drop the lock with a flush owed: another holder could hand out what a TLB still reaches.
-    if (zapped > 0) yield* this.#flushAll();
+    if (zapped > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();
     this.mmu.freeDetachedTables();
     this.#mmuLock.release();
   }
@@ -396,13 +412,17 @@ export class Vm implements InvalidationListener {
     yield () => !this.vcpus.owesFlush(want);
   }
 
-  /** Drops every mapping of the pages and waits for the flush; the blocks stay. The next access faults. */
-  *unmap(gfn: number, count: number): Generator<TaskYield, void, void> {
+  /**
+   * Drops every mapping of the pages and waits for the flush; the blocks stay. The next access faults. `then` runs under
+   * the lock, when nothing maps them any more and no fault has.
+   */
+  *unmap(gfn: number, count: number, then?: () => void): Generator<TaskYield, void, void> {
     yield* this.#mmuLock.acquire();
     this.#inProgress++;
     this.#coverRange(gfn, gfn + count);
-    if (this.mmu.zapRange(gfn, count) > 0) yield* this.#flushAll();
+    if (this.mmu.zapRange(gfn, count) > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();
     this.mmu.freeDetachedTables();
+    then?.();
     this.#mmuLock.release();
     this.end(EMPTY, 0);
   }
@@ -440,10 +460,16 @@ export class Vm implements InvalidationListener {
     const old = this.slots.all.find((slot) => slot.id === region.slot);
     if (old === undefined || region.memorySize === 0) return err('EINVAL');
     if (how === 'extension') return yield* this.#resizeAtOnce(region, old);
+    // What cannot be created afterwards is not deleted first.
+    const judged = this.slots.judge(region, old.id);
+    if (!judged.ok) return err(judged.error);
     this.#held = how === 'qemu';
+    // The VMM's own map, which devices go by, changes in one step.
+    this.slots.replaced = how === 'qemu' ? old : null;
     let done = yield* this.setUserMemoryRegion({ ...region, memorySize: 0 });
     yield undefined;
     if (done.ok) done = yield* this.setUserMemoryRegion(region);
+    this.slots.replaced = null;
     this.#held = false;
     return done;
   }
@@ -453,42 +479,45 @@ export class Vm implements InvalidationListener {
     old: Memslot,
   ): Generator<TaskYield, Result<void, SlotError>, void> {
     const nrPages = region.memorySize / PAGE_SIZE;
-    const grown = this.slots.all.some(
-      (other) =>
-        other.id !== old.id &&
-        other.baseGfn < old.baseGfn + nrPages &&
-        old.baseGfn < other.baseGfn + other.nrPages,
-    );
-    if (grown) return err('EEXIST');
-    if (old.fileOffset + nrPages > old.file.nrBlocks) return err('EINVAL');
-    this.slots.install({ ...old, nrPages });
-    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages);
+    const { guestPhysAddr, file, fileOffset } = region;
+    if (guestPhysAddr !== old.baseGfn * PAGE_SIZE || file !== old.file || fileOffset !== old.fileOffset)
+      return err('EINVAL');
+    const judged = this.slots.judge(region, old.id);
+    if (!judged.ok) return err(judged.error);
+    const resize = (): void => this.slots.install({ ...old, nrPages });
+    // The pages go before the slot that tells which they are: an invalidation in between must still find them.
+    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages, resize);
+    else resize();
     return ok(undefined);
   }
 
   /**
    * Gives guest pages back to the host (`MADV_DONTNEED` / punch hole): returns when every mapping is gone, flushed, and
-   * the frames are free. `runs` are ascending, disjoint `[gfn, count]` pairs. A run that is not RAM, or not whole units
-   * of the backing, is skipped, never rounded outward. Returns the pages freed.
+   * the frames are free. `runs` are ascending, disjoint `[gfn, count]` pairs. What is not RAM ends a run; parts that are not
+   * whole units of the backing are skipped, never rounded outward. Returns the pages freed.
    */
   *discard(runs: Int32Array, nrRuns: number): Generator<TaskYield, number, void> {
     this.counters.discardRequests++;
     const perFile = new Map<MemFile, number[]>();
     for (let r = 0; r < nrRuns; r++) {
-      const gfn = runs[2 * r];
-      const count = runs[2 * r + 1];
-      const slot = this.slots.find(gfn);
-      if (slot === null || slot.invalid || gfn + count > slot.baseGfn + slot.nrPages) continue;
-      const first = slot.fileOffset + (gfn - slot.baseGfn);
-      const unit = slot.file.granularity;
-      const from = Math.ceil(first / unit) * unit;
-      const to = Math.floor((first + count) / unit) * unit;
-      if (from >= to) continue;
-      const list = perFile.get(slot.file) ?? [];
-      if (list.length > 0 && list[list.length - 2] + list[list.length - 1] === from)
-        list[list.length - 1] += to - from;
-      else list.push(from, to - from);
-      perFile.set(slot.file, list);
+      const end = runs[2 * r] + runs[2 * r + 1];
+      // A run may cross from one slot into the next.
+      for (let gfn = runs[2 * r]; gfn < end; ) {
+        const slot = this.slots.findForVmm(gfn);
+        if (slot === null) break;
+        const stop = Math.min(end, slot.baseGfn + slot.nrPages);
+        const first = slot.fileOffset + (gfn - slot.baseGfn);
+        const unit = slot.file.granularity;
+        const from = Math.ceil(first / unit) * unit;
+        const to = Math.floor((first + (stop - gfn)) / unit) * unit;
+        gfn = stop;
+        if (from >= to) continue;
+        const list = perFile.get(slot.file) ?? [];
+        if (list.length > 0 && list[list.length - 2] + list[list.length - 1] === from)
+          list[list.length - 1] += to - from;
+        else list.push(from, to - from);
+        perFile.set(slot.file, list);
+      }
     }
     let freed = 0;
     for (const [file, list] of perFile) {

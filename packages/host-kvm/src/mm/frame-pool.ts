@@ -107,15 +107,8 @@ export class FramePool implements FrameSource {
 
   free(first: Hfn, count: number): void {
     if (this.#schedule.controlled) this.#schedule.point('owner-change', first);
-    const i32 = this.memory.i32;
-    for (let f = first as number; f < first + count; f++) {
-      if (this.#full) this.memory.poisonFrame(hfn(f), POISON);
-      else {
-        i32[f * 1024] = POISON;
-        i32[f * 1024 + 1023] = POISON;
-      }
-      this.#poisoned[f] = 1;
-    }
+    // What a device still has pinned is its data until the last pin goes.
+    for (let f = first as number; f < first + count; f++) if (this.ledger.pins[f] === 0) this.#poison(hfn(f));
     if (this.ledger.release(first, count)) {
       this.buddy.freeRun(first, count);
       return;
@@ -124,6 +117,16 @@ export class FramePool implements FrameSource {
     for (let f = first as number; f < first + count; f++) {
       if (this.ledger.pins[f] === 0) this.buddy.freeRun(f, 1);
     }
+  }
+
+  #poison(frame: Hfn): void {
+    const i32 = this.memory.i32;
+    if (this.#full) this.memory.poisonFrame(frame, POISON);
+    else {
+      i32[frame * 1024] = POISON;
+      i32[frame * 1024 + 1023] = POISON;
+    }
+    this.#poisoned[frame] = 1;
   }
 
   pin(frame: Hfn): void {
@@ -135,6 +138,7 @@ export class FramePool implements FrameSource {
     assert(this.ledger.pins[frame] > 0, 'an unpinned frame has a pin');
     this.ledger.pins[frame]--;
     if (this.ledger.pins[frame] === 0 && this.ledger.state[frame] === 2) {
+      this.#poison(frame);
       this.ledger.release(frame, 1);
       this.buddy.freeRun(frame, 1);
     }

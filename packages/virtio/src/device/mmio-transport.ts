@@ -5,7 +5,7 @@
  * What a real driver does is survived: kicks before DRIVER_OK (the queues are polled at DRIVER_OK), features written
  * twice, unknown feature bits (FEATURES_OK does not stick), 64-bit fields as 32-bit halves.
  */
-import type { GuestMemory } from '@ebb/machine';
+import type { DeviceMemory } from '@ebb/machine';
 import {
   INTERRUPT_CONFIG_CHANGE,
   INTERRUPT_USED_BUFFER,
@@ -72,10 +72,10 @@ export interface TransportCounters {
 
 export interface MmioTransportOptions {
   readonly device: VirtioDevice;
-  readonly memory: GuestMemory;
+  readonly memory: DeviceMemory;
   /** Raises the interrupt line. */
   readonly interrupt: () => void;
-  /** Buffers were returned whose virtual completion time is `at`, whether or not the driver wants an interrupt. */
+  /** A buffer is about to be returned whose virtual completion time is `at`, whether or not the driver wants an interrupt. */
   readonly completed?: (at: number) => void;
   /** A device model touched a buffer it no longer holds. */
   readonly onLeaseBroken?: (gpa: number) => void;
@@ -92,7 +92,7 @@ export class MmioTransport implements DeviceHost {
   };
   /** Why the device asked for a reset; empty while it has not. */
   brokenBecause = '';
-  readonly #memory: GuestMemory;
+  readonly #memory: DeviceMemory;
   readonly #interrupt: () => void;
   readonly #completed: (at: number) => void;
   readonly #onLeaseBroken: (gpa: number) => void;
@@ -221,6 +221,19 @@ export class MmioTransport implements DeviceHost {
     }
   }
 
+  /**
+   * Whether a write is to be held back: a reset, or a queue that is taken away, is over only when nothing the device took
+   * is still being carried out. Queues yield nothing from the first time this is asked. A bus that cannot hold a write
+   * back need not ask: the device then touches nothing of the driver's after the reset, but may finish what it began.
+   */
+  mustWait(offset: number, width: number, value: number): boolean {
+    if (width !== 4) return false;
+    if (offset === MMIO_STATUS && (value & 0xff) === 0) for (const queue of this.#queues) queue?.stop();
+    else if (offset === MMIO_QUEUE_READY && (value & 1) === 0) this.#queues[this.#queueSel]?.stop();
+    else return false;
+    return !this.device.idle;
+  }
+
   #writeQueueRegister(offset: number, value: number): void {
     const queue = this.#selected();
     if (queue === undefined || (queue.ready && offset !== MMIO_QUEUE_READY)) {
@@ -261,6 +274,7 @@ export class MmioTransport implements DeviceHost {
   #setReady(queue: QueueRegisters, ready: boolean): void {
     if (!ready) {
       queue.ready = false;
+      this.#queues[this.#queueSel]?.stop();
       return;
     }
     const max = this.device.queueMax[this.#queueSel] ?? 0;
@@ -338,6 +352,7 @@ export class MmioTransport implements DeviceHost {
   reset(): void {
     this.#status = 0;
     this.#clearRegisters();
+    for (const queue of this.#queues) queue?.stop();
     this.#queues = [];
     this.device.reset();
   }
@@ -369,16 +384,23 @@ export class MmioTransport implements DeviceHost {
 
   // ── DeviceHost ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-  queueInterrupt(index: number, completesAt?: number): void {
+  completes(at: number): void {
+    this.#completed(at);
+  }
+
+  queueInterrupt(index: number): void {
     const queue = this.#queues[index];
-    if (completesAt !== undefined) this.#completed(completesAt);
     if (queue === undefined || queue === null || !queue.needsInterrupt()) return;
     this.#interruptStatus |= INTERRUPT_USED_BUFFER;
     this.#interrupt();
   }
 
-  configChanged(): void {
+  configMoved(): void {
     this.#generation = (this.#generation + 1) >>> 0;
+  }
+
+  configChanged(): void {
+    this.configMoved();
     if ((this.#status & STATUS_DRIVER_OK) === 0) return;
     this.#interruptStatus |= INTERRUPT_CONFIG_CHANGE;
     this.#interrupt();

@@ -5,7 +5,7 @@
  *
  * All state is private to the device. `lastAvail` and `usedIdx` are free-running 16-bit numbers.
  */
-import { PAGE_SIZE, pageOffset, type GuestMemory } from '@ebb/machine';
+import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
 import {
   AVAIL_IDX,
   AVAIL_RING,
@@ -47,7 +47,7 @@ export type QueueError =
 export interface SplitDeviceQueueOptions {
   readonly size: number;
   readonly rings: RingAddresses;
-  readonly memory: GuestMemory;
+  readonly memory: DeviceMemory;
   readonly eventIdx: boolean;
   readonly indirect: boolean;
   /** Called when a device model touches a buffer it no longer holds (I16). */
@@ -60,7 +60,7 @@ const MAX_CHAIN_BYTES = 0x1_0000_0000;
 export class SplitDeviceQueue {
   readonly size: number;
   readonly rings: RingAddresses;
-  readonly memory: GuestMemory;
+  readonly memory: DeviceMemory;
   /** Set by the first malformed thing found; the queue then yields nothing. */
   error: QueueError | null = null;
   /** Buffers popped and not yet pushed. */
@@ -73,6 +73,7 @@ export class SplitDeviceQueue {
   /** The driver's index as last acquired: entries up to it are taken without another atomic load. */
   #availSeen = 0;
   #usedIdx = 0;
+  #stopped = false;
   /** usedIdx at the last interrupt decision. */
   #signalled = 0;
 
@@ -90,6 +91,11 @@ export class SplitDeviceQueue {
     return isPowerOfTwo(size) && size <= max && size <= MAX_QUEUE_SIZE;
   }
 
+  /** The driver takes the queue away: nothing of its rings is read or written any more (§ 4.2.2.1). */
+  stop(): void {
+    this.#stopped = true;
+  }
+
   #fail(error: QueueError): null {
     this.error = error;
     return null;
@@ -102,7 +108,7 @@ export class SplitDeviceQueue {
 
   /** Entries between our last index and the driver's; acquires them. Pairs with the store in the driver's `publish`. */
   #available(): number {
-    if (this.error !== null) return 0;
+    if (this.error !== null || this.#stopped) return 0;
     const memory = this.memory;
     if (!memory.window(this.rings.driver + AVAIL_IDX, 2, false)) {
       this.#fail({ kind: 'ring-not-in-ram', gpa: this.rings.driver });
@@ -120,7 +126,8 @@ export class SplitDeviceQueue {
 
   /** Takes the next available chain, or null: empty, or `error` is set. Copies and checks each descriptor once. */
   pop(): DescriptorChain | null {
-    if (this.#availSeen === this.#lastAvail || this.error !== null) if (this.#available() === 0) return null;
+    if (this.#availSeen === this.#lastAvail || this.error !== null || this.#stopped)
+      if (this.#available() === 0) return null;
     const memory = this.memory;
     const slot = this.rings.driver + AVAIL_RING + 2 * (this.#lastAvail & (this.size - 1));
     if (!memory.window(slot, 2, false)) return this.#fail({ kind: 'ring-not-in-ram', gpa: slot });
@@ -182,7 +189,7 @@ export class SplitDeviceQueue {
         (low & (PAGE_SIZE - 1)) + length <= PAGE_SIZE &&
         (writable || chain.writableBytes === 0) &&
         chain.readableBytes + chain.writableBytes <= MAX_CHAIN_BYTES - PAGE_SIZE &&
-        memory.window(low, length, writable)
+        memory.contains(low, length, writable)
       ) {
         chain.append(low, length, writable);
         if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true;
@@ -236,12 +243,13 @@ export class SplitDeviceQueue {
     if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };
     if (chain.totalBytes + length > MAX_CHAIN_BYTES)
       return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
-    // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched.
+    // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched. Only looked at:
+    // a buffer that is given back or hinted may never have been touched, and is not to be.
     const onePage = pageOffset(gpa) + length <= PAGE_SIZE;
     if (
       onePage
-        ? !this.memory.window(gpa, length, writable)
-        : !this.memory.window(gpa, 1, writable) || !this.memory.window(gpa + length - 1, 1, writable)
+        ? !this.memory.contains(gpa, length, writable)
+        : !this.memory.contains(gpa, 1, writable) || !this.memory.contains(gpa + length - 1, 1, writable)
     ) {
       return { kind: 'buffer-not-in-ram', gpa };
     }
@@ -312,12 +320,14 @@ export class SplitDeviceQueue {
   /** Returns a chain as `push` does, visible to the driver with the next `publish`. False if the ring is not RAM. */
   fill(chain: DescriptorChain, written: number): boolean {
     chain.end();
+    if (this.#stopped) return false;
     const most = chain.writableBytes;
     return this.#writeUsed(chain.head, written < most ? written : most);
   }
 
   /** Returns `count` buffers of `popSingles` with one index store. */
   pushSingles(heads: Int32Array, count: number, written: number): void {
+    if (this.#stopped) return;
     const memory = this.memory;
     const mask = this.size - 1;
     if (pageOffset(this.rings.device) + USED_RING + this.size * USED_ELEM_BYTES > PAGE_SIZE) {
@@ -375,7 +385,7 @@ export class SplitDeviceQueue {
     const memory = this.memory;
     const old = this.#signalled;
     const idx = this.#usedIdx;
-    if (idx === old) return false;
+    if (idx === old || this.#stopped) return false;
     this.#signalled = idx;
     if (this.#eventIdx) {
       if (!memory.window(this.rings.driver + usedEventOffset(this.size), 2, false)) return false;
@@ -387,12 +397,13 @@ export class SplitDeviceQueue {
 
   /** Asks for no kicks while the device polls. With EVENT_IDX a stale event does that by itself. */
   disableKicks(): void {
-    if (this.#eventIdx || !this.memory.window(this.rings.device, 2, true)) return;
+    if (this.#eventIdx || this.#stopped || !this.memory.window(this.rings.device, 2, true)) return;
     Atomics.store(this.memory.u16, this.memory.at >> 1, VIRTQ_USED_F_NO_NOTIFY);
   }
 
   /** Asks for a kick at the next buffer, then looks again: true if one has arrived. Pairs with `needsKick`. */
   enableKicks(): boolean {
+    if (this.#stopped) return false;
     const memory = this.memory;
     if (this.#eventIdx) {
       if (!memory.window(this.rings.device + availEventOffset(this.size), 2, true)) return false;

@@ -4,10 +4,14 @@ import type { SplitDeviceQueue } from './split-device-queue.ts';
 
 /** How a device model reaches its transport: interrupts, and the sticky error. */
 export interface DeviceHost {
-  /** Buffers of queue `index` were pushed: interrupt if the driver asked for it. `completesAt`: virtual time, if known. */
-  queueInterrupt(index: number, completesAt?: number): void;
-  /** Configuration changed: bump the generation and interrupt. */
+  /** What is pushed next completes at this virtual time. Before the push: a driver may see the buffer at once. */
+  completes(at: number): void;
+  /** Buffers of queue `index` were pushed: interrupt if the driver asked for it. */
+  queueInterrupt(index: number): void;
+  /** Configuration changed by itself: bump the generation and interrupt. */
   configChanged(): void;
+  /** Configuration changed as the driver asked: bump the generation. */
+  configMoved(): void;
   /** The guest broke a queue: set DEVICE_NEEDS_RESET and tell the driver (§ 2.1.2). */
   needsReset(why: string): void;
 }
@@ -25,6 +29,8 @@ export interface VirtioDevice {
   activate(queues: readonly (SplitDeviceQueue | null)[], features: Features): void;
   /** A kick for a live queue. */
   kick(index: number): void;
+  /** Nothing that was taken from a queue is still being carried out. */
+  readonly idle: boolean;
   /** Device reset: forget queues and in-flight buffers; touch nothing of the guest's any more. */
   reset(): void;
   /** Little-endian read of `width` bytes (1, 2, 4) inside the configuration space. */

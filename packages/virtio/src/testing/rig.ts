@@ -1,5 +1,5 @@
 /** A device, its transport and a driver over one plain buffer: the smallest whole virtio system, for tests. */
-import { FlatGuestMemory, type GuestMemory } from '@ebb/machine';
+import { FlatGuestMemory, type DeviceMemory } from '@ebb/machine';
 import { MmioTransport, type DeviceHost, type SplitDeviceQueue, type VirtioDevice } from '../device/index.ts';
 import { MmioDriver, SplitDriverQueue, driverQueueWords, type MmioBus } from '../driver/index.ts';
 import {
@@ -43,6 +43,9 @@ export class ProbeDevice implements VirtioDevice {
   kick(index: number): void {
     this.kicks.push(index);
   }
+  get idle(): boolean {
+    return true;
+  }
   reset(): void {
     this.resets++;
     this.queue = null;
@@ -58,7 +61,7 @@ export class ProbeDevice implements VirtioDevice {
 }
 
 export interface Rig {
-  readonly memory: GuestMemory;
+  readonly memory: DeviceMemory;
   readonly device: ProbeDevice;
   readonly transport: MmioTransport;
   readonly driver: MmioDriver;
@@ -74,7 +77,7 @@ export function rig(
     bits?: readonly number[];
     driverBits?: readonly number[];
     bringUp?: boolean;
-    memory?: GuestMemory;
+    memory?: DeviceMemory;
     size?: number;
   } = {},
 ): Rig {

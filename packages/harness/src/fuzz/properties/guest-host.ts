@@ -61,7 +61,12 @@ export function guestHost(kind: GuestKind, lab: HostLab, program: FuzzProgram): 
     balloon = new BalloonDevice({
       port,
       features: kind.features,
-      memory: { ramPages: PAGES, unitPages: 1, discard: (runs, n) => vm.discard(runs, n) },
+      memory: {
+        ramPages: PAGES,
+        endPfn: pagesOf(kind),
+        unitPages: 1,
+        discard: (runs, n) => vm.discard(runs, n),
+      },
     });
     attachDevice(lab, vm, LINE_BALLOON, balloon);
   }

@@ -44,6 +44,9 @@ class EchoDevice implements VirtioDevice {
   kick(index: number): void {
     this.#runner.kick(index);
   }
+  get idle(): boolean {
+    return this.#runner.idle;
+  }
   reset(): void {
     this.#queue = null;
   }

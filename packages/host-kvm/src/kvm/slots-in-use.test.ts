@@ -1,0 +1,175 @@
+/** Slots that change, and memory that goes, while somebody is in the middle of using them. */
+import { expect, test } from 'vitest';
+import {
+  COST_TABLE,
+  EXIT_DONE,
+  EXIT_EPT_VIOLATION,
+  EXIT_REQUEST,
+  gfn,
+  hfn,
+  MiB,
+  PAGE_SIZE,
+  VC_EXIT_ADDR_F64,
+  VC_EXIT_COST_F64,
+  VC_EXIT_REASON,
+  VC_EXIT_SIZE,
+  VC_EXIT_STATE,
+  VCPU_BLOCK_WORDS,
+} from '@ebb/machine';
+import { testHost, type TestHost } from './testing-host.ts';
+
+const small = (): TestHost => testHost({ ramBytes: 16 * MiB, huge: 'never' });
+const settle = (host: TestHost): void => {
+  while (host.poll());
+};
+const ram = (host: TestHost, bytes: number) => ({
+  slot: 0,
+  flags: 0,
+  guestPhysAddr: 0,
+  memorySize: bytes,
+  file: host.file,
+  fileOffset: 0,
+});
+
+test('a resize that cannot be leaves the slot as it was', () => {
+  const host = small();
+  for (const how of ['qemu', 'naive', 'extension'] as const) {
+    expect(host.finish(host.vm.resizeSlot(ram(host, 32 * MiB), how)).ok).toBe(false);
+    expect(host.vm.slots.all.map((s) => s.nrPages)).toEqual([4096]);
+  }
+});
+
+test('shrinking at once while the tail is punched: the punch finds what maps it', () => {
+  const host = small();
+  const [vcpu] = host.vcpus;
+  vcpu.enterGuest();
+  vcpu.store32(gfn(4000), 0, 1);
+  vcpu.leaveGuest();
+  const resize = host.vm.resizeSlot(ram(host, 8 * MiB), 'extension');
+  resize.next();
+  host.finish(host.file.punchHoles(Int32Array.of(4000, 1), 1) as Generator<undefined, unknown, void>);
+  expect(host.file.bmap(4000)).toBe(-1);
+  host.finish(resize);
+  expect(host.vm.slots.all.map((s) => s.nrPages)).toEqual([2048]);
+  expect(host.log.total).toBe(0);
+});
+
+/** Begins a resize that waits for v1 in guest mode, does `meanwhile`, and lets v1 go. */
+function duringResize(meanwhile: (host: TestHost) => void): TestHost {
+  const host = small();
+  const [v0, v1] = host.vcpus;
+  v0.enterGuest();
+  v0.store32(gfn(100), 0, 5);
+  v0.leaveGuest();
+  v1.enterGuest();
+  v1.store32(gfn(2000), 0, 1);
+  host.tasks.spawn(
+    'resize',
+    (function* () {
+      yield* host.vm.resizeSlot(ram(host, 12 * MiB), 'qemu');
+    })(),
+  );
+  for (let i = 0; i < 5; i++) host.poll();
+  expect(host.vm.slots.find(100)?.invalid).toBe(true);
+  meanwhile(host);
+  v1.leaveGuest();
+  settle(host);
+  expect(host.vm.slots.all.map((s) => s.nrPages)).toEqual([3072]);
+  return host;
+}
+
+test("a device reads and writes memory while its slot is resized: the VMM's map changes in one step", () => {
+  duringResize((host) => {
+    expect(host.vm.memory.window(100 * PAGE_SIZE, 4, true)).toBe(true);
+    expect(host.vm.memory.i32[host.vm.memory.at >> 2]).toBe(5);
+  });
+});
+
+test('a discard while a slot is resized is carried out', () => {
+  let freed = -1;
+  const host = duringResize((h) => {
+    h.tasks.spawn(
+      'discard',
+      (function* () {
+        freed = yield* h.vm.discard(Int32Array.of(2000, 1), 1);
+      })(),
+    );
+    for (let i = 0; i < 5; i++) h.poll();
+  });
+  expect([freed, host.file.bmap(2000)]).toEqual([1, -1]);
+});
+
+test('tables that a failed walk left empty are flushed before they are freed', () => {
+  const host = small();
+  // Frames for the page and two of the three tables.
+  while (host.pool.buddy.free > 3) host.pool.chargeVmm(0, 1);
+  const [vcpu] = host.vcpus;
+  vcpu.enterGuest();
+  expect(() => vcpu.store32(gfn(5), 0, 1)).toThrow();
+  const flushes = host.vm.counters.tlbFlushes;
+  const free = host.pool.buddy.free;
+  host.finish(host.vm.discard(Int32Array.of(0, 512), 1));
+  // The page and the two tables.
+  expect(host.pool.buddy.free - free).toBe(3);
+  expect(host.vm.counters.tlbFlushes).toBeGreaterThan(flushes);
+});
+
+test('two faults at once are each charged for what they had zeroed', () => {
+  const host = testHost({ ramBytes: 16 * MiB, huge: 'always' });
+  const [a] = host.vcpus;
+  a.enterGuest();
+  a.store32(gfn(512), 0, 1);
+  a.leaveGuest();
+  host.finish(host.vm.unmap(512, 512));
+  a.enterGuest();
+  const call = a.port.call.bind(a.port);
+  const cost: number[] = [];
+  a.port.call = (control, base) => {
+    // The second vCPU faults on a page that has its frame, while the first one's 2 MiB are zeroed.
+    const f64 = new Float64Array(control.buffer);
+    const other = base + VCPU_BLOCK_WORDS;
+    control[other + VC_EXIT_REASON] = EXIT_EPT_VIOLATION;
+    control[other + VC_EXIT_SIZE] = 1;
+    f64[other / 2 + VC_EXIT_ADDR_F64] = 512 * PAGE_SIZE;
+    control[other + VC_EXIT_STATE] = EXIT_REQUEST;
+    host.tasks.spawn(
+      'busy',
+      (function* () {
+        for (let i = 0; i < 20; i++) yield undefined;
+      })(),
+    );
+    call(control, base);
+    while (control[other + VC_EXIT_STATE] !== EXIT_DONE) host.poll();
+    cost.push(f64[base / 2 + VC_EXIT_COST_F64], f64[other / 2 + VC_EXIT_COST_F64]);
+  };
+  a.store32(gfn(1024), 0, 1);
+  const { exitNs, faultNs, hostZeroPageNs } = COST_TABLE;
+  expect(cost).toEqual([exitNs + faultNs + 512 * hostZeroPageNs, exitNs + faultNs]);
+});
+
+test('a frame that a device has pinned keeps its content until the last pin goes', () => {
+  const host = small();
+  const [vcpu] = host.vcpus;
+  vcpu.enterGuest();
+  vcpu.store32(gfn(1000), 0, 0x1234);
+  vcpu.leaveGuest();
+  const frame = hfn(host.file.bmap(1000));
+  host.pool.pin(frame);
+  const free = host.pool.buddy.free;
+  host.finish(host.vm.discard(Int32Array.of(1000, 1), 1));
+  expect(host.pool.memory.i32[frame * 1024]).toBe(0x1234);
+  host.pool.unpin(frame);
+  expect(host.pool.buddy.free).toBeGreaterThan(free);
+  expect(host.pool.memory.i32[frame * 1024]).not.toBe(0x1234);
+});
+
+test('a scattered store to a word that is not RAM leaves it out and returns', () => {
+  const host = small();
+  const [vcpu] = host.vcpus;
+  vcpu.enterGuest();
+  const words = Int32Array.of(1024, (16 * MiB) / 4, 2048);
+  expect(vcpu.scatter32(words, Int32Array.of(1, 2, 3), 0, 3)).toBe(1);
+  const out = Int32Array.of(-1, -1, -1);
+  expect(vcpu.gather32(words, out, 0, 3)).toBe(1);
+  expect([...out]).toEqual([1, -1, 3]);
+});
