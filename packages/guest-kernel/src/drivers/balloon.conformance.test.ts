@@ -29,6 +29,7 @@ import {
   SHADOW_ISOLATED,
   SHADOW_PCP,
 } from '../mm/page.ts';
+import { H_BALLOON_MUTEX } from '../layout.ts';
 import { freePages, meminfo, pcpPages } from '../procfs.ts';
 import { guestConfig, testGuest, type TestGuest } from '../testing-guest.ts';
 import { LINE_BALLOON, MMIO_BASE } from './virtio-guest.ts';
@@ -376,6 +377,26 @@ describe('free page hinting', () => {
     device.host?.configChanged();
     run(1);
     expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
+  });
+});
+
+describe('interrupts', () => {
+  test('statistics asked for while another CPU is in its OOM notifier are sent when it is out of it', () => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_STATS_VQ]);
+    run(1);
+    expect(device.of(2)).toHaveLength(1);
+    guest.arena.w[H_BALLOON_MUTEX] = 2;
+    device.returnStats();
+    expect(guest.registers.lines).not.toBe(0);
+    guest.registers.lines = 0;
+    const [kernel] = guest.kernels;
+    kernel.enter();
+    kernel.parts.balloon.interrupt();
+    kernel.leave();
+    expect(device.of(2)).toHaveLength(1);
+    guest.arena.w[H_BALLOON_MUTEX] = 0;
+    run(1);
+    expect(device.of(2)).toHaveLength(2);
   });
 });
 

@@ -66,6 +66,8 @@ const V_WORK = 5;
 /** Command id of the round that is running, and whether it was announced; pages held for it. */
 const V_HINT_SEEN = 6;
 const V_HINT_LIST = 7;
+/** 1: an interrupt came while another CPU held the mutex. Both words are vCPU 0's alone. */
+const V_MISSED = 8;
 const V_PFN_PAGE = 9;
 const V_STATS_PAGE = 10;
 const V_HINT_PAGE = 11;
@@ -240,9 +242,18 @@ export class BalloonDriver {
   interrupt(): void {
     if (!this.ready) return;
     if (!trySpinLock(this.#w, H_BALLOON_MUTEX, this.#vcpu.id)) {
+      // Another CPU is in its OOM notifier: `work` looks at what this was about.
+      this.#w[T_BALLOON + V_MISSED] = 1;
       this.#w[T_BALLOON + V_WORK] = 1;
       return;
     }
+    this.#handleInterrupt();
+    spinUnlock(this.#w, H_BALLOON_MUTEX);
+  }
+
+  /** Under the mutex. */
+  #handleInterrupt(): void {
+    this.#w[T_BALLOON + V_MISSED] = 0;
     const status = this.#guest.driver.takeInterrupt();
     if ((status & INTERRUPT_CONFIG_CHANGE) !== 0) this.#w[T_BALLOON + V_WORK] = 1;
     const stats = this.queue(Q_STATS);
@@ -250,7 +261,6 @@ export class BalloonDriver {
       while (stats.popUsed(this.#vcpu) >= 0) this.#sendStats();
       stats.enableInterrupts(this.#vcpu);
     }
-    spinUnlock(this.#w, H_BALLOON_MUTEX);
   }
 
   /** Virtual time at which the balloon has work; Infinity when it has none. */
@@ -269,6 +279,7 @@ export class BalloonDriver {
       this.#f64[V_RETRY_F64] <= this.#vcpu.clock
     ) {
       if (!trySpinLock(w, H_BALLOON_MUTEX, this.#vcpu.id)) return;
+      if (w[T_BALLOON + V_MISSED] !== 0) this.#handleInterrupt();
       w[T_BALLOON + V_WORK] = 0;
       this.#hintRound();
       const target = this.#guest.driver.readConfig32(BALLOON_CFG_NUM_PAGES);

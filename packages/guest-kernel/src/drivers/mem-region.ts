@@ -210,8 +210,9 @@ export class MemRegion {
 
   setPlugged(first: number, count: number, plugged: boolean): void {
     for (let bit = first >>> PLUGGED_SHIFT; bit < (first + count) >>> PLUGGED_SHIFT; bit++) {
-      if (plugged) this.w[this.#bits + (bit >>> 5)] |= 1 << (bit & 31);
-      else this.w[this.#bits + (bit >>> 5)] &= ~(1 << (bit & 31));
+      // Atomic: another device's region may have bits in the same word.
+      if (plugged) Atomics.or(this.w, this.#bits + (bit >>> 5), 1 << (bit & 31));
+      else Atomics.and(this.w, this.#bits + (bit >>> 5), ~(1 << (bit & 31)));
     }
   }
 

@@ -239,7 +239,9 @@ export class VirtioMemDriver {
       w[base + M_RETRY_MS] = Math.min(RETRY_MAX_MS, 2 * w[base + M_RETRY_MS]);
     this.#f64[timer] = 0;
     let outcome: MemOutcome;
+    let leftOver = false;
     do {
+      leftOver = false;
       // Before the sizes are read: a change after that is seen by the next request, or by the next pass.
       Atomics.store(w, base + M_WORK, 0);
       outcome = w[base + M_UNPLUG_ALL] === 0 ? 'ok' : region.unplugAll();
@@ -251,8 +253,11 @@ export class VirtioMemDriver {
         const diff = w[base + M_REQUESTED] - w[base + M_PLUGGED];
         if (diff > 0) outcome = mode.plug(diff);
         else if (diff < 0 && !plugOnly) outcome = mode.unplug(-diff);
+        else leftOver = diff < 0;
       }
     } while (outcome === 'EAGAIN');
+    // What this pass was not to do is left for the next, on vCPU 0.
+    if (leftOver) Atomics.store(w, base + M_WORK, 1);
     w[base + M_LAST] = MEM_OUTCOMES.indexOf(outcome);
     switch (outcome) {
       case 'ok':

@@ -1,12 +1,13 @@
 /** Taking memory out of use and back: isolation, counts, and what must not move. */
 import { expect, test, vi } from 'vitest';
-import { gfn } from '@ebb/machine';
+import { gfn, MiB } from '@ebb/machine';
 import { LINUX_HOTPLUG } from '../boot.ts';
 import { H_TOTAL_PAGES } from '../layout.ts';
 import { GuestKernel } from '../kernel.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { MemoryHotplug } from './memory-hotplug.ts';
 import { P_FLAGS, PG_BUDDY, PG_OFFLINE, PG_UPTODATE } from './page.ts';
+import { PerCpuPages } from './per-cpu-pages.ts';
 import { MIGRATE_ISOLATE, MIGRATE_MOVABLE, Z_FREE, Z_LOCK, Z_MANAGED } from './zone.ts';
 
 /** A pageblock in the upper half of RAM, all of it free. */
@@ -178,11 +179,43 @@ test('a cached page moves only while nobody but the cache holds it (I22)', () =>
   expect(w.log.total).toBe(0);
 });
 
+test('a page freed into an isolated pageblock is on no per-CPU list, from which it would be handed out again', () => {
+  const guest = testGuest(guestConfig(256 * MiB));
+  const [kernel] = guest.kernels;
+  kernel.enter();
+  const { alloc, buddy, pcp, zones } = kernel.parts;
+  expect(alloc.allocExactly(BLOCK + 5)).toBe(true);
+  pcp.drain(0);
+  const [, zone] = zones;
+  buddy.lock(zone);
+  buddy.isolatePageblock(zone, BLOCK);
+  buddy.unlock(zone);
+  alloc.free(BLOCK + 5, 0);
+  expect(PerCpuPages.count(guest.arena.w, 1, 0)).toBe(0);
+  for (const migratetype of [0, 1, 2]) expect(alloc.alloc(0, migratetype, 1)).not.toBe(BLOCK + 5);
+});
+
+test('a page that the disk could not fill is cached no more', () => {
+  const w = world();
+  const { alloc, cache } = w.kernel.parts;
+  const page = alloc.alloc(0, MIGRATE_MOVABLE, 2);
+  alloc.get(page);
+  alloc.unstamp(page);
+  expect(cache.add(page, 7, 3, 0)).toBe(true);
+  // This guest has no disk at all.
+  cache.fill(Int32Array.of(page), 1);
+  expect(cache.lookup(7, 3)).toBe(-1);
+  expect(w.flags(page) & PG_UPTODATE).toBe(0);
+  alloc.put(page);
+  expect(w.log.total).toBe(0);
+});
+
 test('a kernel boots over a cleared arena as over a fresh one', () => {
   const guest = testGuest(guestConfig(SMALL));
   const { w } = guest.arena;
   const first = Array.from(w.subarray(0, 16));
   const [kernel] = guest.kernels;
+  const fresh = kernel.parts.zones.map((z) => [w[z + Z_FREE], w[z + Z_MANAGED]]);
   kernel.enter();
   for (let i = 0; i < 50; i++) kernel.parts.alloc.alloc(i % 3, MIGRATE_MOVABLE, 2);
   kernel.leave();
@@ -191,7 +224,5 @@ test('a kernel boots over a cleared arena as over a fresh one', () => {
   guest.vcpus[0].enterGuest();
   second.boot();
   expect(Array.from(w.subarray(0, 16))).toEqual(first);
-  expect(second.parts.zones.map((z) => [w[z + Z_FREE], w[z + Z_MANAGED]])).toEqual(
-    kernel.parts.zones.map((z) => [w[z + Z_MANAGED], w[z + Z_MANAGED]]),
-  );
+  expect(second.parts.zones.map((z) => [w[z + Z_FREE], w[z + Z_MANAGED]])).toEqual(fresh);
 });

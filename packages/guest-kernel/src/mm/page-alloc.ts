@@ -41,6 +41,7 @@ const {
   Z_RESERVE,
   Z_TYPE,
   ZF_BELOW_HIGH,
+  MIGRATE_ISOLATE,
 } = zoneWords;
 
 /** Request flags: the highest zone type in bits 0–1, then behaviour. Names follow Linux's gfp flags. */
@@ -367,7 +368,8 @@ export class PageAllocator {
     w[this.#events + EV.pgfree] += count;
     const zoneIndex = w[this.#memmap + (pfn << 4) + P_ZONE];
     const migratetype = this.#buddy.pageblockType(pfn);
-    if (pcpIndex(order, migratetype) >= 0) {
+    // A page of an isolated block goes straight back: on a per-CPU list it would be handed out again.
+    if (migratetype !== MIGRATE_ISOLATE && pcpIndex(order, migratetype) >= 0) {
       shadowMove(w, this.#memmap, vcpu, pfn, count, SHADOW_ALLOCATED, SHADOW_PCP);
       this.#pcp.free(zoneIndex, pfn, order, migratetype);
       return;

@@ -335,7 +335,7 @@ export class PageCache {
         this.#pfns[0] = pfn;
         this.#blocks[0] = this.#blockOf(inode, index);
         if (!this.#io.transfer(false, this.#pfns, this.#blocks, 1)) {
-          if (this.remove(pfn, this.#alloc.stampOf(pfn))) this.#alloc.put(pfn);
+          this.#abandon(pfn);
           this.#alloc.put(pfn);
           return -1;
         }
@@ -346,17 +346,27 @@ export class PageCache {
     }
   }
 
-  /** Fills cached pages from the disk in one batch and marks them up to date. The caller holds references. */
-  fill(pfns: Int32Array, count: number): boolean {
+  /** A page that the disk could not fill leaves the cache: who looks for it reads again. */
+  #abandon(pfn: number): void {
+    if (this.remove(pfn, this.#alloc.stampOf(pfn))) this.#alloc.put(pfn);
+  }
+
+  /**
+   * Fills cached pages from the disk in one batch and marks them up to date; after a disk error they are cached no more.
+   * The caller holds references.
+   */
+  fill(pfns: Int32Array, count: number): void {
     const blocks = this.#blocks.length >= count ? this.#blocks : new Float64Array(count);
     for (let i = 0; i < count; i++) {
       const page = this.#memmap + (pfns[i] << 4);
       blocks[i] = this.#blockOf(this.#w[page + P_INODE], this.#w[page + P_INDEX]);
     }
-    const ok = this.#io.transfer(false, pfns, blocks, count);
+    if (!this.#io.transfer(false, pfns, blocks, count)) {
+      for (let i = 0; i < count; i++) this.#abandon(pfns[i]);
+      return;
+    }
     for (let i = 0; i < count; i++) Atomics.or(this.#w, this.#memmap + (pfns[i] << 4) + P_FLAGS, PG_UPTODATE);
     this.#w[this.#events + EV.pgpgin] += count;
-    return ok;
   }
 
   // ── Write-back ───────────────────────────────────────────────────────────────────────────────────────────────────

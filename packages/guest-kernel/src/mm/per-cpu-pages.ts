@@ -20,6 +20,7 @@ import * as zoneWords from './zone.ts';
 const { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP } = page;
 const {
   MIGRATE_MOVABLE,
+  MIGRATE_RECLAIMABLE,
   Z_FLAGS,
   Z_FREE,
   Z_HIGH,
@@ -52,9 +53,10 @@ const LEASE_FREE = 0;
 const LEASE_OWNER = 1;
 const LEASE_DRAINER = 2;
 
-/** List number of an order and migratetype; −1 if that order is not kept per CPU. */
+/** List number of an order and migratetype; −1 if that order is not kept per CPU. High-atomic pages count as movable. */
 export function pcpIndex(order: number, migratetype: number): number {
-  if (order <= COSTLY_ORDER) return order * 3 + (migratetype > 2 ? 2 : migratetype);
+  if (order <= COSTLY_ORDER)
+    return order * 3 + (migratetype > MIGRATE_RECLAIMABLE ? MIGRATE_MOVABLE : migratetype);
   return order === 9 ? 12 + (migratetype === MIGRATE_MOVABLE ? 1 : 0) : -1;
 }
 

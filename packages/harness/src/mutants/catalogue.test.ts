@@ -1,4 +1,4 @@
-import { readFileSync } from 'node:fs';
+import { existsSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { expect, test } from 'vitest';
 import { PROPERTIES } from '../fuzz/properties.ts';
@@ -18,5 +18,6 @@ test.each(MUTANTS.map((m) => [m.name, m] as const))(
     expect(m.replace).not.toBe(m.find);
     if ('properties' in m.by)
       for (const p of m.by.properties) expect(PROPERTIES.map((x) => x.name)).toContain(p);
+    else expect(existsSync(join(ROOT, m.by.test)), m.by.test).toBe(true);
   },
 );

@@ -6,6 +6,7 @@ import { ALLOCATOR_FAULTS } from './faults/allocator.ts';
 import { BALLOON_FAULTS } from './faults/balloon.ts';
 import { CACHE_FAULTS } from './faults/cache.ts';
 import { HOST_FAULTS } from './faults/host.ts';
+import { IN_USE_FAULTS } from './faults/in-use.ts';
 import { LOCKS_FAULTS } from './faults/locks.ts';
 import { MEMORY_DEVICE_FAULTS } from './faults/memory-device.ts';
 import { PROCESSES_FAULTS } from './faults/processes.ts';
@@ -23,6 +24,7 @@ export const MUTANTS: readonly Mutant[] = [
   ...QUEUES_FAULTS,
   ...MEMORY_DEVICE_FAULTS,
   ...PROCESSES_FAULTS,
+  ...IN_USE_FAULTS,
 ];
 
 export const EQUIVALENT: readonly Equivalent[] = [

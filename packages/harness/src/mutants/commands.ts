@@ -43,6 +43,13 @@ export function addMutantCommand(program: Command): void {
           ]);
         say(table.toString());
         for (const e of EQUIVALENT) say(`equivalent: ${e.name}: ${e.reason}`);
+        emitJson(flags.json, {
+          schema: 1,
+          ebb: EBB_VERSION,
+          total: MUTANTS.length,
+          faults: MUTANTS.map(({ name, file, stands, by }) => ({ name, file, stands, by })),
+          equivalent: EQUIVALENT,
+        });
         return;
       }
       const patches = flags.patch ?? [];

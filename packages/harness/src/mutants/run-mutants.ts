@@ -78,8 +78,11 @@ async function byTest(scratch: Scratch, filters: readonly string[]): ReturnType<
   );
   if (out.stopped) return { caught: true, by: filters.join(' '), how: 'the test did not end', runs: 0 };
   if (out.code === 0) return MISSED;
-  const failed = /FAIL\s+(.*)/.exec(stripColour(out.output))?.[1] ?? lastLine(out.output);
-  return { caught: true, by: filters.join(' ') || 'the tests', how: failed.trim(), runs: 0 };
+  const text = stripColour(out.output);
+  const failed = /FAIL\s+(.*)/.exec(text)?.[1] ?? lastLine(out.output);
+  // A filter that finds no test is not a catcher.
+  const caught = !text.includes('No test files found');
+  return { caught, by: filters.join(' ') || 'the tests', how: failed.trim(), runs: 0 };
 }
 
 function stripColour(text: string): string {

@@ -16,7 +16,7 @@ export const HOST_FAULTS: readonly Mutant[] = [
   fault(
     'skip-flush',
     VM,
-    'if (zapped > 0) yield* this.#flushAll();',
+    'if (zapped > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();',
     '',
     'I4 I17: no flush before frames are freed',
     props('invalidation'),
@@ -160,7 +160,7 @@ export const HOST_FAULTS: readonly Mutant[] = [
   fault(
     'slot-removed-before-flush',
     VM,
-    'if (this.mmu.zapRange(gfn, count) > 0) yield* this.#flushAll();',
+    'if (this.mmu.zapRange(gfn, count) > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();',
     'this.mmu.zapRange(gfn, count);',
     'I11: a slot goes while TLBs reach it',
     props('slots'),

@@ -66,8 +66,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'size-not-told',
     DEVICE,
-    '    this.#size = bytes;\n    this.#onSize(bytes);\n',
-    '    this.#onSize(bytes);\n',
+    '    this.#size = bytes;\n    this.#host?.configMoved();\n',
+    '    this.#host?.configMoved();\n',
     'plugged_size = population × block size, always',
     DEVICE_TEST,
   ),
@@ -138,8 +138,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'dma-into-unplugged',
     VM_MEMORY,
-    "    if (verdict === 'zeros' || verdict === 'nothing') return false;\n",
-    '',
+    "    return verdict === 'zeros' || verdict === 'nothing' ? null : slot;\n",
+    '    return slot;\n',
     '5.15.6: no DMA to unplugged memory',
     DEVICE_TEST,
   ),

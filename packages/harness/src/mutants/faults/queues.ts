@@ -115,8 +115,8 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'dma-after-push',
     BLOCK_DEVICE,
-    '        queue.push(chain, written + 1);\n',
-    '        queue.push(chain, written + 1);\n        chain.write(0, new Uint8Array(1));\n',
+    '        queue.recycle(chain);\n        this.#host?.queueInterrupt(0);\n',
+    '        chain.write(0, new Uint8Array(1));\n        queue.recycle(chain);\n        this.#host?.queueInterrupt(0);\n',
     'I16: bytes touched after the buffer was returned',
     props('cache'),
   ),
