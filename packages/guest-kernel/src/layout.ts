@@ -111,8 +111,12 @@ export const PLUGGED_SHIFT = 8;
 /** The smallest memory block of any profile is 2 MiB. */
 const MIN_SECTION_PAGES = 512;
 
+/** Word numbers of the memmap fit 31 bits up to here: 256 GiB. */
+export const MAX_GUEST_PFN: number = 2 ** 26;
+
 /** Lays out an arena for pages `0 … maxPfn − 1`, hot-pluggable ones included. */
 export function arenaLayout(maxPfn: number): ArenaLayout {
+  assert(maxPfn <= MAX_GUEST_PFN, 'a guest whose memmap has 31-bit word numbers');
   assert(EVENTS_BASE + MAX_CPUS * EVENTS_WORDS <= HEADER_WORDS, 'the header holds everything');
   const queues = HEADER_WORDS;
   const pageblocks = queues + NR_QUEUES * QUEUE_WORDS;

@@ -109,16 +109,17 @@ function compareTable(outcome: CompareOutcome): string {
     colAligns: ['left', ...new Array<'right'>(11).fill('right')],
   });
   for (const r of json.results) {
+    const bound = (name: string): string => (r.lowerBounds.includes(name) ? ' ≥' : '');
     table.push([
       r.technique,
       String(r.vmsFit),
       `${r.vmsFitRange[0]}–${r.vmsFitRange[1]}`,
-      formatBytes(r.hostPeakBytes),
-      formatBytes(r.returnedBytes),
-      String(r.eptViolations),
-      String(r.tlbFlushes),
-      String(r.kicks),
-      `${(r.stallVirtualNs.total / 1e6).toFixed(1)} ms${r.lowerBounds.includes('stallVirtualNs') ? ' ≥' : ''}`,
+      formatBytes(r.hostPeakBytes) + bound('hostPeakBytes'),
+      formatBytes(r.returnedBytes) + bound('returnedBytes'),
+      String(r.eptViolations) + bound('eptViolations'),
+      String(r.tlbFlushes) + bound('tlbFlushes'),
+      String(r.kicks) + bound('kicks'),
+      `${(r.stallVirtualNs.total / 1e6).toFixed(1)} ms${bound('stallVirtualNs')}`,
       `${(r.stallVirtualNs.p99 / 1e3).toFixed(0)} µs`,
       String(r.ledgerViolations),
       `${(r.wallMs / 1000).toFixed(1)} s`,

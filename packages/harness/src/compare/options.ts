@@ -1,7 +1,8 @@
 /** Options of `ebb compare`, checked: what is impossible is the user's one line. */
 import { existsSync, statSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
-import { MAX_HOST_MEMORY, MiB, formatBytes, parseSize } from '@ebb/machine';
+import { formatBytes, MiB } from '@ebb/machine';
+import { hostMemoryOption, oneOf, sizeOption, wholeNumber } from '../cli-options.ts';
 import { readCapture } from '../trace/capture.ts';
 import { readTrace } from '../trace/ebbtrace.ts';
 import { UserError, type Trace } from '../trace/trace.ts';
@@ -49,7 +50,8 @@ function shippedTracePath(name: string): string {
 
 /** Loads a trace by shipped name, `.ebbtrace` file, tracefs text or capture folder. */
 export function loadTrace(nameOrPath: string): Trace {
-  if ((SHIPPED_TRACES as readonly string[]).includes(nameOrPath) && !existsSync(nameOrPath))
+  // A shipped name is that trace, whatever lies here under it: a path to that says so by `./`.
+  if ((SHIPPED_TRACES as readonly string[]).includes(nameOrPath))
     return readTrace(shippedTracePath(nameOrPath));
   if (!existsSync(nameOrPath)) {
     throw new UserError(
@@ -60,35 +62,10 @@ export function loadTrace(nameOrPath: string): Trace {
   return readCapture(nameOrPath);
 }
 
-/** A whole number in a range, or the user's mistake. */
-export function wholeNumber(flag: string, text: string, min: number, max: number): number {
-  const value = Number(text);
-  if (!Number.isInteger(value) || value < min || value > max)
-    throw new UserError(`${flag} ${text}: give a whole number from ${min} to ${max}`);
-  return value;
-}
-
-function size(flag: string, text: string): number {
-  const parsed = parseSize(text);
-  if (!parsed.ok) throw new UserError(`${flag}: ${parsed.error}`);
-  return parsed.value;
-}
-
-export function oneOf<T extends string>(flag: string, text: string, allowed: readonly T[]): T {
-  if (!(allowed as readonly string[]).includes(text))
-    throw new UserError(`${flag} ${text}: give ${allowed.join(' or ')}`);
-  return text as T;
-}
-
 export function checkCompare(flags: CompareFlags): CompareOptions {
-  const hostMemory = size('--host-memory', flags.hostMemory);
-  if (hostMemory < 64 * MiB || hostMemory > MAX_HOST_MEMORY || hostMemory % (2 * MiB) !== 0) {
-    throw new UserError(
-      `--host-memory ${flags.hostMemory}: give 64M to ${formatBytes(MAX_HOST_MEMORY)} in steps of 2 MiB`,
-    );
-  }
+  const hostMemory = hostMemoryOption('--host-memory', flags.hostMemory);
   const techniques = flags.technique.split(',').map((t) => oneOf('--technique', t.trim(), TECHNIQUES));
-  const staggerS = Number(flags.stagger);
+  const staggerS = flags.stagger.trim() === '' ? Number.NaN : Number(flags.stagger);
   if (!(staggerS >= 0 && staggerS <= 3600))
     throw new UserError(`--stagger ${flags.stagger}: give seconds from 0 to 3600`);
   const repeat = wholeNumber('--repeat', flags.repeat, 1, 100);
@@ -101,7 +78,9 @@ export function checkCompare(flags: CompareFlags): CompareOptions {
   const vcpus =
     flags.vcpus === undefined ? Math.min(8, trace.nrCpus) : wholeNumber('--vcpus', flags.vcpus, 1, 8);
   const guestMemory =
-    flags.guestMemory === undefined ? trace.guestMemoryBytes : size('--guest-memory', flags.guestMemory);
+    flags.guestMemory === undefined
+      ? trace.guestMemoryBytes
+      : sizeOption('--guest-memory', flags.guestMemory);
   if (guestMemory < trace.guestMemoryBytes) {
     throw new UserError(
       `--guest-memory ${flags.guestMemory}: the trace '${trace.name}' was captured with ${formatBytes(trace.guestMemoryBytes)}; give at least that`,

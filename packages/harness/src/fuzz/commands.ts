@@ -2,9 +2,9 @@
 import { relative, resolve } from 'node:path';
 import type { Command } from 'commander';
 import { emitJson, jsonToStdout, progressLine, say, writeOut } from '../cli-output.ts';
-import { oneOf, wholeNumber } from '../compare/options.ts';
+import { oneOf, wholeNumber } from '../cli-options.ts';
 import { UserError } from '../trace/trace.ts';
-import { EBB_VERSION } from '../version.ts';
+import { provenance } from '../provenance.ts';
 import { caseText, readCase, type FuzzCase } from './case-file.ts';
 import { execute, Runs, SEARCHES } from './explore.ts';
 import { fuzz, type FuzzFailure } from './fuzz.ts';
@@ -90,10 +90,7 @@ function addFuzz(program: Command): void {
           `${result.schedules} distinct interleavings, ${result.points} points, ${result.pairs} pairs of points switched between, ${result.failures.length} failed`,
       );
       emitJson(flags.json, {
-        schema: 1,
-        ebb: EBB_VERSION,
-        seeds: [seed],
-        schedule: 'controlled',
+        ...provenance('controlled', '4k', [seed]),
         properties,
         runs: result.runs,
         schedules: result.schedules,
@@ -194,10 +191,8 @@ function addReplay(program: Command): void {
             : `held: ${outcome.steps} steps, interleaving ${(outcome.hash >>> 0).toString(16)}`,
         );
         emitJson(flags.json, {
-          schema: 1,
-          ebb: EBB_VERSION,
+          ...provenance('controlled', '4k', []),
           property: name,
-          schedule: 'controlled',
           found: outcome.found,
           steps: outcome.steps,
           switches: outcome.switches,

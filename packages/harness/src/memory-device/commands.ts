@@ -1,7 +1,7 @@
 /** `ebb fidelity virtio-mem`. */
 import Table from 'cli-table3';
 import type { Command } from 'commander';
-import { EBB_VERSION } from '../version.ts';
+import { provenance } from '../provenance.ts';
 import { emitJson, jsonToStdout, progressLine, say } from '../cli-output.ts';
 import { UserError } from '../trace/trace.ts';
 import { memoryFidelity } from './fidelity.ts';
@@ -46,8 +46,7 @@ export function addFidelityCommand(program: Command): void {
           say(`${d.device}  … ${rows.length - SHOWN} more differ`);
       }
       emitJson(flags.json, {
-        schema: 1,
-        ebb: EBB_VERSION,
+        ...provenance('inline', 'thp', []),
         capture: session.capture,
         requests: {
           ebb: result.devices.reduce((sum, d) => sum + d.requests.ebb, 0),

@@ -7,13 +7,12 @@
  * shrink exactly those sub-blocks that the capture leaves plugged are given a page of unmovable memory.
  */
 import { LINUX_HOTPLUG, ZONE_DMA32, type GuestConfig } from '@ebb/guest-kernel';
-import { MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
+import { assert, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
 import { orderPins, ordersDone } from '../run/agent-program.ts';
 import { hostBuffers, runBuffers } from '../run/buffers.ts';
 import { fileStorage } from '../run/file-storage.ts';
 import { InlineSession } from '../run/inline-session.ts';
 import type { RunSpec } from '../run/spec.ts';
-import { UserError } from '../trace/trace.ts';
 import { longestCommonSubsequence, type Aligned } from './align.ts';
 import { pcMemory } from './pc-memory.ts';
 import type { Session, SessionRequest } from './session-file.ts';
@@ -85,7 +84,7 @@ export function memoryFidelity(session: Session, onStep: (text: string) => void)
     switch (step?.action) {
       case 'resize': {
         const device = memory.find((m) => m.id === step.device);
-        if (device === undefined) throw new UserError(`step at ${t} s: no device '${step.device}'`);
+        assert(device !== undefined, 'the session was judged when it was read');
         onStep(`${t.toFixed(1)} s: ${step.device} → ${formatMiB(step.requestedSize)}`);
         device.setRequested(step.requestedSize);
         break;

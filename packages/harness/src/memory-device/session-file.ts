@@ -1,6 +1,8 @@
 /** Captures of real virtio-mem sessions: a machine, what was asked of its devices, and every request with its answer. */
-import { existsSync, readFileSync } from 'node:fs';
+import { readFileSync } from 'node:fs';
 import { fileURLToPath } from 'node:url';
+import { judgeMemoryDevice, judgeRequested } from '@ebb/host-kvm';
+import { MiB, PAGE_SIZE } from '@ebb/machine';
 import { z } from 'zod';
 import { UserError } from '../trace/trace.ts';
 
@@ -72,7 +74,7 @@ export const SHIPPED_SESSIONS = ['A-session', 'B-movable', 'E-block-128M', 'I-bu
 
 /** Reads and checks a `CAPTURE.session.json`, or a shipped capture by its name. */
 export function readSession(nameOrPath: string): Session {
-  const isShipped = (SHIPPED_SESSIONS as readonly string[]).includes(nameOrPath) && !existsSync(nameOrPath);
+  const isShipped = (SHIPPED_SESSIONS as readonly string[]).includes(nameOrPath);
   const path = isShipped
     ? fileURLToPath(new URL(`../../captures/${nameOrPath}.session.json`, import.meta.url))
     : nameOrPath;
@@ -95,5 +97,30 @@ export function readSession(nameOrPath: string): Session {
     const [issue] = parsed.error.issues;
     throw new UserError(`${path}: ${issue.path.join('.') || 'top level'}: ${issue.message}`);
   }
+  const why = judgeSession(parsed.data);
+  if (why !== '') throw new UserError(`${path}: ${why}`);
   return parsed.data;
+}
+
+/** What is wrong with the figures of a session, if anything. */
+function judgeSession(session: Session): string {
+  const block = session.linuxMemoryBlockSize;
+  for (const { node, size } of session.boot)
+    if (size % (2 * MiB) !== 0) return `boot node ${node}: ${size} bytes are no multiple of 2 MiB`;
+  if (!Number.isInteger(Math.log2(block)) || block < 2 * MiB)
+    return `linuxMemoryBlockSize: ${block} is no power of two from 2 MiB`;
+  for (const d of session.devices) {
+    const { memaddr: addr, maxSize: regionBytes, blockSize: blockBytes, requestedSizeAtStart } = d;
+    const options = { addr, regionBytes, blockBytes, requestedBytes: requestedSizeAtStart };
+    const why = judgeMemoryDevice({ ...options, region: { pageBytes: PAGE_SIZE } });
+    if (why !== '') return `device ${d.id}: ${why}`;
+  }
+  for (const { t, ...step } of session.steps) {
+    if (step.action !== 'resize') continue;
+    const device = session.devices.find((d) => d.id === step.device);
+    if (device === undefined) return `step at ${t} s: no device '${step.device}'`;
+    const why = judgeRequested(device.maxSize, device.blockSize, step.requestedSize);
+    if (why !== '') return `step at ${t} s: ${why}`;
+  }
+  return '';
 }

@@ -1,5 +1,6 @@
 /** Allocates a run's shared memory, and turns what cannot be had into the user's one line. */
-import { Arena, H_NR_ZONES } from '@ebb/guest-kernel';
+import { totalmem } from 'node:os';
+import { Arena, H_NR_ZONES, MAX_GUEST_PFN } from '@ebb/guest-kernel';
 import {
   ledgerBytes,
   MAX_HOST_MEMORY,
@@ -63,8 +64,24 @@ export function hostBuffers(hostBytes: number): HostBuffers {
   return { dram, ledger: sharedBuffer(ledgerBytes(hostBytes / PAGE_SIZE), 'frame ledger'), kept: new Map() };
 }
 
+/** Bytes of shared memory that a run of `spec` takes in all, where `hostBytes` are the host's. */
+function bytesOf(spec: RunSpec, hostBytes: number): number {
+  const vms = spec.vms.reduce((sum, vm) => sum + Arena.bytes(vm.guest.maxPfn), 0);
+  return hostBytes + ledgerBytes(hostBytes / PAGE_SIZE) + vms;
+}
+
 /** Everything else of one run. The ledger is emptied; DRAM keeps its bytes, which nobody may see. */
-export function runBuffers(spec: RunSpec, host: HostBuffers): RunBuffers {
+export function runBuffers(spec: RunSpec, host: HostBuffers, ramBytes: number = totalmem()): RunBuffers {
+  for (const { guest } of spec.vms)
+    if (guest.maxPfn > MAX_GUEST_PFN)
+      throw new UserError(
+        `guest memory up to ${formatBytes(guest.maxPfn * PAGE_SIZE)}: a guest's memory ends at ${formatBytes(MAX_GUEST_PFN * PAGE_SIZE)} at the latest`,
+      );
+  const needed = bytesOf(spec, host.dram.byteLength);
+  if (needed > ramBytes)
+    throw new UserError(
+      `this run may need ${formatBytes(needed)}, this machine has ${formatBytes(ramBytes)}; ask for less memory or fewer VMs`,
+    );
   new Int32Array(host.ledger).fill(0);
   // A guest that booted has written its zones' number into its arena.
   const booted = spec.vms.map((_, k) => {

@@ -1,12 +1,14 @@
 /** `ebb run` and `ebb list`: scenarios and the museum. */
 import Table from 'cli-table3';
 import type { Command } from 'commander';
-import { COST_TABLE, costTableHash, formatBytes, NS_PER_S } from '@ebb/machine';
+import { formatBytes, NS_PER_S } from '@ebb/machine';
 import { emitJson, jsonToStdout, progressLine, say, writeTraces } from '../cli-output.ts';
-import { oneOf, SHIPPED_TRACES, wholeNumber } from '../compare/options.ts';
+import { oneOf, wholeNumber } from '../cli-options.ts';
+import { SHIPPED_TRACES } from '../compare/options.ts';
 import { PROPERTIES } from '../fuzz/properties.ts';
 import { EXHIBITS } from '../museum/exhibits.ts';
 import { runExhibit } from '../museum/run-exhibit.ts';
+import { provenance } from '../provenance.ts';
 import { EBB_VERSION } from '../version.ts';
 import { findScenario, runScenario } from './run-scenario.ts';
 import { SCENARIOS } from './scenarios.ts';
@@ -34,14 +36,15 @@ export function addScenarioCommands(program: Command): void {
         flags: { schedule: string; seed: string; profile: string; traceOut?: string; json?: string },
       ) => {
         jsonToStdout(flags.json);
+        const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
+        const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
+        const profile = oneOf('--profile', flags.profile, ['both', 'broken', 'fixed'] as const);
         const exhibit = EXHIBITS.find((e) => e.name === name);
         if (exhibit !== undefined) {
-          runExhibit(exhibit, flags.profile, flags.json);
+          runExhibit(exhibit, profile, flags.json);
           return;
         }
         const scenario = findScenario(name);
-        const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
-        const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
         const line = progressLine();
         const run = await runScenario(
           scenario,
@@ -63,13 +66,8 @@ export function addScenarioCommands(program: Command): void {
           writeTraces(flags.traceOut, run.allocTrace, run.outcome.result.deviceTrace);
         const { samples, deviceTrace: _deviceTrace, ...figures } = run.outcome.result;
         emitJson(flags.json, {
-          schema: 1,
-          ebb: EBB_VERSION,
+          ...provenance(schedule, scenario.spec(seed).backing, [seed]),
           scenario: name,
-          schedule,
-          seeds: [seed],
-          costTable: costTableHash(COST_TABLE),
-          backing: scenario.spec(seed).backing,
           passed: run.passed,
           checks: run.checks,
           samples: samples.length,

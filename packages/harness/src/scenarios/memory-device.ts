@@ -48,7 +48,7 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
   {
     name: 'virtio-mem-resize',
     about:
-      'grows a 256 MiB guest by 768 MiB, block by block, uses it, shrinks it to nothing, and grows it again: holes are filled first',
+      'grows a 256 MiB guest by 768 MiB, block by block, shrinks it while it is used, grows it again, holes first, and shrinks it to nothing',
     rows: 'H5–H8, H16, H25, H31; I9, I20',
     spec: () => {
       const devices = [device()];

@@ -1,4 +1,5 @@
 /** Runs one scenario on either schedule and evaluates its checks. */
+import { EXHIBITS } from '../museum/exhibits.ts';
 import { Arena } from '@ebb/guest-kernel';
 import { PAGE_SIZE } from '@ebb/machine';
 import { hostBuffers, runBuffers } from '../run/buffers.ts';
@@ -23,7 +24,7 @@ export function findScenario(name: string): Scenario {
   const scenario = SCENARIOS.find((s) => s.name === name);
   if (scenario === undefined)
     throw new UserError(
-      `scenario '${name}': no such scenario; there are ${SCENARIOS.map((s) => s.name).join(', ')}`,
+      `'${name}': no such scenario or exhibit; there are ${[...SCENARIOS, ...EXHIBITS].map((s) => s.name).join(', ')}`,
     );
   return scenario;
 }

@@ -6,6 +6,7 @@ import { formatBytes } from '@ebb/machine';
 import { emitJson, jsonToStdout, say } from '../cli-output.ts';
 import { loadTrace } from '../compare/options.ts';
 import { fidelity } from '../fidelity.ts';
+import { provenance } from '../provenance.ts';
 import { EBB_VERSION } from '../version.ts';
 import { readCapture } from './capture.ts';
 import { writeTrace } from './ebbtrace.ts';
@@ -109,7 +110,8 @@ export function addTraceCommands(program: Command): void {
     .addHelpText('after', '\nExamples:\n  ebb trace fidelity build\n  ebb trace fidelity ./capture --json -')
     .action((name: string, flags: { json?: string }) => {
       jsonToStdout(flags.json);
-      const result = fidelity(loadTrace(name));
+      const replayed = loadTrace(name);
+      const result = fidelity(replayed);
       const { json } = result;
       const table = new Table({ style: { head: [], border: [] }, head: ['', 'Ebb', 'Linux', 'difference'] });
       const row = (what: string, ebb: number, real: number): void => {
@@ -128,7 +130,11 @@ export function addTraceCommands(program: Command): void {
       say(table.toString());
       for (const [why, n] of Object.entries(result.dropped)) say(`not applied: ${n} × ${why}`);
       say(result.agrees ? 'agrees (1 %, 1 %, 0.05)' : 'DIFFERS by more than 1 %, 1 %, 0.05');
-      emitJson(flags.json, json);
+      emitJson(flags.json, {
+        ...provenance('inline', 'thp', []),
+        trace: { name: replayed.name, hash: replayed.hash },
+        ...json,
+      });
       process.exitCode = result.agrees && result.ledgerViolations === 0 ? 0 : 1;
     });
 }

@@ -24,6 +24,8 @@ import {
 } from './trace.ts';
 
 /** `TASK-PID [CPU] FLAGS TIME: EVENT: FIELDS`; the task may hold anything, the flags may be absent. */
+/** A page number or a count: `0x…` or decimal. */
+const NUMBER = /^(0x[0-9a-f]+|\d+)$/i;
 const LINE = /^.*?-\d+\s+(?:\([^)]*\)\s+)?\[(\d+)\]\s+(?:\S{4,8}\s+)?(\d+\.\d+): (\w+): ?(.*)$/;
 const IGNORED = new Set([
   'mm_page_free_batched',
@@ -131,9 +133,9 @@ export function importTraceText(text: string, source: string): ImportedEvents {
       return end < 0 ? fields.slice(start) : fields.slice(start, end);
     };
     const number = (name: string): number => {
-      const value = Number(field(name));
-      if (field(name) === undefined || field(name) === '' || !Number.isInteger(value) || value < 0)
-        fail(line, `no valid ${name}=`);
+      const text = field(name) ?? '';
+      const value = Number(text);
+      if (!NUMBER.test(text) || !Number.isSafeInteger(value)) fail(line, `no valid ${name}=`);
       return value;
     };
     if (event === 'tracing_mark_write' || event === 'print') {

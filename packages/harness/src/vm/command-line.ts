@@ -67,6 +67,9 @@ const IGNORED: Readonly<Record<string, 0 | 1>> = {
   vga: 1,
 };
 
+/** What the guest kernel and its books need to boot at all. */
+const MIN_BOOT: number = 64 * MiB;
+
 type Fields = ReadonlyMap<string, string>;
 
 /** `a=b,c=d`; a first word without `=` is the value of `first`. A name without a value is `on`. */
@@ -141,6 +144,8 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
       case 'm': {
         const f = fields(value, 'size');
         bootBytes = size('m', f.get('size'), true);
+        if (bootBytes < MIN_BOOT || bootBytes % (2 * MiB) !== 0)
+          throw new UserError(`-m ${value}: give 64M or more, in steps of 2 MiB`);
         if (f.has('maxmem')) maxBytes = size('m maxmem', f.get('maxmem'), true);
         break;
       }

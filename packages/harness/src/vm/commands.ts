@@ -6,6 +6,7 @@ import { hostBuffers, runBuffers } from '../run/buffers.ts';
 import type { CpuWorker } from '../run/cpu-worker.ts';
 import type { RunSpec } from '../run/spec.ts';
 import { spawnWorker } from '../run/worker-endpoint.ts';
+import { hostMemoryOption } from '../cli-options.ts';
 import { UserError } from '../trace/trace.ts';
 import { parseCommandLine, type VmDescription } from './command-line.ts';
 import { listen, QmpClients, serveStdio, serveStdioQmp, type MonitorApi } from './monitors.ts';
@@ -54,11 +55,10 @@ Examples:
 }
 
 async function runVm(description: VmDescription, flags: VmFlags): Promise<void> {
-  const hostBytes = parseSize(flags.hostMemory);
-  if (!hostBytes.ok) throw new UserError(`--host-memory: ${hostBytes.error}`);
+  const hostBytes = hostMemoryOption('--host-memory', flags.hostMemory);
   const held = heldBlocks(description, flags.hold);
-  const spec = sessionSpec(description, hostBytes.value);
-  const buffers = runBuffers(spec, hostBuffers(hostBytes.value));
+  const spec = sessionSpec(description, hostBytes);
+  const buffers = runBuffers(spec, hostBuffers(hostBytes));
   const crowded = spec.workers + 1 > availableParallelism();
   if (description.ignored.length > 0)
     process.stderr.write(`ebb: accepted without effect: ${description.ignored.join(', ')}\n`);
@@ -104,9 +104,9 @@ async function runVm(description: VmDescription, flags: VmFlags): Promise<void> 
     // The end of standard input is the end of the session only where nobody else can reach the VM.
     if (!over && servers.length === 0) await Promise.race([api.hmp('quit'), ended]);
     const end = await Promise.race([ended, deaths]);
-    if (end.why !== '') throw new UserError(`the VM stopped: ${end.why}`);
+    if (end.why !== '') process.stderr.write(`ebb: the VM stopped: ${end.why}\n`);
     for (const violation of end.violations) process.stderr.write(`${violation}\n`);
-    process.exitCode = end.ledgerViolations > 0 ? 1 : 0;
+    process.exitCode = end.ledgerViolations > 0 || end.why !== '' ? 1 : 0;
   } finally {
     over = true;
     stop();
