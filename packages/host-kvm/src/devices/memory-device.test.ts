@@ -17,7 +17,10 @@ import { MmioTransport } from '@ebb/virtio/device';
 import { MmioDriver } from '@ebb/virtio/driver';
 import { RawRing } from '@ebb/virtio/testing';
 import {
+  EBB_MEM_F_MORE,
+  EBB_MEM_REQ_MORE,
   Features,
+  INTERRUPT_CONFIG_CHANGE,
   MEM_CFG_ADDR,
   MEM_CFG_BLOCK_SIZE,
   MEM_CFG_NODE_ID,
@@ -74,6 +77,8 @@ interface Bench {
   readonly ring: RawRing;
   readonly host: TestHost | null;
   readonly discards: [number, number][];
+  /** The queue's used index at the end of each discard. */
+  readonly usedAtEnd: number[];
   /** Lets the device work. */
   readonly pump: () => void;
   /** Sends one request and returns the answer. `padding` fills every padding field. */
@@ -86,6 +91,8 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
   const tasks = host?.tasks ?? new HostTasks(inlineSchedule);
   const memory = host?.vm.memory ?? new FlatGuestMemory(new ArrayBuffer(48 * MiB));
   const discards: [number, number][] = [];
+  const usedAtEnd: number[] = [];
+  const ring = new RawRing(memory, 64, RINGS);
   const device = new MemoryDevice({
     port: { spawn: (name, body) => void tasks.spawn(name, body), now: () => 0, costs: COST_TABLE },
     region: {
@@ -93,7 +100,9 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
       *discard(first: number, count: number): Generator<TaskYield, number, void> {
         discards.push([first, count]);
         yield undefined;
-        return host === null ? count : yield* host.vm.discard(Int32Array.of(first, count), 1);
+        const freed = host === null ? count : yield* host.vm.discard(Int32Array.of(first, count), 1);
+        usedAtEnd.push(ring.usedIdx);
+        return freed;
       },
       *unmap(first: number, count: number): Generator<TaskYield, void, void> {
         if (host !== null) yield* host.vm.unmap(first, count);
@@ -110,10 +119,9 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
   host?.vm.addGate(device);
   const transport = new MmioTransport({ device, memory, interrupt: () => undefined });
   const driver = new MmioDriver(transport);
-  const ring = new RawRing(memory, 64, RINGS);
   const bringUp = (): void => {
     driver.begin(VIRTIO_ID_MEM);
-    const features = Features.of(VIRTIO_F_VERSION_1).and(device.offered);
+    const features = Features.of(VIRTIO_F_VERSION_1, EBB_MEM_F_MORE).and(device.offered);
     driver.writeFeatures(features);
     driver.acceptFeatures(features);
     driver.setupQueue(0, 64, RINGS);
@@ -132,6 +140,7 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
     ring,
     host,
     discards,
+    usedAtEnd,
     request(type, addr, nrBlocks, padding = 0) {
       for (let at = 0; at < 24; at += 4) ring.u32(REQUEST + at, padding);
       ring.u16(REQUEST, type);
@@ -146,7 +155,7 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
       pump();
       return { type: ring.readU16(RESPONSE), state: ring.readU16(RESPONSE + 8) };
     },
-    plugged: () => Array.from({ length: BLOCKS }, (_, b) => device.plugged.has(b)),
+    plugged: () => Array.from({ length: device.plugged.length }, (_, b) => device.plugged.has(b)),
   };
 }
 
@@ -168,6 +177,7 @@ describe.each(worlds)('over %s', (world) => {
     const { driver } = bench(world);
     for (let offset = 0; offset < 56; offset += 4) driver.writeConfig32(offset, 0xffffffff);
     expect(driver.readConfig64(MEM_CFG_BLOCK_SIZE)).toBe(BLOCK);
+    expect(driver.readConfig32(MEM_CFG_NODE_ID) & 0xffff).toBe(3);
     expect(driver.readConfig64(MEM_CFG_ADDR)).toBe(ADDR);
     expect(driver.readConfig64(MEM_CFG_REGION_SIZE)).toBe(REGION);
   });
@@ -192,6 +202,29 @@ describe.each(worlds)('over %s', (world) => {
     expect(device.usableBytes).toBe(grown);
     expect(request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0).type).toBe(VIRTIO_MEM_RESP_ACK);
     expect(device.usableBytes).toBe(0);
+    device.setRequested(8 * BLOCK);
+    device.setRequested(0);
+    expect([...device.systemReset('virtio-1.2')]).toEqual([]);
+    expect(device.usableBytes).toBe(0);
+  });
+
+  test('5.15.6.2: blocks outside the usable region are an ERROR; it is 256 MiB more than requested, and no more than the region', () => {
+    const b = bench(world, { regionBytes: 1024 * MiB, requestedBytes: 64 * MiB });
+    const state = (block: number, n = 1): number => b.request(VIRTIO_MEM_REQ_STATE, at(block), n).type;
+    expect([state(319), state(320), state(319, 2)]).toEqual([
+      VIRTIO_MEM_RESP_ACK,
+      VIRTIO_MEM_RESP_ERROR,
+      VIRTIO_MEM_RESP_ERROR,
+    ]);
+    b.device.setRequested(512 * MiB);
+    expect([state(767), state(768)]).toEqual([VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_ERROR]);
+    b.device.setRequested(0);
+    expect([state(767), state(768)]).toEqual([VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_ERROR]);
+    b.device.setRequested(1000 * MiB);
+    expect([state(1023), state(1024)]).toEqual([VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_ERROR]);
+    b.device.setRequested(64 * MiB);
+    expect(b.request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect([state(319), state(320)]).toEqual([VIRTIO_MEM_RESP_ACK, VIRTIO_MEM_RESP_ERROR]);
   });
 
   test('5.15.4.2: The device MUST send a configuration update notification when changing requested_size, SHOULD NOT when changing plugged_size', () => {
@@ -314,6 +347,10 @@ describe.each(worlds)('over %s', (world) => {
   });
 
   test('any sequence of requests is answered as an independent model says, and plugged_size is its population', () => {
+    // Where no memory is behind it, the region is larger than what is usable of it.
+    const block = world === 'a plain buffer' ? 32 * MiB : BLOCK;
+    const blocks = world === 'a plain buffer' ? 32 : BLOCKS;
+    const extent = (256 * MiB) / block;
     type Op = readonly [
       kind: 'plug' | 'unplug' | 'all' | 'state' | 'resize' | 'busy',
       first: number,
@@ -321,18 +358,21 @@ describe.each(worlds)('over %s', (world) => {
     ];
     const op: fc.Arbitrary<Op> = fc.tuple(
       fc.constantFrom('plug', 'plug', 'unplug', 'unplug', 'all', 'state', 'resize', 'busy'),
-      fc.integer({ min: -1, max: BLOCKS }),
+      fc.integer({ min: -1, max: blocks }),
       fc.integer({ min: 0, max: 6 }),
     );
     fc.assert(
       fc.property(fc.array(op, { maxLength: 40 }), (ops) => {
-        const b = bench(world, { requestedBytes: 8 * BLOCK });
+        const figures = { requestedBytes: 8 * block, blockBytes: block, regionBytes: blocks * block };
+        const b = bench(world, figures);
         const model = new Set<number>();
         let requested = 8;
+        const wanted = (): number => (requested === 0 ? 0 : Math.min(blocks, requested + extent));
+        let usable = wanted();
         let isBusy = false;
         for (const [kind, first, n] of ops) {
           const range = Array.from({ length: n }, (_, i) => first + i);
-          const valid = n > 0 && first >= 0 && first + n <= BLOCKS && b.device.usableBytes > 0;
+          const valid = n > 0 && first >= 0 && first + n <= usable;
           const answer = (): number => {
             if (kind === 'all') return isBusy ? VIRTIO_MEM_RESP_BUSY : VIRTIO_MEM_RESP_ACK;
             if (!valid) return VIRTIO_MEM_RESP_ERROR;
@@ -343,7 +383,8 @@ describe.each(worlds)('over %s', (world) => {
           };
           if (kind === 'resize') {
             requested = Math.max(0, first);
-            b.device.setRequested(requested * BLOCK);
+            b.device.setRequested(requested * block);
+            usable = Math.max(usable, wanted());
           } else if (kind === 'busy') {
             isBusy = n % 2 === 1;
             b.device.busy = isBusy;
@@ -355,9 +396,12 @@ describe.each(worlds)('over %s', (world) => {
               state: VIRTIO_MEM_REQ_STATE,
             }[kind];
             const want = answer();
-            expect(b.request(type, at(first), n).type).toBe(want);
+            expect(b.request(type, ADDR + first * block, n).type).toBe(want);
             if (want === VIRTIO_MEM_RESP_ACK) {
-              if (kind === 'all') model.clear();
+              if (kind === 'all') {
+                model.clear();
+                usable = wanted();
+              }
               for (const x of range) {
                 if (kind === 'plug') model.add(x);
                 else if (kind === 'unplug') model.delete(x);
@@ -367,7 +411,7 @@ describe.each(worlds)('over %s', (world) => {
           expect(b.plugged().flatMap((is, x) => (is ? [x] : []))).toEqual(
             [...model].toSorted((x, y) => x - y),
           );
-          expect(b.device.pluggedBytes).toBe(model.size * BLOCK);
+          expect(b.device.pluggedBytes).toBe(model.size * block);
         }
       }),
       { numRuns: 30 },
@@ -482,7 +526,8 @@ describe('what a guest can do with unplugged memory', () => {
     const b = world('scribble');
     const [vcpu] = b.host.vcpus;
     const page = gfn(at(1) / PAGE_SIZE);
-    expect(vcpu.load32(page, 5)).not.toBe(0x2222);
+    // Its own block was never written to: RAM would be zero.
+    expect([0, 0x2222]).not.toContain(vcpu.load32(page, 5));
     vcpu.store32(page, 5, 0x3333);
     vcpu.leaveGuest();
     b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1);
@@ -499,6 +544,33 @@ test('unplugging returns the frames before it is answered (H10)', () => {
   b.request(VIRTIO_MEM_REQ_UNPLUG, at(0), 4);
   expect(b.host?.file.assigned).toBe(before - 1);
   expect(b.discards).toEqual([[at(0) / PAGE_SIZE, (4 * BLOCK) / PAGE_SIZE]]);
+  // One answer was out when the discard was over: that of the PLUG.
+  expect(b.usedAtEnd).toEqual([1]);
+});
+
+test('a guest that asks for more gets what the host grants, in whole blocks, and is told (H37)', () => {
+  const asked: number[] = [];
+  const grant = (bytes: number): number => {
+    asked.push(bytes);
+    return asked.length === 1 ? 2.5 * BLOCK : 0;
+  };
+  const b = bench('a VM of this host', { requestedBytes: 2 * BLOCK, grant });
+  const more = (blocks: number): number => b.request(EBB_MEM_REQ_MORE, ADDR, blocks).type;
+  expect(more(4)).toBe(VIRTIO_MEM_RESP_ACK);
+  expect([asked[0], b.device.requestedBytes]).toEqual([4 * BLOCK, 4 * BLOCK]);
+  expect(b.driver.takeInterrupt() & INTERRUPT_CONFIG_CHANGE).not.toBe(0);
+  expect(more(4)).toBe(VIRTIO_MEM_RESP_NACK);
+  expect(b.device.requestedBytes).toBe(4 * BLOCK);
+  // Never more than the region has.
+  expect(more(100)).toBe(VIRTIO_MEM_RESP_NACK);
+  expect(asked[2]).toBe(REGION - 4 * BLOCK);
+  expect(b.device.counters.moreRequests).toBe(3);
+});
+
+test('without the feature, asking for more is an unknown request', () => {
+  const b = bench('a VM of this host', { requestedBytes: 2 * BLOCK });
+  b.request(EBB_MEM_REQ_MORE, ADDR, 1);
+  expect(b.driver.status & STATUS_DEVICE_NEEDS_RESET).not.toBe(0);
 });
 
 test.each([
