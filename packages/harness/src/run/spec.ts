@@ -29,14 +29,14 @@ export type ProgramSpec =
       readonly holdNs: number;
       readonly pauseNs: number;
     }
-  /** Reads and writes a range that its driver has unplugged; `readsZeros`: anything else read is a failure. */
+  /** Reads and writes a range that its driver has unplugged; `reads`: what it must find there, anything else is a failure. */
   | {
       readonly kind: 'hostile-unplugged';
       readonly afterNs: number;
       readonly firstGfn: number;
       readonly pages: number;
       readonly rounds: number;
-      readonly readsZeros: boolean;
+      readonly reads: 'zeros' | 'noise' | 'anything';
     }
   /** Processes that map, store, fork, share and exit; each vCPU has up to `processes` of `pages` pages. */
   | {

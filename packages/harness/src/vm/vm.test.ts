@@ -1,6 +1,7 @@
 /** `ebb vm` from within: command lines, both monitors, and the RFC's session, over the session loop on one thread. */
 import { readFileSync } from 'node:fs';
 import { afterAll, describe, expect, test } from 'vitest';
+import { H_BOOTED } from '@ebb/guest-kernel';
 import { InlineExitPort, inlineSchedule, MiB, PAGE_SIZE } from '@ebb/machine';
 import { orderPins } from '../run/agent-program.ts';
 import { hostBuffers, runBuffers } from '../run/buffers.ts';
@@ -14,7 +15,10 @@ import { SessionLoop } from './session-loop.ts';
 const HOST = 1024 * MiB;
 
 /** A session on one thread: the loop of `ebb vm` with inline windows. */
-function session(args: readonly string[], hostBytes = HOST): { loop: SessionLoop; run: Promise<string> } {
+function session(
+  args: readonly string[],
+  hostBytes = HOST,
+): { loop: SessionLoop; run: Promise<string>; host: HostSide } {
   const description = parseCommandLine(args);
   const spec = sessionSpec(description, hostBytes);
   const buffers = runBuffers(spec, hostBuffers(hostBytes));
@@ -39,7 +43,7 @@ function session(args: readonly string[], hostBytes = HOST): { loop: SessionLoop
   holder.loop = loop;
   const held = heldBlocks(description, undefined);
   if (held.length > 0) void loop.do(() => orderPins(new Int32Array(buffers.handles[0]), held));
-  return { loop, run: loop.run() };
+  return { loop, run: loop.run(), host };
 }
 
 test('the session of the 2017 RFC answers as printed there (H47–H54)', async () => {
@@ -70,7 +74,7 @@ const SMALL = [
 ];
 
 describe('a QMP conversation', () => {
-  const { loop, run } = session(SMALL);
+  const { loop, run, host } = session(SMALL);
   const { id, greeting } = loop.openQmp();
   const ask = async (text: string): Promise<unknown[]> => {
     const answer = await loop.do(() => loop.feedQmp(id, text));
@@ -193,10 +197,20 @@ describe('a QMP conversation', () => {
   });
 
   test('after a system reset the guest has what is requested again, without holes (I10)', async () => {
+    const [vm] = host.vms;
+    const [device] = vm.memory;
+    const { plugRequests } = device.counters;
+    await loop.nextEvents();
     await command('system_reset');
+    expect(await loop.nextEvents()).toMatch(/"event":"RESET".*host-qmp-system-reset/);
     expect(await command('query-memory-size-summary')).toEqual({
       return: { 'base-memory': 256 * MiB, 'plugged-memory': 128 * MiB },
     });
+    // A driver that was brought up anew has plugged one memory block, from the region's start.
+    expect(device.counters.plugRequests).toBe(plugRequests + 1);
+    expect(Array.from({ length: 65 }, (_, b) => device.plugged.has(b)).lastIndexOf(true)).toBe(63);
+    expect(device.plugged.count()).toBe(64);
+    expect(vm.arena.w[H_BOOTED]).toBe(1);
   });
 
   test('the human monitor speaks through it, with its own line ends', async () => {

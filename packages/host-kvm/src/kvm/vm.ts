@@ -316,9 +316,15 @@ export class Vm implements InvalidationListener {
     const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), this.#mayBeHuge(slot, gfn));
     this.#zeroed[vcpu] = this.#pool.lastZeroed;
     if (frame < 0) this.#kill(vcpu);
-    else if (verdict === 'scribbled' && this.#pool.lastZeroed > 0)
-      this.#pool.memory.poisonFrame(hfn(frame), SCRIBBLE);
+    else if (verdict === 'scribbled') this.#scribble(frame, slot, gfn);
     return frame;
+  }
+
+  /** Fills what was just taken for page `gfn`, a frame or the 2 MiB around it, with noise. */
+  #scribble(frame: number, slot: Memslot, gfn: number): void {
+    const taken = this.#pool.lastZeroed;
+    const first = frame - ((slot.fileOffset + gfn - slot.baseGfn) & (Math.max(1, taken) - 1));
+    for (let f = first; f < first + taken; f++) this.#pool.memory.poisonFrame(hfn(f), SCRIBBLE);
   }
 
   /** The frame of zeros, taken for the VMM at the first read that needs it. */
