@@ -91,15 +91,3 @@ describe.each(PROPERTIES.map((p) => [p.name]))('%s', (name) => {
     }
   });
 });
-
-describe('processes', () => {
-  const stage = new Stage('processes');
-  beforeAll(() => stage.open());
-  afterAll(() => stage.close());
-
-  // A point comes before its operation: this run was once a deadlock that no hardware knows.
-  test('a spinner that looked before another thread’s store took effect looks again', async () => {
-    const runs = new Runs(stage.property, { seed: 1, strategy: 'mixed', preemptions: 1 });
-    for (const path of [144, 284]) expect((await execute(stage, runs.get(path))).found).toEqual([]);
-  });
-});

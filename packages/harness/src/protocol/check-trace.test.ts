@@ -5,15 +5,15 @@ import { join } from 'node:path';
 import { describe, expect, test } from 'vitest';
 import { checkTrace } from './check-trace.ts';
 import { readDeviceTrace, type DeviceEvent } from './device-events.ts';
+import * as allRules from './rules.ts';
 
-function judge(...events: DeviceEvent[]): string[] {
-  const verdict = checkTrace({
-    format: 'jsonl',
-    skipped: 0,
-    events: events.map((event, i) => ({ line: i + 1, event })),
-  });
-  return verdict.breaches.map((b) => `${b.line} ${b.who} ${b.section}`);
+function breachesOf(events: readonly DeviceEvent[]): ReturnType<typeof checkTrace>['breaches'] {
+  const lines = events.map((event, i) => ({ line: i + 1, event }));
+  return checkTrace({ format: 'jsonl', skipped: 0, events: lines }).breaches;
 }
+const judge = (...events: DeviceEvent[]): string[] =>
+  breachesOf(events).map((b) => `${b.line} ${b.who} ${b.section}`);
+const judgeRules = (...events: DeviceEvent[]): string[] => breachesOf(events).map((b) => b.must);
 
 function fileOf(name: string, text: string): string {
   const path = join(mkdtempSync(join(tmpdir(), 'ebb-check-')), name);
@@ -167,5 +167,87 @@ describe('files', () => {
     expect(() => readDeviceTrace(fileOf('e.log', '1@2:virtio_mem_plug_request addr=0x1\n'))).toThrow(
       /e\.log:1: fields missing/,
     );
+  });
+});
+
+/** Every rule there is, by name. */
+const rules = { ...allRules };
+
+describe('every rule can be broken', () => {
+  const M = 2 ** 20;
+  const config = (over: object = {}): DeviceEvent => ({
+    event: 'mem-config',
+    addr: 0x1_4000_0000,
+    block_size: 2 * M,
+    region_size: 1024 * M,
+    usable_region_size: 256 * M,
+    ...over,
+  });
+  const plug: DeviceEvent = { event: 'plug', addr: 0x1_4000_0000, nb_blocks: 1 };
+  const breaking: Readonly<Record<keyof typeof rules, readonly DeviceEvent[]>> = {
+    STATUS: [...up, { event: 'status', value: 11 }],
+    CONSUME: [...up.slice(0, 5), { event: 'interrupt', queue: 0 }],
+    FEATURES: [{ event: 'features', offered: [32], accepted: [28] }],
+    LATE_FEATURES: [...up.slice(0, 4), { event: 'features', offered: [5, 32], accepted: [5, 32] }],
+    EARLY_KICK: [...up.slice(0, 5), { event: 'kick', queue: 0 }],
+    QUEUE_SIZE: [{ event: 'queue', queue: 0, size: 12 }],
+    CHAIN_LENGTH: [
+      ...up,
+      avail(
+        0,
+        Array.from({ length: 5 }, () => [0x1000, 8] as [number, number]),
+      ),
+    ],
+    CHAIN_BYTES: [...up, avail(0, [[0x1000, 2 ** 32 + 1]])],
+    INDIRECT: [...up, { ...(avail(0, [[0x1000, 16]]) as object), indirect: true } as DeviceEvent],
+    EXPOSED: [...up, avail(0, [[0x1000, 8]]), avail(0, [[0x1000, 8]])],
+    USED_ID: [...up, { event: 'used', queue: 0, head: 3, length: 0 }],
+    USED_LENGTH: [...up, avail(0, [], [[0x2000, 4]]), { event: 'used', queue: 0, head: 0, length: 5 }],
+    INFLATED: [
+      { event: 'inflate', pfns: [1] },
+      { event: 'deflate', pfns: [2] },
+    ],
+    TELL_HOST: [
+      { event: 'inflate', pfns: [1] },
+      { event: 'inflate', pfns: [1] },
+    ],
+    ACTUAL: [
+      { event: 'inflate', pfns: [1, 2] },
+      { event: 'actual', pages: 1 },
+    ],
+    ACTUAL_KEPT: [
+      { event: 'actual', pages: 1 },
+      { event: 'actual', pages: 2, before: 7 },
+    ],
+    MEM_ERROR: [config(), plug, { event: 'response', type: 0 }, plug, { event: 'response', type: 0 }],
+    MEM_UNPLUG_ERROR: [
+      config(),
+      { event: 'unplug', addr: 0x1_4000_0000, nb_blocks: 1 },
+      { event: 'response', type: 0 },
+    ],
+    MEM_RANGE: [
+      config(),
+      { event: 'plug', addr: 0x1_4000_0000 + 256 * M, nb_blocks: 1 },
+      { event: 'response', type: 0 },
+    ],
+    MEM_RESPONSE: [config(), { event: 'response', type: 0 }],
+    MEM_SHRINK: [
+      config(),
+      plug,
+      { event: 'response', type: 0 },
+      { event: 'usable', before: 256 * M, after: 128 * M },
+    ],
+    MEM_CONFIG: [config({ block_size: 3 * M })],
+    MEM_CONFIG_WRITE: [config(), { event: 'config-write', offset: 0, value: 1 }],
+  };
+
+  test.each(Object.entries(breaking))('%s', (name, events) => {
+    const rule = rules[name as keyof typeof rules];
+    expect(judge(...events)).toEqual([
+      expect.stringMatching(new RegExp(` ${rule.section.replaceAll('.', '\\.')}$`)),
+    ]);
+    expect(judgeRules(...events)).toEqual([rule.must]);
+    // All but the last event keep every rule.
+    expect(judgeRules(...events.slice(0, -1))).toEqual([]);
   });
 });

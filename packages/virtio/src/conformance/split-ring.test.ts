@@ -1,5 +1,5 @@
 /** One test per MUST of the split virtqueue (virtio 1.4 § 2.7), the sentence in its name. Over a plain buffer. */
-import { describe, expect, test } from 'vitest';
+import { describe, expect, test, vi } from 'vitest';
 import { FlatGuestMemory } from '@ebb/machine';
 import { RawRing, rig, RINGS, QUEUE_SIZE } from '../testing/index.ts';
 import {
@@ -56,6 +56,12 @@ describe('driver', () => {
       if ((flagsOf(r, i) & VIRTQ_DESC_F_NEXT) === 0) break;
     }
     expect(seen.size).toBe(3);
+    expect(() => r.queue.add(r.memory, [seg(0x30000, 2 ** 31)], [seg(0x40000, 2 ** 31 + 1)], 1)).toThrow(
+      'at most 2³² bytes',
+    );
+    // What was refused was never made available.
+    r.queue.publish(r.memory);
+    expect(new RawRing(r.memory, QUEUE_SIZE, RINGS).readU16(RINGS.driver + 2)).toBe(1);
   });
 
   test('The driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag unless the VIRTIO_F_INDIRECT_DESC feature was negotiated', () => {
@@ -166,9 +172,25 @@ describe('driver', () => {
 
   test('The driver MUST perform a suitable memory barrier before the idx update', () => {
     const r = rig();
+    const raw = new RawRing(r.memory, QUEUE_SIZE, RINGS);
     r.queue.add(r.memory, [seg(0x20000, 8)], [], 0);
+    r.queue.add(r.memory, [seg(0x20000, 8)], [], 1);
     expect(r.device.queue?.hasAvail()).toBe(false);
-    r.queue.publish(r.memory);
+    // An atomic store is the barrier: when it comes, both entries are in the ring.
+    const entries: number[][] = [];
+    const store = Atomics.store.bind(Atomics) as (a: Uint16Array, index: number, value: number) => number;
+    const watch = (array: Uint16Array, index: number, value: number): number => {
+      if (array === r.memory.u16 && index === (RINGS.driver + 2) >> 1)
+        entries.push([raw.readU16(RINGS.driver + 4), raw.readU16(RINGS.driver + 6)]);
+      return store(array, index, value);
+    };
+    const spy = vi.spyOn(Atomics, 'store').mockImplementation(watch as typeof Atomics.store);
+    try {
+      r.queue.publish(r.memory);
+    } finally {
+      spy.mockRestore();
+    }
+    expect(entries).toEqual([[0, 1]]);
     expect(r.device.queue?.hasAvail()).toBe(true);
   });
 
@@ -293,10 +315,22 @@ describe('device', () => {
     if (!chain) throw new Error('available');
     expect(chain.write(0, new Uint8Array(12).fill(7))).toBe(12);
     expect(r.raw.usedIdx).toBe(0);
-    r.device.queue?.push(chain, 99);
-    // Never more than the writable part holds (I21).
-    expect(r.raw.used(0)).toEqual({ id: 0, length: 16 });
+    // `fill` sets the entry, `publish` the index.
+    r.device.queue?.fill(chain, 12);
+    expect([r.raw.used(0), r.raw.usedIdx]).toEqual([{ id: 0, length: 12 }, 0]);
+    r.device.queue?.publish();
     expect(r.raw.usedIdx).toBe(1);
+  });
+
+  test('a device that claims more than the writable part holds is not believed (I21)', () => {
+    const r = withChain((raw) => {
+      raw.desc(0, 0x20000, 16, VIRTQ_DESC_F_WRITE);
+      raw.avail(0);
+    });
+    const chain = r.device.queue?.pop();
+    if (!chain) throw new Error('available');
+    r.device.queue?.push(chain, 99);
+    expect(r.raw.used(0)).toEqual({ id: 0, length: 16 });
   });
 
   test('If EVENT_IDX is not negotiated, the device MUST set [used] flags to 0 or 1', () => {

@@ -59,6 +59,9 @@ export interface SplitDriverQueueOptions {
   readonly indirect: boolean;
 }
 
+/** § 2.7.5: no buffer is longer. */
+const MAX_CHAIN_BYTES = 0x1_0000_0000;
+
 /** One element of a buffer: half-open byte range `[gpa, gpa + length)`. */
 export interface Segment {
   readonly gpa: number;
@@ -142,9 +145,11 @@ export class SplitDriverQueue {
     this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
     const i32 = memory.i32;
     const desc = memory.at >> 2;
+    let bytes = 0;
     for (let i = 0; i < total; i++) {
       const writable = i >= out.length;
       const segment = writable ? into[i - out.length] : out[i];
+      bytes += segment.length;
       const next = s[this.#next + index];
       const flags = (writable ? VIRTQ_DESC_F_WRITE : 0) | (i < total - 1 ? VIRTQ_DESC_F_NEXT : 0);
       const at = desc + index * 4;
@@ -154,6 +159,7 @@ export class SplitDriverQueue {
       i32[at + 3] = flags | (i < total - 1 ? next << 16 : 0);
       index = next;
     }
+    assert(bytes <= MAX_CHAIN_BYTES, 'a buffer has at most 2³² bytes');
     s[this.#base + S_FREE_HEAD] = index;
     s[this.#base + S_FREE] -= total;
     s[this.#token + head] = token;

@@ -150,6 +150,14 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
     SLOTS,
   ),
   fault(
+    'spinner-looks-once',
+    'packages/machine/src/controlled-schedule.ts',
+    '    if (this.#changed) w[PROGRESS]++;\n    this.#changed = PROGRESSES[code];\n',
+    '    this.#changed = PROGRESSES[code];\n',
+    'the controlled schedule calls a spinner deadlocked that looked before a store took effect',
+    test('harness/src/fuzz/spinner.test.ts'),
+  ),
+  fault(
     'statistics-forgotten',
     BALLOON,
     '      if (w[T_BALLOON + V_MISSED] !== 0) this.#handleInterrupt();\n',
