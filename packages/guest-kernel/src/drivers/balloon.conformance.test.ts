@@ -1,5 +1,5 @@
 /** The balloon driver against a scripted device: one test per MUST of virtio 1.4 § 5.5 that binds the driver. */
-import { describe, expect, test } from 'vitest';
+import { describe, expect, test, vi } from 'vitest';
 import {
   MmioTransport,
   type DescriptorChain,
@@ -460,6 +460,34 @@ describe('free page reporting', () => {
     const later = device.of(2).slice(before);
     expect(later.length).toBeGreaterThan(1);
     expect(later.flatMap((r) => r.ranges).some(([pfn, n]) => block >= pfn && block < pfn + n)).toBe(true);
+  });
+  test('when a pass is asked for, the time it is due is known already', () => {
+    const { guest, run } = bring([VIRTIO_BALLOON_F_REPORTING]);
+    run(10);
+    const [kernel] = guest.kernels;
+    const due: number[] = [];
+    const exchange = Atomics.compareExchange.bind(Atomics) as (
+      words: Int32Array,
+      at: number,
+      from: number,
+      to: number,
+    ) => number;
+    const watch = (words: Int32Array, at: number, from: number, to: number): number => {
+      const found = exchange(words, at, from, to);
+      if (words === guest.arena.w && kernel.parts.reporting.nextDue() < Number.POSITIVE_INFINITY)
+        due.push(kernel.parts.reporting.nextDue());
+      return found;
+    };
+    const spy = vi
+      .spyOn(Atomics, 'compareExchange')
+      .mockImplementation(watch as typeof Atomics.compareExchange);
+    kernel.enter();
+    const asked = kernel.vcpu.clock;
+    kernel.parts.alloc.free(kernel.parts.alloc.alloc(10, 1, 3), 10);
+    spy.mockRestore();
+    kernel.leave();
+    expect(due.length).toBeGreaterThan(0);
+    expect(Math.min(...due)).toBeGreaterThan(asked + 1.9 * NS_PER_S);
   });
   test('If PAGE_POISON has been negotiated, the driver MUST initialize all free pages with poison_val before reporting them', () => {
     const { device, guest, run } = bring([VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_PAGE_POISON], true);

@@ -12,7 +12,7 @@ import { ROOT, Scratch, sourcesHash } from './scratch.ts';
 /** Runs per property in which a fault must be found. */
 const RUNS = 3000;
 /** Longest search per property, and longest test: a check that does not end has noticed something, too. */
-const PROPERTY_MS = 40_000;
+const PROPERTY_MS = 90_000;
 const TEST_MS = 60_000;
 /** A patch nobody prepared for: every property gets this long. */
 const PATCH_MS = 20_000;

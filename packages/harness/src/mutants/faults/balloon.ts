@@ -115,7 +115,7 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     '      if (state === IDLE) this.#dueInTwoSeconds();\n      if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, state, REQUESTED) === state) return;\n',
     '      if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, state, REQUESTED) !== state) continue;\n      this.#w[T_REPORTING + R_DUE_MS] = Math.ceil((this.#vcpu.clock + PAGE_REPORTING_DELAY) / NS_PER_MS);\n      return;\n',
     'memory model: the time is stored after the request is published (found by fuzzing)',
-    props('reporting'),
+    DRIVER_TEST,
   ),
   fault(
     'freed-during-a-pass',
