@@ -2,7 +2,7 @@
 import { readFileSync } from 'node:fs';
 import { afterAll, describe, expect, test } from 'vitest';
 import { H_BOOTED } from '@ebb/guest-kernel';
-import { InlineExitPort, inlineSchedule, MiB, PAGE_SIZE } from '@ebb/machine';
+import { GiB, InlineExitPort, inlineSchedule, MiB } from '@ebb/machine';
 import { orderPins } from '../run/agent-program.ts';
 import { hostBuffers, runBuffers } from '../run/buffers.ts';
 import { CpuSide } from '../run/cpu-side.ts';
@@ -267,6 +267,16 @@ test('a device whose figures are impossible is refused in QEMU’s words', () =>
 });
 
 test('addresses of regions follow boot memory, each by its largest size (H48)', () => {
-  const { devices } = parseCommandLine(SMALL);
-  expect(devices[0].addr / PAGE_SIZE).toBe(0x10_0000);
+  const place = (boot: string): number[] => {
+    const regions = ['3G', '1G'].flatMap((size, i) => [
+      '-object',
+      `memory-backend-ram,id=mem${i},size=${size}`,
+      '-device',
+      `virtio-mem-pci,id=vm${i},memdev=mem${i},requested-size=256M`,
+    ]);
+    return parseCommandLine(['-m', `${boot},maxmem=32G`, ...regions]).devices.map((d) => d.addr);
+  };
+  // Boot memory that ends below 4 GiB, and 3 GiB below the hole with the rest above it.
+  expect(place('1G')).toEqual([4 * GiB, 7 * GiB]);
+  expect(place('6G')).toEqual([7 * GiB, 10 * GiB]);
 });
