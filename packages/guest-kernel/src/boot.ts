@@ -9,6 +9,7 @@ import {
   H_NR_FILE_PAGES,
   H_NR_ZONES,
   H_RESERVED_PAGES,
+  H_THP,
   H_TOTAL_PAGES,
   MAX_ZONES,
   SECTION_PAGES,
@@ -39,6 +40,7 @@ import {
   PAGEBLOCK_ORDER,
   PAGEBLOCK_PAGES,
   setupWatermarks,
+  THP_LEAST_PAGES,
   Z_END,
   Z_MANAGED,
   Z_NODE,
@@ -167,8 +169,9 @@ export function bootMemory(arena: Arena, vcpu: Vcpu, config: GuestConfig): void 
   Lru.init(w, config.nodes.length);
   PageCache.init(arena);
   const bases = zoneBases(w);
-  setupWatermarks(w, bases, config.nrCpus);
   w[H_TOTAL_PAGES] = bases.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
+  w[H_THP] = w[H_TOTAL_PAGES] >= THP_LEAST_PAGES ? 1 : 0;
+  setupWatermarks(w, bases, config.nrCpus);
   populate(arena, vcpu, buddy, bases, start);
 }
 

@@ -23,6 +23,8 @@ export const H_BOOTED = 0;
 export const H_NR_ZONES = 1;
 export const H_MAX_PFN = 2;
 export const H_TOTAL_PAGES = 3;
+/** 1 in a guest that booted with memory enough for transparent huge pages: it then keeps more pages free. */
+export const H_THP = 4;
 /** Page-cache lock: guards hash chains, mapping and index of cached pages. */
 export const H_CACHE_LOCK = 16;
 export const H_NR_FILE_PAGES = 17;

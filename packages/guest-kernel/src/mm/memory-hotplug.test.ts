@@ -2,13 +2,23 @@
 import { expect, test, vi } from 'vitest';
 import { gfn, MiB } from '@ebb/machine';
 import { LINUX_HOTPLUG } from '../boot.ts';
-import { H_TOTAL_PAGES } from '../layout.ts';
+import { H_TOTAL_PAGES, MAX_ZONES, ZONE_BASE, ZONE_WORDS } from '../layout.ts';
 import { GuestKernel } from '../kernel.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { MemoryHotplug } from './memory-hotplug.ts';
 import { P_FLAGS, PG_BUDDY, PG_OFFLINE, PG_UPTODATE } from './page.ts';
 import { PerCpuPages } from './per-cpu-pages.ts';
-import { MIGRATE_ISOLATE, MIGRATE_MOVABLE, Z_FREE, Z_LOCK, Z_MANAGED } from './zone.ts';
+import {
+  MIGRATE_ISOLATE,
+  MIGRATE_MOVABLE,
+  setupWatermarks,
+  Z_FREE,
+  Z_LOCK,
+  Z_MANAGED,
+  Z_MIN,
+  Z_TYPE,
+  ZONE_MOVABLE,
+} from './zone.ts';
 
 /** A pageblock in the upper half of RAM, all of it free. */
 const BLOCK = 8192 + 512;
@@ -208,6 +218,21 @@ test('a page that the disk could not fill is cached no more', () => {
   expect(w.flags(page) & PG_UPTODATE).toBe(0);
   alloc.put(page);
   expect(w.log.total).toBe(0);
+});
+
+test('memory that comes as Movable raises no kernel zone’s watermarks: nothing of the kernel’s depends on it', () => {
+  const w = world();
+  const words = w.arena.w;
+  const { zones } = w.kernel.parts;
+  const marks = (): number[] => zones.map((z) => words[z + Z_MIN]);
+  const before = marks();
+  // As if 4 GiB had been added to a Movable zone that shares nothing with the others.
+  const movable = ZONE_BASE + (MAX_ZONES - 1) * ZONE_WORDS;
+  words[movable + Z_TYPE] = ZONE_MOVABLE;
+  words[movable + Z_MANAGED] = 1 << 20;
+  setupWatermarks(words, [...zones, movable], 2);
+  expect(marks()).toEqual(before);
+  expect(words[movable + Z_MIN]).toBe(128);
 });
 
 test('a kernel boots over a cleared arena as over a fresh one', () => {

@@ -2,9 +2,11 @@
  * Zones: words of a zone in the arena, and watermarks computed as Linux computes them.
  *
  * `min_free_kbytes` = 4·√(lowmem kB) (`calculate_min_free_kbytes`), raised to THP's recommendation where THP is on
- * (`set_recommended_min_free_kbytes`: 512 pages · zones · 11, at most 5 % of memory). Per zone (`setup_per_zone_wmarks`):
+ * (`set_recommended_min_free_kbytes`: 512 pages · zones · 11, at most 5 % of memory), Movable left out of both. Per zone (`setup_per_zone_wmarks`):
  * min in proportion to managed pages; low = min + max(min/4, managed · 10/10000); high = low + the same step.
  */
+
+import { H_THP } from '../layout.ts';
 
 export const ZONE_DMA = 0;
 export const ZONE_DMA32 = 1;
@@ -92,12 +94,17 @@ export function zoneSpans(
   return spans;
 }
 
-/** `min_free_kbytes` in pages for `managed` pages over `nrZones` populated zones. */
-export function minFreePages(managed: number, nrZones: number): number {
+/** THP is off in a guest that boots with less than 512 MiB (`hugepage_init`). */
+export const THP_LEAST_PAGES = 131072;
+
+/**
+ * `min_free_kbytes` in pages, for `managed` pages over `nrZones` populated zones: those below Movable, on which alone the
+ * kernel's own allocations depend (`nr_free_buffer_pages`, `set_recommended_min_free_kbytes`).
+ */
+export function minFreePages(managed: number, nrZones: number, thp: boolean): number {
   const kilobytes = managed * 4;
   const min = Math.max(128, Math.min(262144, Math.floor(Math.sqrt(kilobytes * 16)))) >> 2;
-  // THP is off below 512 MiB of managed memory (`hugepage_init`).
-  if (managed < 131072) return min;
+  if (!thp) return min;
   const recommended = Math.min(PAGEBLOCK_PAGES * nrZones * 11, Math.floor(managed / 20));
   return Math.max(min, recommended);
 }
@@ -114,9 +121,9 @@ export function pcpBatch(managed: number): number {
 
 /** Writes watermarks, reserves and per-CPU limits of all zones. `bases` are the zones' first words. */
 export function setupWatermarks(w: Int32Array, bases: readonly number[], nrCpus: number): void {
-  const managed = bases.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
-  const kernel = bases.reduce((sum, z) => sum + (w[z + Z_TYPE] === ZONE_MOVABLE ? 0 : w[z + Z_MANAGED]), 0);
-  const minFree = minFreePages(managed, bases.filter((z) => w[z + Z_MANAGED] > 0).length);
+  const kernelZones = bases.filter((z) => w[z + Z_TYPE] !== ZONE_MOVABLE && w[z + Z_MANAGED] > 0);
+  const kernel = kernelZones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
+  const minFree = minFreePages(kernel, kernelZones.length, w[H_THP] !== 0);
   for (const z of bases) {
     const pages = w[z + Z_MANAGED];
     // The Movable zone keeps only a little: no kernel allocation depends on it.

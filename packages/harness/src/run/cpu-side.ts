@@ -16,6 +16,7 @@ import {
 } from '@ebb/machine';
 import { AgentProgram } from './agent-program.ts';
 import { HostileProgram } from './hostile-program.ts';
+import { BlindReadProgram } from './blind-read-program.ts';
 import { HostileUnpluggedProgram } from './hostile-unplugged-program.ts';
 import { PressureProgram } from './pressure-program.ts';
 import { ProcessProgram } from './process-program.ts';
@@ -166,6 +167,8 @@ export class CpuSide {
         return new TouchFreeProgram(seat.kernel, program);
       case 'hostile-unplugged':
         return new HostileUnpluggedProgram(seat.kernel, program);
+      case 'blind-read':
+        return new BlindReadProgram(seat.kernel, program);
       case 'processes':
         return new ProcessProgram(seat.kernel, program, this.#buffers.handles[seat.vm]);
       case 'agent':

@@ -46,6 +46,8 @@ export interface VmResult {
   readonly tlbFlushes: number;
   /** EPT table frames at the end. */
   readonly tables: number;
+  /** Accesses to what is no RAM and no device. */
+  readonly unclaimedMmio: number;
   readonly kicks: number;
   readonly descriptors: number;
   readonly balloonPages: number;
@@ -175,6 +177,7 @@ export function vmResult(
       faultRetries: 0,
       tlbFlushes: 0,
       tables: 0,
+      unclaimedMmio: 0,
       kicks: 0,
       descriptors: 0,
       balloonPages: 0,
@@ -206,6 +209,7 @@ export function vmResult(
     faultRetries: vm.counters.faultRetries,
     tlbFlushes: vm.counters.tlbFlushes,
     tables: vm.mmu.counters.tables,
+    unclaimedMmio: vm.counters.unclaimedMmio,
     kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
     descriptors:
       (balloon?.counters.descriptors ?? 0) +

@@ -38,6 +38,13 @@ export type ProgramSpec =
       readonly rounds: number;
       readonly reads: 'zeros' | 'noise' | 'anything';
     }
+  /** Reads a word of every page of a range, whatever is there (a crash kernel's dump). */
+  | {
+      readonly kind: 'blind-read';
+      readonly startNs: number;
+      readonly firstGfn: number;
+      readonly pages: number;
+    }
   /** Processes that map, store, fork, share and exit; each vCPU has up to `processes` of `pages` pages. */
   | {
       readonly kind: 'processes';

@@ -6,6 +6,7 @@ import {
   Z_NODE,
   Z_PRESENT,
   Z_TYPE,
+  ZONE_DMA32,
   ZONE_MOVABLE,
   zoneBases,
   type Arena,
@@ -163,6 +164,106 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
           8,
         ),
         atLeast('scribble: host bytes behind unplugged memory', mem('scribble').host, 4096 * PAGE_SIZE),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-blind-read',
+    about:
+      'a crash kernel reads all memory without asking what is plugged, under each profile: who lets it, and what it costs the host',
+    rows: 'H21, H61, H66; I2, I20',
+    spec: () =>
+      spec(
+        1 * GiB,
+        MEMORY_PROFILES.map((profile) => {
+          const devices = [device({ profile, regionBytes: 256 * MiB, requestedBytes: 64 * MiB })];
+          return {
+            bootAtNs: 0,
+            guest: hotplugGuest(128 * MiB, devices),
+            program: {
+              kind: 'blind-read' as const,
+              startNs: second(2),
+              firstGfn: REGION_ADDR / PAGE_SIZE,
+              pages: (256 * MiB) / PAGE_SIZE,
+            },
+            memoryDevices: devices,
+            diskBytes: 0,
+          };
+        }),
+      ),
+    checks: (outcome) => {
+      const of = (profile: MemoryProfile): VmResult => outcome.result.vms[MEMORY_PROFILES.indexOf(profile)];
+      const host = (profile: MemoryProfile): number => of(profile).memoryDevices[0].host;
+      const unplugged = (192 * MiB) / PAGE_SIZE;
+      return [
+        ...clean(outcome),
+        ...MEMORY_PROFILES.map((p) => exactly(`${p}: pages read`, of(p).events, (256 * MiB) / PAGE_SIZE)),
+        // Reading populates: a file has no page of zeros (H61).
+        exactly('qemu: reads that found nothing', of('qemu').unclaimedMmio, 0),
+        exactly('qemu: host bytes behind the region', host('qemu'), 256 * MiB),
+        exactly('scribble: host bytes behind the region', host('scribble'), 256 * MiB),
+        // The RFC's promise: reads give zeros, and cost page tables alone.
+        exactly('rfc-write-protect: reads that found nothing', of('rfc-write-protect').unclaimedMmio, 0),
+        exactly(
+          'rfc-write-protect: reads of zeros',
+          of('rfc-write-protect').memoryDevices[0].counters.zeroReads,
+          unplugged,
+        ),
+        exactly('rfc-write-protect: host bytes behind the region', host('rfc-write-protect'), 64 * MiB),
+        atLeast(
+          'rfc-write-protect: page tables full of zeros, more than with qemu',
+          of('rfc-write-protect').tables - of('qemu').tables,
+          (192 * MiB) / (2 * MiB) / 2,
+        ),
+        // Here the dump has to know which blocks are plugged.
+        exactly('inaccessible: reads that found nothing', of('inaccessible').unclaimedMmio, unplugged),
+        exactly('inaccessible: host bytes behind the region', host('inaccessible'), 64 * MiB),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-memmap',
+    about:
+      'a guest that has not the memory for the memmap of what it is given: the plug is taken back, and tried again when there is',
+    rows: 'H24, H31; I20, I24',
+    spec: () => {
+      const devices = [device({ regionBytes: 2 * GiB })];
+      return spec(
+        2 * GiB,
+        [
+          {
+            bootAtNs: 0,
+            // All of it Movable: what the kernel needs, memmaps too, has to come from boot memory.
+            guest: hotplugGuest(64 * MiB, devices, { policy: 'online_movable', memmapZone: ZONE_DMA32 }),
+            // Both vCPUs hold most of it when the memory is offered.
+            program: {
+              kind: 'touch-free',
+              startNs: second(1),
+              pages: 4600,
+              order: 0,
+              rounds: 1,
+              holdNs: second(20),
+              pauseNs: 0,
+            },
+            diskBytes: 0,
+            memoryDevices: devices,
+            memoryTargets: [[second(2), 0, 1 * GiB]] as const,
+          },
+        ],
+        { graceNs: second(60) },
+      );
+    },
+    checks: (outcome) => {
+      const [{ memoryDevices }] = outcome.result.vms;
+      const [{ plugged, counters }] = memoryDevices;
+      const [arena] = outcome.arenas;
+      return [
+        ...clean(outcome),
+        exactly('bytes plugged in the end', plugged, 1 * GiB),
+        // 64 bytes per page: 2 MiB per memory block.
+        exactly('memory blocks added', eventSum(arena, 'memory_added'), 8),
+        atLeast('UNPLUG requests: plugs taken back', counters.unplugRequests, 1),
+        exactly('blocks plugged in vain', counters.pluggedBlocks - 512, counters.unpluggedBlocks),
       ];
     },
   },
