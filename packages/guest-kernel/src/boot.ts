@@ -100,6 +100,8 @@ export interface GuestConfig {
 export interface HotplugConfig {
   /** Devices on the lines from `LINE_MEM`. */
   readonly devices: number;
+  /** Slots for DIMMs behind `LINE_ACPI`; none without it. */
+  readonly dimms?: number;
   readonly policy: 'online' | 'online_movable' | 'auto-movable';
   /** `auto_movable_ratio`, in percent. */
   readonly autoMovableRatio: number;

@@ -11,7 +11,8 @@ import { bootMemory, zoneBases, type GuestConfig } from './boot.ts';
 import { BALLOON_PAGES, BalloonDriver } from './drivers/balloon.ts';
 import { BlkDriver } from './drivers/blk.ts';
 import { PageReporting } from './drivers/reporting.ts';
-import { LINE_BALLOON } from './drivers/virtio-guest.ts';
+import { LINE_ACPI, LINE_BALLOON } from './drivers/virtio-guest.ts';
+import { AcpiMemory } from './drivers/acpi-memory.ts';
 import { MEM_DRIVER_PAGES, VirtioMemDriver } from './drivers/virtio-mem.ts';
 import { H_BOOTED, H_NR_FILE_PAGES } from './layout.ts';
 import { Buddy } from './mm/buddy.ts';
@@ -106,6 +107,7 @@ export class GuestKernel {
       lru.unlock(node);
     };
     const mem: VirtioMemDriver[] = [];
+    let acpi: AcpiMemory | null = null;
     if (config.hotplug !== undefined) {
       const hotplug = new MemoryHotplug(
         arena,
@@ -122,6 +124,7 @@ export class GuestKernel {
       );
       for (let i = 0; i < config.hotplug.devices; i++)
         mem.push(new VirtioMemDriver(arena, vcpu, hotplug, config.hotplug, i, inWait));
+      acpi = new AcpiMemory(arena, vcpu, hotplug, config.hotplug.dimms ?? 0);
     }
     alloc.pressure = {
       wakeKswapd: (zone) => reclaim.wakeKswapd(zone),
@@ -147,6 +150,7 @@ export class GuestKernel {
       balloon,
       reporting,
       mem,
+      acpi,
       processes,
       kswapdNodes: nodes,
     };
@@ -168,7 +172,7 @@ export class GuestKernel {
 
   /** Takes interrupts and runs the kernel threads that are due. Between program steps. */
   runDue(until: number): void {
-    const { balloon, reporting, reclaim, pcp, mem, kswapdNodes } = this.parts;
+    const { balloon, reporting, reclaim, pcp, mem, acpi, kswapdNodes } = this.parts;
     const { vcpu } = this;
     pcp.serveDrainRequest();
     this.parts.processes.shootdown.serve();
@@ -187,6 +191,8 @@ export class GuestKernel {
         }
         if (driver.nextDue(vcpu.clock) <= vcpu.clock) driver.work();
       }
+      if ((lines & (1 << LINE_ACPI)) !== 0) acpi?.interrupt();
+      if (acpi?.pending === true) acpi.work();
     }
     for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) reclaim.kswapd(node);
     reclaim.flusher();
@@ -198,12 +204,13 @@ export class GuestKernel {
 
   /** Virtual time at which a kernel thread of this vCPU is due; Infinity when none is. */
   nextDue(): number {
-    const { balloon, reporting, reclaim, mem, kswapdNodes } = this.parts;
+    const { balloon, reporting, reclaim, mem, acpi, kswapdNodes } = this.parts;
     const now = this.vcpu.clock;
     let due = Number.POSITIVE_INFINITY;
     if (this.vcpu.id === 0) {
       due = Math.min(balloon.nextDue(now), reporting.nextDue());
       for (const driver of mem) due = Math.min(due, driver.nextDue(now));
+      if (acpi?.pending === true) due = now;
     }
     for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) due = Math.min(due, now);
     return due;
@@ -238,6 +245,8 @@ interface Parts {
   readonly reporting: PageReporting;
   /** One per memory device; they work on vCPU 0. */
   readonly mem: readonly VirtioMemDriver[];
+  /** DIMMs in slots, where memory can be added at all. */
+  readonly acpi: AcpiMemory | null;
   readonly processes: Processes;
   /** Nodes whose kswapd runs on this vCPU. */
   readonly kswapdNodes: readonly number[];

@@ -68,14 +68,22 @@ export const MAX_MEM_DEVICES = 4;
 export const MEM_THREAD_WORDS = 64;
 export const T_MEM: number = T_BALLOON + 5 * THREAD_WORDS;
 
-/** Memory groups, one per device: what its driver added, by kind of zone. Guarded by `H_HOTPLUG_LOCK`. */
+/**
+ * Memory groups: what a driver added, by kind of zone. One per memory device, whose memory comes and goes (dynamic), then
+ * one per DIMM (static). Guarded by `H_HOTPLUG_LOCK`.
+ */
+export const MAX_DIMMS = 4;
+export const DIMM_GROUPS: number = MAX_MEM_DEVICES;
+export const NR_GROUPS: number = MAX_MEM_DEVICES + MAX_DIMMS;
 export const GROUP_WORDS = 16;
 export const GROUP_BASE: number = T_MEM + MAX_MEM_DEVICES * MEM_THREAD_WORDS;
+/** The ACPI memory driver's words. */
+export const T_ACPI: number = GROUP_BASE + NR_GROUPS * GROUP_WORDS;
 
 // ── Processes, and what vCPUs ask of each other's TLBs ───────────────────────────────────────────────────────────
 export const MAX_PROCESSES = 16;
 export const PROCESS_WORDS = 32;
-export const PROCESS_BASE: number = GROUP_BASE + MAX_MEM_DEVICES * GROUP_WORDS;
+export const PROCESS_BASE: number = T_ACPI + 16;
 export const SHOOTDOWN_WORDS = 32;
 export const SHOOTDOWN_BASE: number = PROCESS_BASE + MAX_PROCESSES * PROCESS_WORDS;
 

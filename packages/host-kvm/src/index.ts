@@ -2,6 +2,7 @@
 export * from './devices/balloon.ts';
 export * from './devices/block.ts';
 export * from './devices/device-port.ts';
+export * from './devices/dimm-slots.ts';
 export * from './devices/memory-device.ts';
 export * from './host-tasks.ts';
 export * from './kvm/memslots.ts';

@@ -1,4 +1,5 @@
 /** The hardware both sides stand on. */
+export * from './acpi-memory.ts';
 export * from './address.ts';
 export * from './assert.ts';
 export * from './bitmap.ts';

@@ -7,7 +7,7 @@ import { MmioDriver, SplitDriverQueue, type MmioBus } from '@ebb/virtio/driver';
 import type { Features } from '@ebb/virtio/uapi';
 import { VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC } from '@ebb/virtio/uapi';
 import type { Arena } from '../arena.ts';
-import { QUEUE_WORDS } from '../layout.ts';
+import { MAX_MEM_DEVICES, QUEUE_WORDS } from '../layout.ts';
 
 /** Guest-physical base of device registers: far above RAM; device `n` is at `+ n · 4 KiB` and has interrupt line `n`. */
 export const MMIO_BASE = 0xfd_0000_0000;
@@ -16,6 +16,9 @@ export const LINE_BALLOON = 0;
 export const LINE_BLK = 1;
 /** First of the memory devices' lines. */
 export const LINE_MEM = 2;
+
+/** The line of ACPI's general-purpose events, and where the registers of memory slots are. */
+export const LINE_ACPI: number = LINE_MEM + MAX_MEM_DEVICES;
 
 /** Queue numbers in the arena. */
 export const Q_INFLATE = 0;

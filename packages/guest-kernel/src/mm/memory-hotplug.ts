@@ -13,11 +13,12 @@ import { gfn, plainView, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import type { HotplugConfig } from '../boot.ts';
 import {
+  DIMM_GROUPS,
   GROUP_BASE,
   GROUP_WORDS,
   H_HOTPLUG_LOCK,
   H_TOTAL_PAGES,
-  MAX_MEM_DEVICES,
+  NR_GROUPS,
   SECTION_WORDS,
 } from '../layout.ts';
 import type { Buddy } from './buddy.ts';
@@ -67,7 +68,7 @@ const S_MEMMAP = 2;
 /** The fourth word is virtio-mem's. */
 export const S_DRIVER = 3;
 
-/** Words of a memory group (`struct memory_group`, dynamic): its node, pages of a unit, pages online by kind of zone. */
+/** Words of a memory group (`struct memory_group`): its node, pages of a unit, pages online by kind of zone. */
 const G_NODE = 0;
 const G_UNIT = 1;
 const G_KERNEL = 2;
@@ -253,7 +254,7 @@ export class MemoryHotplug {
 
   /**
    * `auto_movable_can_online_movable`: Movable may be up to a ratio of the kernel memory that was there at boot; kernel
-   * memory that a device added counts for that device alone. On one node, or on all.
+   * memory that a memory device added counts for that device alone, a DIMM's for none. On one node, or on all.
    */
   #movableFits(node: number, group: number, pages: number): boolean {
     const w = this.#w;
@@ -265,13 +266,17 @@ export class MemoryHotplug {
       if (w[zone + Z_TYPE] === ZONE_MOVABLE) movable += w[zone + Z_PRESENT];
       else kernel += w[zone + Z_PRESENT];
     }
-    for (let i = 0; i < MAX_MEM_DEVICES; i++) {
+    for (let i = 0; i < NR_GROUPS; i++) {
       const g = GROUP_BASE + i * GROUP_WORDS;
-      if (i === group || (node !== ANY_NODE && w[g + G_NODE] !== node)) continue;
+      const isDynamic = i < DIMM_GROUPS;
+      if ((i === group && isDynamic) || (node !== ANY_NODE && w[g + G_NODE] !== node)) continue;
+      // Not there at boot.
+      kernel -= w[g + G_KERNEL];
+      if (!isDynamic) continue;
+      // What another device's Movable memory needs of boot memory is taken.
       movable -= w[g + G_MOVABLE];
-      // Not there at boot; and what the others' Movable memory needs of boot memory is taken.
       const needed = Math.floor((w[g + G_MOVABLE] * 100) / autoMovableRatio) - w[g + G_KERNEL];
-      kernel -= w[g + G_KERNEL] + Math.max(0, needed);
+      kernel -= Math.max(0, needed);
     }
     return kernel > 0 && movable <= Math.floor((autoMovableRatio * kernel) / 100);
   }

@@ -192,6 +192,7 @@ export class HostSide {
         vm.hints[0]?.at ?? Number.POSITIVE_INFINITY,
         vm.sizes[0]?.[0] ?? Number.POSITIVE_INFINITY,
         vm.resets[0]?.[0] ?? Number.POSITIVE_INFINITY,
+        vm.dimmOrders[0]?.[0] ?? Number.POSITIVE_INFINITY,
       );
     }
     return at;
@@ -208,6 +209,12 @@ export class HostSide {
       for (let next = vm.sizes[0]; next !== undefined && next[0] <= now; next = vm.sizes[0]) {
         vm.sizes.shift();
         vm.memory[next[1]].setRequested(next[2]);
+      }
+      for (let next = vm.dimmOrders[0]; next !== undefined && next[0] <= now; next = vm.dimmOrders[0]) {
+        vm.dimmOrders.shift();
+        const [, order] = next;
+        const why = 'plug' in order ? vm.dimms?.plug(order.plug) : vm.dimms?.requestUnplug(order.unplug);
+        if (why !== undefined && why !== '') vm.dimmRefusals.push(why);
       }
       if (balloon === null) continue;
       while (vm.targets.length > 0 && vm.targets[0][0] <= now)

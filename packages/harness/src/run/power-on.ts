@@ -2,17 +2,28 @@
  * Switches a VM on: its RAM as files in slots, its devices behind register windows. What a VMM's command line does in
  * a hypervisor; the guest finds the devices where `guest-kernel` looks for them.
  */
-import { LINE_BALLOON, LINE_BLK, LINE_MEM, MMIO_BASE, MMIO_STRIDE, type Arena } from '@ebb/guest-kernel';
+import {
+  LINE_ACPI,
+  LINE_BALLOON,
+  LINE_BLK,
+  LINE_MEM,
+  MMIO_BASE,
+  MMIO_STRIDE,
+  type Arena,
+} from '@ebb/guest-kernel';
 import {
   BalloonDevice,
   BlockDevice,
+  DimmSlots,
   MemoryDevice,
   Vm,
   type BlockStorage,
   type DevicePort,
   type FramePool,
   type HostTasks,
+  type Dimm,
   type MemoryRequest,
+  type UserMemoryRegion,
 } from '@ebb/host-kvm';
 import { assert, HUGE_PAGES, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
 import { MemFile } from '@ebb/memfs';
@@ -22,8 +33,9 @@ import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
 import type { RunningVm } from './run-result.ts';
 import type { Backing, MemoryDeviceSpec, VmSpec } from './spec.ts';
 
-/** First slot of the memory devices' regions. */
+/** First slot of the memory devices' regions, and of DIMMs. */
 const REGION_SLOT = 16;
+const DIMM_SLOT = 32;
 
 export interface PowerOn {
   readonly spec: VmSpec;
@@ -119,10 +131,7 @@ export function powerOn(options: PowerOn): RunningVm {
       features: spec.balloonFeatures,
       memory: {
         ramPages,
-        endPfn: Math.max(
-          file.nrBlocks,
-          ...(spec.memoryDevices ?? []).map((d) => (d.addr + d.regionBytes) / PAGE_SIZE),
-        ),
+        endPfn: Math.max(file.nrBlocks, spec.guest.maxPfn),
         unitPages: file.granularity,
         discard: (runs, n) => vm.discard(runs, n),
       },
@@ -145,6 +154,9 @@ export function powerOn(options: PowerOn): RunningVm {
     attach(LINE_MEM + i, device);
     return device;
   });
+  const dimms =
+    spec.dimms === undefined ? null : dimmSlots(spec.dimms.slots, vm, options.tasks, newFile, files);
+  if (dimms !== null) vm.addMmio(dimms);
   return {
     spec,
     vm,
@@ -158,6 +170,9 @@ export function powerOn(options: PowerOn): RunningVm {
     policyDue: options.policyDue,
     targets: [...(spec.balloonTargets ?? [])],
     resets: [...(spec.resets ?? [])],
+    dimms,
+    dimmOrders: [...(spec.dimms?.orders ?? [])],
+    dimmRefusals: [],
     sizes: [...(spec.memoryTargets ?? [])],
     hints: (spec.hintRounds ?? []).flatMap(([start, stop]) => [
       { at: start, start: true },
@@ -165,6 +180,49 @@ export function powerOn(options: PowerOn): RunningVm {
     ]),
     hintedPages: 0,
   };
+}
+
+/** Slots for DIMMs: each that is plugged is a file of its own in a memory slot of its own. */
+function dimmSlots(
+  slots: number,
+  vm: Vm,
+  tasks: HostTasks,
+  newFile: (name: string, nrBlocks: number) => MemFile,
+  files: MemFile[],
+): DimmSlots {
+  const known = new Map<string, { file: MemFile; slot: number }>();
+  const region = (dimm: Dimm, slot: number, file: MemFile, bytes: number): UserMemoryRegion => ({
+    slot,
+    flags: 0,
+    guestPhysAddr: dimm.addr,
+    memorySize: bytes,
+    file,
+    fileOffset: 0,
+  });
+  return new DimmSlots(MMIO_BASE + LINE_ACPI * MMIO_STRIDE, slots, {
+    spawn: (name, body) => void tasks.spawn(`vm${vm.id}/${name}`, body),
+    interrupt: () => vm.vcpus.interrupt(LINE_ACPI),
+    *attach(dimm) {
+      const file = newFile(dimm.id, dimm.bytes / PAGE_SIZE);
+      let slot = DIMM_SLOT;
+      while ([...known.values()].some((k) => k.slot === slot)) slot++;
+      const done = yield* vm.setUserMemoryRegion(region(dimm, slot, file, dimm.bytes));
+      if (!done.ok) return false;
+      known.set(dimm.id, { file, slot });
+      files.push(file);
+      return true;
+    },
+    *detach(dimm) {
+      const found = known.get(dimm.id);
+      assert(found !== undefined, 'a DIMM that goes has come');
+      const { file, slot } = found;
+      // Its frames first, while the slot still tells who maps them.
+      yield* vm.discard(Int32Array.of(dimm.addr / PAGE_SIZE, dimm.bytes / PAGE_SIZE), 1);
+      yield* vm.setUserMemoryRegion(region(dimm, slot, file, 0));
+      known.delete(dimm.id);
+      files.splice(files.indexOf(file), 1);
+    },
+  });
 }
 
 function memoryDevice(

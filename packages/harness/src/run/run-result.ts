@@ -1,6 +1,8 @@
 /** What a run comes to: figures of the host and of each VM, the timeline, the audit of frames, stalls. Reads; changes nothing. */
 import { filePages, freePages, pcpPages, type Arena } from '@ebb/guest-kernel';
 import type {
+  DimmCounters,
+  DimmSlots,
   BalloonDevice,
   BlockDevice,
   FramePool,
@@ -21,7 +23,7 @@ import {
 } from '@ebb/machine';
 import type { MemFile } from '@ebb/memfs';
 import type { MmioTransport } from '@ebb/virtio/device';
-import { VM_FAILED, VM_KILLED, type RebootPolicy, type VmSpec } from './spec.ts';
+import { VM_FAILED, VM_KILLED, type DimmOrder, type RebootPolicy, type VmSpec } from './spec.ts';
 
 /** One point of the timeline: bytes. */
 export interface Sample {
@@ -57,6 +59,16 @@ export interface VmResult {
   readonly reusedBalloonPages: number;
   readonly hintedPages: number;
   readonly memoryDevices: readonly MemoryDeviceResult[];
+  readonly dimms: DimmResult | null;
+}
+
+/** What became of the DIMMs. */
+interface DimmResult {
+  readonly counters: Readonly<DimmCounters>;
+  /** Bytes that are in. */
+  readonly bytes: number;
+  /** Why the VMM refused, in order. */
+  readonly refusals: readonly string[];
 }
 
 /** What a memory device came to. Bytes. */
@@ -105,6 +117,10 @@ export interface RunningVm {
   policyDue: number;
   targets: (readonly [number, number])[];
   resets: (readonly [number, RebootPolicy])[];
+  readonly dimms: DimmSlots | null;
+  /** What to do with DIMMs, and what could not be done. */
+  dimmOrders: (readonly [number, DimmOrder])[];
+  readonly dimmRefusals: string[];
   /** Sizes to request of memory devices: time, device, bytes. */
   sizes: (readonly [number, number, number])[];
   hints: { at: number; start: boolean }[];
@@ -186,6 +202,7 @@ export function vmResult(
       reusedBalloonPages: 0,
       hintedPages: 0,
       memoryDevices: [],
+      dimms: null,
     };
   }
   const { vm, balloon, block, arena, transports, file } = running;
@@ -228,6 +245,14 @@ export function vmResult(
       host: running.files[1 + i].assigned * PAGE_SIZE,
       counters: { ...device.counters },
     })),
+    dimms:
+      running.dimms === null
+        ? null
+        : {
+            counters: { ...running.dimms.counters },
+            bytes: running.dimms.dimms.reduce((sum, d) => sum + d.bytes, 0),
+            refusals: [...running.dimmRefusals],
+          },
   };
 }
 

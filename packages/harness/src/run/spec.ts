@@ -1,6 +1,6 @@
 /** What a run is: plain data that every worker gets. */
 import type { GuestConfig } from '@ebb/guest-kernel';
-import type { MemoryProfile } from '@ebb/host-kvm';
+import type { Dimm, MemoryProfile } from '@ebb/host-kvm';
 import type { ReplayPlan } from '../trace/replay-plan.ts';
 
 export type Backing = 'thp' | '4k' | 'hugetlb';
@@ -63,6 +63,8 @@ export type ProgramSpec =
 /** `virtio-1.2`: all is unplugged, then what is requested is plugged again. `rfc-2017`: what was plugged stays. */
 export type RebootPolicy = 'virtio-1.2' | 'rfc-2017';
 
+export type DimmOrder = { readonly plug: Dimm } | { readonly unplug: string };
+
 /** A memory device of a VM. Sizes in bytes. */
 export interface MemoryDeviceSpec {
   readonly id: string;
@@ -89,6 +91,11 @@ export interface VmSpec {
   /** Logical sizes to set at given times: `[atNs, bytes]`. */
   readonly balloonTargets?: readonly (readonly [number, number])[];
   readonly memoryDevices?: readonly MemoryDeviceSpec[];
+  /** Slots for DIMMs, and when one is plugged or asked to go. */
+  readonly dimms?: {
+    readonly slots: number;
+    readonly orders: readonly (readonly [atNs: number, order: DimmOrder])[];
+  };
   /** System resets at given times, and what becomes of plugged memory. */
   readonly resets?: readonly (readonly [number, RebootPolicy])[];
   /** The kernel that is booted after a reset; the same again without it. */

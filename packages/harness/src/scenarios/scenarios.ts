@@ -12,6 +12,7 @@ import {
   VIRTIO_BALLOON_F_REPORTING,
   VIRTIO_BALLOON_F_STATS_VQ,
 } from '@ebb/virtio/uapi';
+import { DIMM_SCENARIOS } from './dimms.ts';
 import { MEMORY_DEVICE_SCENARIOS } from './memory-device.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
 
@@ -289,4 +290,5 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   },
   ...MEMORY_DEVICE_SCENARIOS,
+  ...DIMM_SCENARIOS,
 ];
