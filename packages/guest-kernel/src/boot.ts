@@ -88,6 +88,11 @@ export interface GuestConfig {
   readonly blk: boolean;
   /** Memory devices and how their memory is used; without it this guest has no driver for them. */
   readonly hotplug?: HotplugConfig;
+  /**
+   * Pages in the balloon can be moved (`CONFIG_BALLOON_COMPACTION`); not, without it. `miscounts`: as before Linux
+   * 63341ab03706, when zones did not learn of pages that move from one to the other.
+   */
+  readonly balloonCompaction?: boolean | 'miscounts';
   /** Capture to start from; freshly booted without one. */
   readonly start?: StartState;
   /** Where file pages are on the disk. */

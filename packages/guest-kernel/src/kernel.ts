@@ -122,6 +122,9 @@ export class GuestKernel {
         config.nrCpus,
         config.initOnAlloc,
       );
+      const { balloonCompaction = false } = config;
+      balloon.miscounts = balloonCompaction === 'miscounts';
+      if (balloonCompaction !== false) hotplug.balloon = balloon;
       for (let i = 0; i < config.hotplug.devices; i++)
         mem.push(new VirtioMemDriver(arena, vcpu, hotplug, config.hotplug, i, inWait));
       acpi = new AcpiMemory(arena, vcpu, hotplug, config.hotplug.dimms ?? 0);

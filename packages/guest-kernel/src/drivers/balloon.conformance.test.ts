@@ -30,6 +30,7 @@ import {
   SHADOW_PCP,
 } from '../mm/page.ts';
 import { H_BALLOON_MUTEX } from '../layout.ts';
+import { Z_MANAGED, ZONE_DMA } from '../mm/zone.ts';
 import { freePages, meminfo, pcpPages } from '../procfs.ts';
 import { guestConfig, testGuest, type TestGuest } from '../testing-guest.ts';
 import { LINE_BALLOON, MMIO_BASE } from './virtio-guest.ts';
@@ -289,6 +290,41 @@ describe('inflate and deflate', () => {
     expect(sentMeanwhile).toBe(0);
     expect(device.seen.map((s) => s.queue)).toEqual([0, 1]);
     expect(device.of(0)[0].atAnswer).toHaveLength(256);
+  });
+  test('a page that is moved out of the way: the host is told of its successor first, and each zone counts its own', () => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_MUST_TELL_HOST]);
+    target(device, 300);
+    run(1);
+    const [kernel] = guest.kernels;
+    const { w } = guest.arena;
+    const [dma, dma32] = kernel.parts.zones;
+    const managed = (): number[] => [dma, dma32].map((z) => w[z + Z_MANAGED]);
+    const before = managed();
+    const inside = device.of(0).flatMap((s) => [...new Uint32Array(s.readable.buffer)]);
+    // From the middle of the list, above 16 MiB, to a page below.
+    const from = inside[150];
+    kernel.enter();
+    const to = kernel.parts.alloc.alloc(0, 1, ZONE_DMA);
+    expect([from >= 4096, to < 4096]).toEqual([true, true]);
+    expect(kernel.parts.balloon.migrate(from, to)).toBe(true);
+    expect(kernel.parts.balloon.migrate(from, to)).toBe(false);
+    kernel.leave();
+    expect(managed()).toEqual([before[0] - 1, before[1] + 1]);
+    const told = device.seen.slice(-2).map((s) => [s.queue, ...new Uint32Array(s.readable.buffer)]);
+    expect(told).toEqual([
+      [0, to],
+      [1, from],
+    ]);
+    expect([device.state(to), [SHADOW_BUDDY, SHADOW_PCP].includes(device.state(from))]).toEqual([
+      SHADOW_BALLOON,
+      true,
+    ]);
+    // The list is whole: all of it comes out.
+    target(device, 0);
+    run(1);
+    const out = device.of(1).flatMap((s) => [...new Uint32Array(s.readable.buffer)]);
+    expect(out.toSorted((a, b) => a - b)).toEqual([...inside, to].toSorted((a, b) => a - b));
+    expect(guest.log.total).toBe(0);
   });
   test('The driver MUST update actual after changing the number of pages in the balloon', () => {
     const { device, run } = bring([]);

@@ -34,10 +34,12 @@ import type { Arena } from '../arena.ts';
 import { H_BALLOON_MUTEX, H_NR_FILE_PAGES, T_BALLOON } from '../layout.ts';
 import { EV, EVENT_NAMES, eventRow, eventSum } from '../mm/events.ts';
 import {
+  PG_OFFLINE,
   P_FLAGS,
   P_NEXT,
+  P_PREV,
+  P_SHADOW,
   P_ZONE,
-  PG_OFFLINE,
   SHADOW_ALLOCATED,
   SHADOW_BALLOON,
   shadowMove,
@@ -89,6 +91,8 @@ const BALLOON_GFP: number = 3 | GFP_NORETRY;
 export const BALLOON_PAGES = 18;
 
 export class BalloonDriver {
+  /** A museum piece: pages that move are counted where they were. */
+  miscounts = false;
   readonly #w: Int32Array;
   readonly #f64: Float64Array;
   readonly #arena: Arena;
@@ -313,14 +317,7 @@ export class BalloonDriver {
     }
     if (taken.length === 0) return 0;
     taken.reverse();
-    for (const pfn of taken) {
-      const page = this.#memmap + (pfn << 4);
-      w[page + P_FLAGS] = PG_OFFLINE;
-      w[page + P_NEXT] = w[T_BALLOON + V_LIST];
-      w[T_BALLOON + V_LIST] = pfn;
-      shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_ALLOCATED, SHADOW_BALLOON);
-      this.#adjustManaged(pfn, -1);
-    }
+    for (const pfn of taken) this.#putIn(pfn);
     w[T_BALLOON + V_NR_PAGES] += taken.length;
     w[this.#events + EV.balloon_inflate] += taken.length;
     this.#tellHost(Q_INFLATE, taken);
@@ -333,20 +330,71 @@ export class BalloonDriver {
     const pages: number[] = [];
     while (pages.length < n && w[T_BALLOON + V_LIST] >= 0) {
       const pfn = w[T_BALLOON + V_LIST];
-      w[T_BALLOON + V_LIST] = w[this.#memmap + (pfn << 4) + P_NEXT];
+      this.#unlist(pfn);
       pages.push(pfn);
     }
     if (pages.length === 0) return 0;
     w[T_BALLOON + V_NR_PAGES] -= pages.length;
     w[this.#events + EV.balloon_deflate] += pages.length;
     this.#tellHost(Q_DEFLATE, pages);
-    for (const pfn of pages) {
-      w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
-      shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_BALLOON, SHADOW_ALLOCATED);
-      this.#adjustManaged(pfn, 1);
-      this.#alloc.free(pfn, 0);
-    }
+    for (const pfn of pages) this.#release(pfn);
     return pages.length;
+  }
+
+  /** A page is the balloon's from here on: at the front of its list, offline, not counted. */
+  #putIn(pfn: number): void {
+    const w = this.#w;
+    const page = this.#memmap + (pfn << 4);
+    const first = w[T_BALLOON + V_LIST];
+    w[page + P_FLAGS] = PG_OFFLINE;
+    w[page + P_NEXT] = first;
+    w[page + P_PREV] = -1;
+    if (first >= 0) w[this.#memmap + (first << 4) + P_PREV] = pfn;
+    w[T_BALLOON + V_LIST] = pfn;
+    shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_ALLOCATED, SHADOW_BALLOON);
+    this.#adjustManaged(pfn, -1);
+  }
+
+  #unlist(pfn: number): void {
+    const w = this.#w;
+    const next = w[this.#memmap + (pfn << 4) + P_NEXT];
+    const prev = w[this.#memmap + (pfn << 4) + P_PREV];
+    if (prev >= 0) w[this.#memmap + (prev << 4) + P_NEXT] = next;
+    else w[T_BALLOON + V_LIST] = next;
+    if (next >= 0) w[this.#memmap + (next << 4) + P_PREV] = prev;
+  }
+
+  /** A page that the host has been told of is the guest's again. */
+  #release(pfn: number): void {
+    this.#w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
+    shadowMove(this.#w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_BALLOON, SHADOW_ALLOCATED);
+    this.#adjustManaged(pfn, 1);
+    this.#alloc.free(pfn, 0);
+  }
+
+  /**
+   * Balloon compaction (`virtballoon_migratepage`): `to` takes the place of `from`, which somebody wants out of the way.
+   * The host is told of the new page before it is told of the old. Each page is counted where it lies: the two may be in
+   * different zones. False: the balloon is busy, or `from` has left it; `to` stays the caller's. No spin lock is held.
+   */
+  migrate(from: number, to: number): boolean {
+    const w = this.#w;
+    if (!this.ready || !trySpinLock(w, H_BALLOON_MUTEX, this.#vcpu.id)) return false;
+    const isOurs = w[this.#memmap + (from << 4) + P_SHADOW] === SHADOW_BALLOON;
+    if (isOurs) {
+      this.#putIn(to);
+      this.#tellHost(Q_INFLATE, [to]);
+      this.#unlist(from);
+      this.#tellHost(Q_DEFLATE, [from]);
+      this.#release(from);
+      w[this.#events + EV.balloon_migrate]++;
+      if (this.miscounts) {
+        this.#adjustManaged(to, 1);
+        this.#adjustManaged(from, -1);
+      }
+    }
+    spinUnlock(w, H_BALLOON_MUTEX);
+    return isOurs;
   }
 
   /** Without DEFLATE_ON_OOM, balloon pages no longer count as the guest's (`adjust_managed_page_count`). */

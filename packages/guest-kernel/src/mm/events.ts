@@ -44,6 +44,7 @@ export const EVENT_NAMES = [
   'cow',
   'fork',
   'tlb_shootdown',
+  'balloon_migrate',
 ] as const;
 export type EventName = (typeof EVENT_NAMES)[number];
 

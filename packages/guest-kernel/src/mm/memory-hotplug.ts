@@ -24,6 +24,12 @@ import {
 import type { Buddy } from './buddy.ts';
 import { EV, eventRow } from './events.ts';
 import {
+  PAGE_LIST_END,
+  PG_ANON,
+  PG_BUDDY,
+  PG_CACHED,
+  PG_OFFLINE,
+  PG_RESERVED,
   P_FLAGS,
   P_INODE,
   P_NEXT,
@@ -31,13 +37,8 @@ import {
   P_SHADOW,
   P_STAMP,
   P_ZONE,
-  PAGE_LIST_END,
-  PG_ANON,
-  PG_BUDDY,
-  PG_CACHED,
-  PG_OFFLINE,
-  PG_RESERVED,
   SHADOW_ABSENT,
+  SHADOW_BALLOON,
   SHADOW_BUDDY,
   shadowMove,
 } from './page.ts';
@@ -89,6 +90,8 @@ const POISONED = -1;
 
 export class MemoryHotplug {
   readonly sectionPages: number;
+  /** Moves pages of a balloon, in a kernel with balloon compaction; null without. */
+  balloon: { migrate(from: number, to: number): boolean } | null = null;
   readonly #w: Int32Array;
   /** Looked at without the lock that guards it, as `data_race()` marks in Linux: decides what to try, never what is true. */
   readonly #peek: Int32Array;
@@ -440,6 +443,10 @@ export class MemoryHotplug {
         pfn += 1 << Math.min(MAX_ORDER, peek[page + P_ORDER]);
         continue;
       }
+      if (this.#isBalloons(page)) {
+        pfn++;
+        continue;
+      }
       if ((flags & (PG_OFFLINE | PG_RESERVED)) !== 0) return true;
       // Only what a file or a process names can be moved.
       const named = (flags & PG_ANON) !== 0 || ((flags & PG_CACHED) !== 0 && peek[page + P_INODE] >= 0);
@@ -447,6 +454,11 @@ export class MemoryHotplug {
       pfn++;
     }
     return false;
+  }
+
+  /** Whether a page is in a balloon whose pages can be moved. */
+  #isBalloons(page: number): boolean {
+    return this.balloon !== null && this.#peek[page + P_SHADOW] === SHADOW_BALLOON;
   }
 
   /** Whether a page belongs to an allocation: free ones, per-CPU lists included, have no id. */
@@ -461,10 +473,16 @@ export class MemoryHotplug {
       const page = this.#memmap + (pfn << 4);
       if (!this.#inUse(page)) continue;
       const flags = this.#peek[page + P_FLAGS];
-      if ((flags & (PG_CACHED | PG_ANON)) === 0) return 'busy';
+      const isBalloons = this.#isBalloons(page);
+      if (!isBalloons && (flags & (PG_CACHED | PG_ANON)) === 0) return 'busy';
       const to = this.#alloc.alloc(0, MIGRATE_MOVABLE, MOVABLE_GFP);
       if (to < 0) return 'no room';
-      if ((flags & PG_ANON) !== 0 ? this.#processes.migrate(pfn, to) : this.#cache.migrate(pfn, to)) {
+      const moved = isBalloons
+        ? this.balloon?.migrate(pfn, to) === true
+        : (flags & PG_ANON) !== 0
+          ? this.#processes.migrate(pfn, to)
+          : this.#cache.migrate(pfn, to);
+      if (moved) {
         this.#w[this.#events + EV.pgmigrate_success]++;
         continue;
       }

@@ -8,6 +8,7 @@ import { gfn, hfn, HUGE_PAGES, MiB, ownerOf, PAGE_SIZE, USE_RAM, type Hfn } from
 import { smallMachine, type SmallMachine } from '../run/small-machine.ts';
 import type { Check } from '../scenarios/scenario.ts';
 import { inflate } from './inflate.ts';
+import { ZONE_COUNTS } from './zone-counts.ts';
 
 export interface Exhibit {
   readonly name: string;
@@ -304,6 +305,7 @@ export const EXHIBITS: readonly Exhibit[] = [
       ];
     },
   },
+  ZONE_COUNTS,
 ];
 
 /** The gate's verdict: a store through a translation whose frame is gone. */

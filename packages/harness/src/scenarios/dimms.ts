@@ -3,7 +3,7 @@ import { eventSum, LINUX_HOTPLUG, type GuestConfig, type HotplugConfig } from '@
 import type { Dimm } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
-import type { ProgramSpec } from '../run/spec.ts';
+import type { ProgramSpec, VmSpec } from '../run/spec.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
 
 /** Where DIMMs go: above the hole below 4 GiB. */
@@ -87,31 +87,33 @@ export const DIMM_SCENARIOS: readonly Scenario[] = [
             },
             diskBytes: 0,
           },
-          {
-            bootAtNs: 0,
-            guest: { ...guestWithSlots(128 * MiB), balloon: true },
-            program: holds(4096, second(4), second(1)),
-            balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
-            balloonTargets: [
-              [second(1), 64 * MiB],
-              [second(6), 128 * MiB],
-            ],
-            dimms: {
-              slots: 2,
-              orders: [
-                [second(0.5), { plug: dimm('d0', 0, 256 * MiB) }],
-                [second(3), { unplug: 'd0' }],
-                [second(7), { unplug: 'd0' }],
+          ...[false, true].map(
+            (balloonCompaction): VmSpec => ({
+              bootAtNs: 0,
+              guest: { ...guestWithSlots(128 * MiB), balloon: true, balloonCompaction },
+              program: holds(4096, second(4), second(1)),
+              balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
+              balloonTargets: [
+                [second(1), 64 * MiB],
+                [second(6), 128 * MiB],
               ],
-            },
-            diskBytes: 0,
-          },
+              dimms: {
+                slots: 2,
+                orders: [
+                  [second(0.5), { plug: dimm('d0', 0, 256 * MiB) }],
+                  [second(3), { unplug: 'd0' }],
+                  [second(7), { unplug: 'd0' }],
+                ],
+              },
+              diskBytes: 0,
+            }),
+          ),
         ],
         { graceNs: second(5) },
       );
     },
     checks: (outcome) => {
-      const [plain, region, balloon] = outcome.result.vms;
+      const [plain, region, balloon, compacting] = outcome.result.vms;
       const said = plain.dimms?.refusals.join('; ') ?? '';
       const added = outcome.arenas.map((arena) => eventSum(arena, 'memory_added'));
       return [
@@ -128,6 +130,9 @@ export const DIMM_SCENARIOS: readonly Scenario[] = [
         atLeast('beside a balloon: pages it took', balloon.ballooned['inflatedPages'] ?? 0, 16384),
         exactly('beside a balloon: requests that fail', balloon.dimms?.counters.failures ?? 0, 1),
         exactly('once the balloon is empty: DIMMs ejected', balloon.dimms?.counters.ejected ?? 0, 1),
+        exactly('with balloon compaction: requests that fail', compacting.dimms?.counters.failures ?? 0, 0),
+        atLeast('with balloon compaction: pages moved', eventSum(outcome.arenas[3], 'balloon_migrate'), 1),
+        exactly('with balloon compaction: pages left in it', compacting.balloonPages, 0),
       ];
     },
   },

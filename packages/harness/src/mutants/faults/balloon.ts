@@ -95,8 +95,8 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
   fault(
     'oom-frees-first',
     BALLOON,
-    '      this.#adjustManaged(pfn, 1);\n      this.#alloc.free(pfn, 0);',
-    '      this.#alloc.free(pfn, 0);',
+    '    this.#adjustManaged(pfn, 1);\n    this.#alloc.free(pfn, 0);',
+    '    this.#alloc.free(pfn, 0);',
     'MemTotal does not grow back',
     DRIVER_TEST,
   ),

@@ -158,6 +158,22 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
     test('harness/src/fuzz/spinner.test.ts'),
   ),
   fault(
+    'old-page-told-first',
+    BALLOON,
+    '      this.#tellHost(Q_INFLATE, [to]);\n      this.#unlist(from);\n      this.#tellHost(Q_DEFLATE, [from]);\n',
+    '      this.#unlist(from);\n      this.#tellHost(Q_DEFLATE, [from]);\n      this.#tellHost(Q_INFLATE, [to]);\n',
+    'balloon compaction: for a moment the balloon is smaller than the driver says',
+    BALLOON_DRIVER,
+  ),
+  fault(
+    'moved-page-counted-twice',
+    BALLOON,
+    '      this.#putIn(to);\n      this.#tellHost',
+    '      this.#putIn(to);\n      this.#adjustManaged(to, 1);\n      this.#tellHost',
+    'Linux 63341ab03706: managed pages of two zones when a balloon page moves between them',
+    BALLOON_DRIVER,
+  ),
+  fault(
     'statistics-forgotten',
     BALLOON,
     '      if (w[T_BALLOON + V_MISSED] !== 0) this.#handleInterrupt();\n',
