@@ -1,4 +1,5 @@
 /** The hypervisor. */
+export * from './devices/assigned-device.ts';
 export * from './devices/balloon.ts';
 export * from './devices/block.ts';
 export * from './devices/device-port.ts';

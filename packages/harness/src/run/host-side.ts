@@ -193,6 +193,7 @@ export class HostSide {
         vm.sizes[0]?.[0] ?? Number.POSITIVE_INFINITY,
         vm.resets[0]?.[0] ?? Number.POSITIVE_INFINITY,
         vm.dimmOrders[0]?.[0] ?? Number.POSITIVE_INFINITY,
+        vm.assignedDue,
       );
     }
     return at;
@@ -209,6 +210,10 @@ export class HostSide {
       for (let next = vm.sizes[0]; next !== undefined && next[0] <= now; next = vm.sizes[0]) {
         vm.sizes.shift();
         vm.memory[next[1]].setRequested(next[2]);
+      }
+      if (vm.assigned !== null && vm.assignedDue <= now) {
+        vm.assigned.readAll();
+        vm.assignedDue = now + (vm.spec.assigned?.everyNs ?? Number.POSITIVE_INFINITY);
       }
       for (let next = vm.dimmOrders[0]; next !== undefined && next[0] <= now; next = vm.dimmOrders[0]) {
         vm.dimmOrders.shift();

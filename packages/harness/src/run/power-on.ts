@@ -12,6 +12,7 @@ import {
   type Arena,
 } from '@ebb/guest-kernel';
 import {
+  AssignedDevice,
   BalloonDevice,
   BlockDevice,
   DimmSlots,
@@ -146,11 +147,18 @@ export function powerOn(options: PowerOn): RunningVm {
     attach(LINE_BLK, block);
   }
   const files = [file];
+  const assigned = spec.assigned === undefined ? null : new AssignedDevice(vm, pool, options.violations);
+  if (assigned !== null) {
+    // All of boot memory at once; from then on nobody may take any of it away unheard.
+    for (const [from, to] of bootRanges(spec, file.nrBlocks))
+      if (!assigned.map(from, to - from)) vm.killed = true;
+    if (balloon !== null) balloon.inhibited = true;
+  }
   const memory = (spec.memoryDevices ?? []).map((region, i) => {
     const regionFile = newFile(region.id, region.regionBytes / PAGE_SIZE);
     files.push(regionFile);
     addSlot(REGION_SLOT + i, regionFile, region.addr / PAGE_SIZE, 0, regionFile.nrBlocks);
-    const device = memoryDevice(region, vm, port, regionFile, tracing, options.watch);
+    const device = memoryDevice(region, vm, port, regionFile, assigned, tracing, options.watch);
     attach(LINE_MEM + i, device);
     return device;
   });
@@ -170,6 +178,8 @@ export function powerOn(options: PowerOn): RunningVm {
     policyDue: options.policyDue,
     targets: [...(spec.balloonTargets ?? [])],
     resets: [...(spec.resets ?? [])],
+    assigned,
+    assignedDue: spec.assigned?.everyNs ?? Number.POSITIVE_INFINITY,
     dimms,
     dimmOrders: [...(spec.dimms?.orders ?? [])],
     dimmRefusals: [],
@@ -230,6 +240,7 @@ function memoryDevice(
   vm: Vm,
   port: DevicePort,
   file: MemFile,
+  assigned: AssignedDevice | null,
   tracing: { readonly trace?: (line: string) => void },
   watch: MemoryWatch | undefined,
 ): MemoryDevice {
@@ -240,6 +251,11 @@ function memoryDevice(
       pageBytes: file.granularity * PAGE_SIZE,
       discard: (gfn, count) => vm.discard(Int32Array.of(gfn, count), 1),
       unmap: (gfn, count) => vm.unmap(gfn, count),
+      notifyPlug: (gfn, count) => assigned?.map(gfn, count) ?? true,
+      notifyUnplug: (gfn, count) => {
+        assigned?.unmap(gfn, count);
+        return true;
+      },
     },
     ...(spec.grants === true ? { grant: (bytes: number) => bytes } : {}),
     ...tracing,

@@ -3,6 +3,8 @@ import { filePages, freePages, pcpPages, type Arena } from '@ebb/guest-kernel';
 import type {
   DimmCounters,
   DimmSlots,
+  AssignedDevice,
+  AssignedDeviceCounters,
   BalloonDevice,
   BlockDevice,
   FramePool,
@@ -60,6 +62,7 @@ export interface VmResult {
   readonly hintedPages: number;
   readonly memoryDevices: readonly MemoryDeviceResult[];
   readonly dimms: DimmResult | null;
+  readonly assigned: Readonly<AssignedDeviceCounters> | null;
 }
 
 /** What became of the DIMMs. */
@@ -117,6 +120,9 @@ export interface RunningVm {
   policyDue: number;
   targets: (readonly [number, number])[];
   resets: (readonly [number, RebootPolicy])[];
+  readonly assigned: AssignedDevice | null;
+  /** When the assigned device reads next; Infinity without one. */
+  assignedDue: number;
   readonly dimms: DimmSlots | null;
   /** What to do with DIMMs, and what could not be done. */
   dimmOrders: (readonly [number, DimmOrder])[];
@@ -203,6 +209,7 @@ export function vmResult(
       hintedPages: 0,
       memoryDevices: [],
       dimms: null,
+      assigned: null,
     };
   }
   const { vm, balloon, block, arena, transports, file } = running;
@@ -245,6 +252,7 @@ export function vmResult(
       host: running.files[1 + i].assigned * PAGE_SIZE,
       counters: { ...device.counters },
     })),
+    assigned: running.assigned === null ? null : { ...running.assigned.counters },
     dimms:
       running.dimms === null
         ? null

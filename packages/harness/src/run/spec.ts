@@ -91,6 +91,8 @@ export interface VmSpec {
   /** Logical sizes to set at given times: `[atNs, bytes]`. */
   readonly balloonTargets?: readonly (readonly [number, number])[];
   readonly memoryDevices?: readonly MemoryDeviceSpec[];
+  /** A device with all guest memory mapped and pinned (VFIO), which reads it every so often. */
+  readonly assigned?: { readonly everyNs: number };
   /** Slots for DIMMs, and when one is plugged or asked to go. */
   readonly dimms?: {
     readonly slots: number;

@@ -268,6 +268,72 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
     },
   },
   {
+    name: 'assigned-device',
+    about:
+      'a device that reaches guest memory by itself, all of it mapped and pinned: the balloon may discard nothing, virtio-mem tells it of each block that comes and goes; beside the same guest without it',
+    rows: 'Y19, G20; I4, I9, I18',
+    spec: () => {
+      const devices = [device({ regionBytes: 256 * MiB })];
+      const vm = (over: Partial<VmSpec>): VmSpec => ({
+        bootAtNs: 0,
+        guest: { ...hotplugGuest(128 * MiB, devices, { policy: 'online_movable' }), balloon: true },
+        program: {
+          kind: 'touch-free',
+          startNs: second(6),
+          pages: 2048,
+          order: 0,
+          rounds: 1,
+          holdNs: 0,
+          pauseNs: 0,
+        },
+        balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
+        balloonTargets: [[second(4), 96 * MiB]],
+        memoryDevices: devices,
+        memoryTargets: [
+          [second(0), 0, 256 * MiB],
+          [second(2), 0, 64 * MiB],
+        ],
+        diskBytes: 0,
+        ...over,
+      });
+      return spec(1 * GiB, [vm({ assigned: { everyNs: second(0.5) } }), vm({})]);
+    },
+    checks: (outcome) => {
+      const [pinned, free] = outcome.result.vms;
+      const region = (vm: VmResult): VmResult['memoryDevices'][number] => vm.memoryDevices[0];
+      const pages = (bytes: number): number => bytes / PAGE_SIZE;
+      return [
+        ...clean(outcome),
+        exactly(
+          'without it: pages the balloon gave back',
+          free.ballooned['discardedPages'] ?? 0,
+          pages(32 * MiB),
+        ),
+        exactly('with it: pages in the balloon', pinned.ballooned['inflatedPages'] ?? 0, pages(32 * MiB)),
+        exactly('with it: pages the balloon gave back', pinned.ballooned['discardedPages'] ?? 0, 0),
+        // The hole at 640 KiB is not mapped.
+        exactly(
+          'pages it mapped, boot memory and what was plugged',
+          pinned.assigned?.mappedPages ?? 0,
+          pages(128 * MiB) - 96 + pages(256 * MiB),
+        ),
+        exactly(
+          'pages it let go of, one block after the other',
+          pinned.assigned?.unmappedPages ?? 0,
+          pages(192 * MiB),
+        ),
+        exactly('bytes plugged', region(pinned).plugged, 64 * MiB),
+        exactly(
+          'host bytes behind the region: all that is plugged, and no more',
+          region(pinned).host,
+          64 * MiB,
+        ),
+        atLeast('words it read', pinned.assigned?.reads ?? 0, 100_000),
+        exactly('accesses its IOMMU refused', pinned.assigned?.iommuFaults ?? 0, 0),
+      ];
+    },
+  },
+  {
     name: 'virtio-mem-reboot',
     about:
       'system reset with memory plugged: unplug all and plug again (virtio 1.2), keep what was plugged (RFC), and a kernel without the driver',

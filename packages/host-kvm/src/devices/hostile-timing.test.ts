@@ -430,7 +430,7 @@ interface Plugged extends Attached {
 /** 16 blocks of 1 MiB above 32 MiB, none of them plugged. */
 function memoryOn(
   host: TestHost,
-  options: { profile?: MemoryProfile; notifyUnplug?: () => boolean } = {},
+  options: { profile?: MemoryProfile; notifyPlug?: () => boolean; notifyUnplug?: () => boolean } = {},
 ): Plugged {
   const device = new MemoryDevice({
     port: portOf(host),
@@ -445,6 +445,7 @@ function memoryOn(
       pageBytes: PAGE_SIZE,
       discard: (first, count) => host.vm.discard(Int32Array.of(first, count), 1),
       unmap: (first, count) => host.vm.unmap(first, count),
+      ...(options.notifyPlug === undefined ? {} : { notifyPlug: options.notifyPlug }),
       ...(options.notifyUnplug === undefined ? {} : { notifyUnplug: options.notifyUnplug }),
     },
   });
@@ -539,6 +540,18 @@ test('UNPLUG_ALL asks who holds pages, as UNPLUG does', () => {
   m.send(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0);
   settle(host);
   expect(m.device.pluggedBytes).toBe(0);
+});
+
+test('a block that a device with pinned memory cannot have is not plugged: BUSY', () => {
+  const host = big();
+  let told = 0;
+  const m = memoryOn(host, { notifyPlug: () => ++told > 1 });
+  m.send(VIRTIO_MEM_REQ_PLUG, 0, 4);
+  settle(host);
+  expect([m.answer(), m.device.pluggedBytes, m.device.plugged.count()]).toEqual([VIRTIO_MEM_RESP_BUSY, 0, 0]);
+  m.send(VIRTIO_MEM_REQ_PLUG, 0, 4);
+  settle(host);
+  expect(m.device.pluggedBytes).toBe(4 * MiB);
 });
 
 test('ConfigGeneration moves when plugged_size does', () => {

@@ -65,7 +65,9 @@ export interface RegionPort {
   discard(gfn: number, count: number): Generator<TaskYield, number, void>;
   /** Drops every mapping of the pages, so that the next access asks `MemoryDevice.verdict` again. */
   unmap(gfn: number, count: number): Generator<TaskYield, void, void>;
-  /** Tells whoever holds pages of its own (a device with pinned memory) before they go; false: it does not let them go. */
+  /** Tells whoever holds pages of its own (a device with pinned memory) that they are there; false: it cannot have them. */
+  notifyPlug?(gfn: number, count: number): boolean;
+  /** Tells it before they go; false: it does not let them go. */
   notifyUnplug?(gfn: number, count: number): boolean;
 }
 
@@ -441,6 +443,11 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     if (this.profile === 'scribble') yield* this.#discard(addr, nrBlocks * pages);
     else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, nrBlocks * pages);
     for (let b = first; b < first + nrBlocks; b++) this.plugged.add(b);
+    if (this.#region.notifyPlug?.(addr / PAGE_SIZE, nrBlocks * pages) === false) {
+      for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
+      yield* this.#discard(addr, nrBlocks * pages);
+      return VIRTIO_MEM_RESP_BUSY;
+    }
     this.counters.pluggedBlocks += nrBlocks;
     this.#sizeIs(this.#size + nrBlocks * this.blockBytes);
     return VIRTIO_MEM_RESP_ACK;
@@ -469,7 +476,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.counters.discardedPages += yield* this.#region.discard(addr / PAGE_SIZE, pages);
   }
 
-  /** Asks whoever holds pages of plugged blocks, run by run. */
+  /** Tells whoever holds pages of plugged blocks, run by run; false: it does not let some of them go. */
   #mayUnplugAll(): boolean {
     const pages = this.blockBytes / PAGE_SIZE;
     for (let b = 0; b < this.plugged.length; b++) {
@@ -486,6 +493,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   *unplugAll(): Generator<TaskYield, void, void> {
     const blocks = this.plugged.count();
     if (blocks > 0) {
+      // A system reset asks nobody, but tells.
+      this.#mayUnplugAll();
       if (this.profile !== 'qemu') this.plugged.clear();
       yield* this.#discard(this.addr, this.regionBytes / PAGE_SIZE);
       this.plugged.clear();

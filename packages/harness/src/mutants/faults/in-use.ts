@@ -102,6 +102,22 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
     TIMING,
   ),
   fault(
+    'plug-untold',
+    MEMORY_DEVICE,
+    '    if (this.#region.notifyPlug?.(addr / PAGE_SIZE, nrBlocks * pages) === false) {\n',
+    '    if (false as boolean) {\n',
+    'Y19: a device with pinned memory does not hear of a block that comes',
+    TIMING,
+  ),
+  fault(
+    'reset-untold',
+    MEMORY_DEVICE,
+    '      // A system reset asks nobody, but tells.\n      this.#mayUnplugAll();\n',
+    '',
+    'Y19: memory that a device has pinned is discarded by a system reset',
+    test('host-kvm/src/devices/assigned-device.test.ts'),
+  ),
+  fault(
     'shrink-before-zap',
     VM,
     '    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages, resize);\n    else resize();\n',

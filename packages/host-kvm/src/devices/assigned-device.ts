@@ -1,0 +1,95 @@
+/**
+ * A host device that was assigned to the VM (VFIO): it reaches guest memory by itself, through IOMMU mappings made
+ * beforehand. What is mapped is backed and pinned, all of it; so a balloon beside it must discard nothing, and whoever
+ * takes memory away has to tell it first (Y19). Counterpart: `vfio_dma_map`, `RamDiscardListener` of QEMU.
+ */
+import { hfn, ownerOf, USE_RAM, type ViolationLog } from '@ebb/machine';
+import type { Vm } from '../kvm/vm.ts';
+import type { FramePool } from '../mm/frame-pool.ts';
+
+export interface AssignedDeviceCounters {
+  mappedPages: number;
+  unmappedPages: number;
+  /** Words read by DMA, and accesses that the IOMMU refused. */
+  reads: number;
+  iommuFaults: number;
+}
+
+export class AssignedDevice {
+  readonly counters: AssignedDeviceCounters = { mappedPages: 0, unmappedPages: 0, reads: 0, iommuFaults: 0 };
+  readonly #vm: Vm;
+  readonly #pool: FramePool;
+  readonly #log: ViolationLog;
+  /** Frame of each mapped guest page. */
+  readonly #iommu = new Map<number, number>();
+
+  constructor(vm: Vm, pool: FramePool, log: ViolationLog) {
+    this.#vm = vm;
+    this.#pool = pool;
+    this.#log = log;
+  }
+
+  get mappedPages(): number {
+    return this.#iommu.size;
+  }
+
+  /** Maps guest pages, each backed and pinned. False: the host has no frame, or it is no RAM; then none is mapped. */
+  map(gfn: number, count: number): boolean {
+    for (let page = gfn; page < gfn + count; page++) {
+      const slot = this.#vm.slots.findForVmm(page);
+      const frame = slot === null ? -1 : slot.file.assign(slot.fileOffset + (page - slot.baseGfn), false);
+      if (frame < 0) {
+        this.unmap(gfn, page - gfn);
+        return false;
+      }
+      if (this.#iommu.has(page)) continue;
+      this.#pool.pin(hfn(frame));
+      this.#iommu.set(page, frame);
+      this.counters.mappedPages++;
+    }
+    return true;
+  }
+
+  /** Unmaps guest pages: their pins go, and DMA to them is refused from here on. */
+  unmap(gfn: number, count: number): void {
+    for (let page = gfn; page < gfn + count; page++) {
+      const frame = this.#iommu.get(page);
+      if (frame === undefined) continue;
+      this.#iommu.delete(page);
+      this.#pool.unpin(hfn(frame));
+      this.counters.unmappedPages++;
+    }
+  }
+
+  /** Reads a word by DMA; undefined where the IOMMU refuses. The frame must be the VM's still. */
+  read32(gfn: number, word: number): number | undefined {
+    const frame = this.#iommu.get(gfn);
+    if (frame === undefined) {
+      this.counters.iommuFaults++;
+      return undefined;
+    }
+    this.counters.reads++;
+    const { ledger, memory } = this.#pool;
+    const owner = ownerOf(this.#vm.id, USE_RAM);
+    if (ledger.owner[frame] !== owner)
+      this.#log.record({
+        kind: ledger.owner[frame] === 0 ? 'use-after-free' : 'foreign-frame',
+        actor: 'device',
+        vm: this.#vm.id,
+        vcpu: -1,
+        gfn,
+        hfn: frame,
+        expected: owner,
+        found: ledger.owner[frame],
+        owner: ledger.owner[frame],
+        stepTaken: ledger.stepTaken[frame],
+        stepReleased: ledger.stepReleased[frame],
+      });
+    return memory.i32[frame * 1024 + word];
+  }
+
+  /** Reads a word of every mapped page: what a busy device would do sooner or later. */
+  readAll(): void {
+    for (const gfn of this.#iommu.keys()) this.read32(gfn, 0);
+  }
+}
