@@ -595,3 +595,50 @@ test.each([
   };
   expect(judgeMemoryDevice(figures)).toMatch(message);
 });
+
+describe('how a profile is enforced', () => {
+  const holes = (b: Bench, n: number): number[] =>
+    Array.from({ length: n }, (_, i) => b.request(VIRTIO_MEM_REQ_PLUG, at(2 * i), 1).type);
+
+  test('by mprotect: each hole is a mapping more; at the limit a request is BUSY and changes nothing (H14, H64)', () => {
+    const over = { profile: 'rfc-write-protect' as const, protection: 'mprotect' as const, maxMapCount: 9 };
+    const b = bench('a VM of this host', over);
+    expect(b.device.vmas).toBe(1);
+    // A plugged block and the gap behind it: two mappings each.
+    expect(holes(b, 5)).toEqual([...new Array<number>(4).fill(VIRTIO_MEM_RESP_ACK), VIRTIO_MEM_RESP_BUSY]);
+    expect([b.device.vmas, b.device.plugged.count(), b.device.counters.mapCountRefusals]).toEqual([8, 4, 1]);
+    // What joins two runs makes fewer, and is always possible.
+    expect(b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(b.device.vmas).toBe(6);
+    expect(b.request(VIRTIO_MEM_REQ_UNPLUG, at(1), 1).type).toBe(VIRTIO_MEM_RESP_ACK);
+    expect(b.device.vmas).toBe(8);
+  });
+
+  test('by userfaultfd: one mapping, whatever the holes', () => {
+    const b = bench('a VM of this host', { profile: 'rfc-write-protect', maxMapCount: 9 });
+    expect(holes(b, 8)).toEqual(new Array<number>(8).fill(VIRTIO_MEM_RESP_ACK));
+    expect([b.device.vmas, b.device.counters.mapCountRefusals]).toEqual([1, 0]);
+  });
+
+  test('a protection fault on memory that is plugged is a false alarm: the access is let through, nothing is lost (H65)', () => {
+    const b = bench('a VM of this host', { profile: 'rfc-write-protect' });
+    const { host } = b;
+    if (host === null) throw new Error('a VM');
+    b.request(VIRTIO_MEM_REQ_PLUG, at(0), 2);
+    const [vcpu] = host.vcpus;
+    const first = at(0) / PAGE_SIZE;
+    const before = b.device.counters.refusedWrites;
+    for (let round = 0; round < 50; round++) {
+      vcpu.enterGuest();
+      for (let p = 0; p < 8; p++) {
+        if (round > 0) expect(vcpu.load32(gfn(first + p), 3)).toBe(100 * round + p);
+        vcpu.store32(gfn(first + p), 3, 100 * (round + 1) + p);
+      }
+      vcpu.leaveGuest();
+      // The kernel protects a page that nobody asked it to protect.
+      host.finish(host.vm.unmap(first + (round % 8), 1));
+    }
+    expect(host.vm.counters.eptViolations).toBeGreaterThanOrEqual(50);
+    expect([b.device.counters.refusedWrites - before, host.log.total]).toEqual([0, 0]);
+  });
+});

@@ -74,6 +74,10 @@ export interface RegionPort {
 export interface MemoryDeviceOptions {
   readonly port: DevicePort;
   readonly region: RegionPort;
+  /** How a profile that enforces does it; see `vmas`. Userfaultfd without it. */
+  readonly protection?: 'mprotect' | 'userfaultfd';
+  /** Most mappings that the VMM's address space may have for the region (`vm.max_map_count`); Linux's default without it. */
+  readonly maxMapCount?: number;
   readonly id: string;
   /** Guest-physical address and size of the region in bytes; multiples of the block size. */
   readonly addr: number;
@@ -124,6 +128,8 @@ export interface MemoryDeviceCounters {
   refusedWrites: number;
   refusedReads: number;
   zeroReads: number;
+  /** Requests that would have made more mappings than the VMM's address space may have. */
+  mapCountRefusals: number;
 }
 
 export class MemoryDevice implements VirtioDevice, RegionGate {
@@ -153,6 +159,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     refusedWrites: 0,
     refusedReads: 0,
     zeroReads: 0,
+    mapCountRefusals: 0,
   };
   /** One bit per block. */
   readonly plugged: Bitmap;
@@ -175,6 +182,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   readonly #grant: ((bytes: number) => number) | undefined;
   /** `EBB_MEM_F_MORE` was negotiated. */
   #mayAsk = false;
+  readonly #protection: 'mprotect' | 'userfaultfd';
+  readonly #maxMapCount: number;
 
   /** `judgeMemoryDevice` says beforehand whether the figures are possible. */
   constructor(options: MemoryDeviceOptions) {
@@ -203,6 +212,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.#onSize = options.onSize ?? (() => undefined);
     this.#onRequest = options.onRequest;
     this.#grant = options.grant;
+    this.#protection = options.protection ?? 'userfaultfd';
+    this.#maxMapCount = options.maxMapCount ?? MAX_MAP_COUNT;
     this.#runner = new QueueRunner(options.port, `virtio-mem/${options.id}`, (_index, kicked) =>
       this.#serve(kicked),
     );
@@ -436,7 +447,7 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
     if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;
     if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_UNPLUGGED) return VIRTIO_MEM_RESP_ERROR;
-    if (this.busy) return VIRTIO_MEM_RESP_BUSY;
+    if (this.busy || !this.#protectionFits(addr, nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;
     const first = this.#first(addr);
     const pages = this.blockBytes / PAGE_SIZE;
     // What reads of unplugged memory mapped must go before the block is memory again, and with it what was written there.
@@ -457,8 +468,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
     if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED) return VIRTIO_MEM_RESP_ERROR;
     const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
-    if (this.busy || this.#region.notifyUnplug?.(addr / PAGE_SIZE, pages) === false)
-      return VIRTIO_MEM_RESP_BUSY;
+    if (this.busy || !this.#protectionFits(addr, nrBlocks, false)) return VIRTIO_MEM_RESP_BUSY;
+    if (this.#region.notifyUnplug?.(addr / PAGE_SIZE, pages) === false) return VIRTIO_MEM_RESP_BUSY;
     const first = this.#first(addr);
     const close = (): void => {
       for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
@@ -470,6 +481,35 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.counters.unpluggedBlocks += nrBlocks;
     this.#sizeIs(this.#size - nrBlocks * this.blockBytes);
     return VIRTIO_MEM_RESP_ACK;
+  }
+
+  /**
+   * Mappings that the VMM's address space has for the region. With `mprotect` each run of plugged and of unplugged blocks
+   * is one of its own, so that holes make many (H14); with userfaultfd, or where nothing is enforced, it is one.
+   */
+  get vmas(): number {
+    return this.#vmasIf(0, 0, false);
+  }
+
+  /** The same, if blocks `first … first + count − 1` were plugged or not. */
+  #vmasIf(first: number, count: number, plugged: boolean): number {
+    const enforces = this.profile === 'rfc-write-protect' || this.profile === 'inaccessible';
+    if (!enforces || this.#protection !== 'mprotect') return 1;
+    let runs = 0;
+    let last: boolean | null = null;
+    for (let b = 0; b < this.plugged.length; b++) {
+      const is = b >= first && b < first + count ? plugged : this.plugged.has(b);
+      if (is !== last) runs++;
+      last = is;
+    }
+    return runs;
+  }
+
+  /** Whether the address space can hold the mappings that a change leaves; else `mprotect` fails (H64). */
+  #protectionFits(addr: number, nrBlocks: number, plugged: boolean): boolean {
+    if (this.#vmasIf(this.#first(addr), nrBlocks, plugged) <= this.#maxMapCount) return true;
+    this.counters.mapCountRefusals++;
+    return false;
   }
 
   *#discard(addr: number, pages: number): Generator<TaskYield, void, void> {
@@ -547,6 +587,9 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     return 'nothing';
   }
 }
+
+/** `vm.max_map_count` of Linux. */
+const MAX_MAP_COUNT = 65530;
 
 /** Why these figures make no memory device, in QEMU's words where it has some; empty when they do. */
 export function judgeMemoryDevice(options: {

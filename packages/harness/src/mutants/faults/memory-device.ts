@@ -98,8 +98,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'busy-plugs',
     DEVICE,
-    '    if (this.busy) return VIRTIO_MEM_RESP_BUSY;\n',
-    '',
+    'if (this.busy || !this.#protectionFits(addr, nrBlocks, true)) return',
+    'if (!this.#protectionFits(addr, nrBlocks, true)) return',
     'a plug while a migration runs',
     DEVICE_TEST,
   ),
@@ -141,6 +141,15 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     "    return verdict === 'zeros' || verdict === 'nothing' ? null : slot;\n",
     '    return slot;\n',
     '5.15.6: no DMA to unplugged memory',
+    DEVICE_TEST,
+  ),
+
+  fault(
+    'map-count-unchecked',
+    DEVICE,
+    '    if (this.busy || !this.#protectionFits(addr, nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;\n',
+    '    if (this.busy) return VIRTIO_MEM_RESP_BUSY;\n',
+    'H64: more mappings than an address space may have',
     DEVICE_TEST,
   ),
 
