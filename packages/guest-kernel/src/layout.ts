@@ -73,8 +73,9 @@ export const T_MEM: number = T_BALLOON + 5 * THREAD_WORDS;
  * one per DIMM (static). Guarded by `H_HOTPLUG_LOCK`.
  */
 export const MAX_DIMMS = 4;
-export const DIMM_GROUPS: number = MAX_MEM_DEVICES;
 export const NR_GROUPS: number = MAX_MEM_DEVICES + MAX_DIMMS;
+/** First of the DIMMs' groups. */
+export const DIMM_GROUPS: number = NR_GROUPS - MAX_DIMMS;
 export const GROUP_WORDS = 16;
 export const GROUP_BASE: number = T_MEM + MAX_MEM_DEVICES * MEM_THREAD_WORDS;
 /** The ACPI memory driver's words. */
