@@ -3,7 +3,7 @@ import { longestCommonSubsequence } from './align.ts';
 import { memoryFidelity } from './fidelity.ts';
 import { readSession, type Session } from './session-file.ts';
 
-test.each(['I-busy', 'E-block-128M', 'A-session'])(
+test.each(['I-busy', 'E-block-128M', 'B-movable', 'A-session'])(
   '%s: our requests and answers are the real ones, in their order',
   (name) => {
     const result = memoryFidelity(readSession(name), () => undefined);

@@ -158,8 +158,14 @@ export function sampleOf(now: number, hostFrames: number, vms: readonly RunningV
   };
 }
 
+/** What the audit asks of a VM: its files, and how many table frames its MMU holds. */
+interface AuditedVm {
+  readonly files: readonly MemFile[];
+  readonly vm: { readonly mmu: { readonly counters: { readonly tables: number } } };
+}
+
 /** Both sums of I9, recounted. An empty string when they hold, else what does not. Only between windows. */
-export function auditFrames(pool: FramePool, vms: readonly RunningVm[]): string {
+export function auditFrames(pool: FramePool, vms: readonly AuditedVm[]): string {
   const counts = pool.ledger.recount();
   const total = Object.values(counts).reduce((sum, n) => sum + n, 0);
   const outside = pool.ledger.frames - pool.frames;

@@ -1,11 +1,10 @@
-/** Whole runs: scenarios on both schedules, determinism, replay, and the run protocol. */
+/** Whole runs: determinism, replay, and the run protocol. */
 import { describe, expect, test } from 'vitest';
 import { Arena, buddyinfo, zoneinfo } from '@ebb/guest-kernel';
 import { GiB, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
 import { loadTrace } from '../compare/options.ts';
 import { fidelity } from '../fidelity.ts';
-import { runScenario } from '../scenarios/run-scenario.ts';
-import { SCENARIOS } from '../scenarios/scenarios.ts';
+import { findScenario, runScenario } from '../scenarios/run-scenario.ts';
 import { makePlan } from '../trace/replay-plan.ts';
 import { hostBuffers, runBuffers } from './buffers.ts';
 import { fileStorage } from './file-storage.ts';
@@ -15,29 +14,8 @@ import type { RunSpec } from './spec.ts';
 import { runThreads, ThreadPool } from './threads-run.ts';
 import { WorkerDied } from './worker-endpoint.ts';
 
-describe('scenarios, inline', () => {
-  test.each(SCENARIOS.map((s) => s.name))('%s passes', async (name) => {
-    const scenario = SCENARIOS.find((s) => s.name === name);
-    if (scenario === undefined) throw new Error(name);
-    const run = await runScenario(scenario, { schedule: 'inline', seed: 1, traceOut: false });
-    expect(run.outcome.result.violations).toEqual([]);
-    expect(run.checks.filter((c) => !c.ok)).toEqual([]);
-  });
-});
-
-describe('scenarios, in real threads', () => {
-  test.each(['balloon', 'reporting', 'hinting'])('%s passes', async (name) => {
-    const scenario = SCENARIOS.find((s) => s.name === name);
-    if (scenario === undefined) throw new Error(name);
-    const run = await runScenario(scenario, { schedule: 'threads', seed: 1, traceOut: false });
-    expect(run.outcome.result.violations).toEqual([]);
-    expect(run.checks.filter((c) => !c.ok)).toEqual([]);
-  });
-});
-
 test('an inline run is the same every time, byte for byte', async () => {
-  const scenario = SCENARIOS.find((s) => s.name === 'reporting');
-  if (scenario === undefined) throw new Error('reporting');
+  const scenario = findScenario('reporting');
   const once = async (): Promise<string> => {
     const run = await runScenario(scenario, { schedule: 'inline', seed: 3, traceOut: true });
     const [arena] = run.outcome.arenas;
@@ -105,7 +83,7 @@ describe('replay', () => {
 
 describe('the run protocol', () => {
   const smallSpec = (): RunSpec => ({
-    ...(SCENARIOS.find((s) => s.name === 'pressure') as (typeof SCENARIOS)[number]).spec(1),
+    ...findScenario('pressure').spec(1),
     workers: 2,
   });
 
@@ -126,7 +104,7 @@ describe('the run protocol', () => {
 
   test('a VM killed in the middle of a device wait ends the run at once, in threads too: its siblings are not waited for', async () => {
     // The balloon inflates into memory that the host does not have: vCPU 0 dies holding the balloon mutex.
-    const base = (SCENARIOS.find((s) => s.name === 'balloon') as (typeof SCENARIOS)[number]).spec(1);
+    const base = findScenario('balloon').spec(1);
     const spec: RunSpec = { ...base, hostFrames: (420 * MiB) / PAGE_SIZE, workers: 2 };
     const pool = new ThreadPool(2);
     try {
@@ -142,8 +120,7 @@ describe('the run protocol', () => {
   });
 
   test('native formats: allocation events as tracefs text that our own import reads, device events as QEMU’s trace lines', async () => {
-    const scenario = SCENARIOS.find((s) => s.name === 'balloon');
-    if (scenario === undefined) throw new Error('balloon');
+    const scenario = findScenario('balloon');
     const run = await runScenario(scenario, { schedule: 'inline', seed: 1, traceOut: true });
     const { importTraceText } = await import('../trace/import.ts');
     const imported = importTraceText(run.allocTrace.join('\n'), 'own trace');

@@ -93,10 +93,15 @@ async function runVm(description: VmDescription, flags: VmFlags): Promise<void> 
     for (const place of description.monitors)
       if (place.socket !== null) servers.push(await listen(place.socket, place.mode, api, clients));
     const events = async (): Promise<void> => {
-      while (!over) clients.broadcast(await host.api.nextEvents());
+      for (;;) {
+        const text = await host.api.nextEvents();
+        if (text === '') return;
+        clients.broadcast(text);
+      }
     };
-    events().catch(() => undefined);
-    const ended = runs.then(([end]) => {
+    const told = events().catch(() => undefined);
+    const ended = runs.then(async ([end]) => {
+      await told;
       over = true;
       return end;
     });

@@ -14,11 +14,13 @@ const CLI = fileURLToPath(new URL('../cli.ts', import.meta.url));
 const socket: string = join(mkdtempSync(join(tmpdir(), 'ebb-qmp-')), 'qmp');
 let vm: ChildProcess;
 let client: Qmp;
-const events: string[] = [];
+/** Events and answered commands, in the order in which the client saw them. */
+const seen: string[] = [];
 
 function execute(command: string, args: object | null = null): Promise<unknown> {
   return new Promise((resolve, reject) => {
     client.execute(command, args, (error, value) => {
+      seen.push(command);
       if (error === null) resolve(value);
       else reject(error);
     });
@@ -36,7 +38,7 @@ beforeAll(async () => {
   for (let i = 0; i < 300 && !existsSync(socket); i++) await new Promise((r) => setTimeout(r, 50));
   client = new Qmp();
   for (const name of ['memory_device_size_change', 'reset', 'stop', 'resume', 'shutdown'])
-    client.on(name, (event: string) => events.push(event));
+    client.on(name, (event: string) => seen.push(event));
   await new Promise<void>((resolve, reject) => {
     client.connect(socket, (error) => {
       if (error === null) resolve();
@@ -61,7 +63,7 @@ test('it reads the greeting, resizes memory, and hears of it', async () => {
   await expect(resize(1)).rejects.toThrow("has to be multiples of 'block-size' (0x200000)");
   expect(await execute('balloon', { value: 128 * MiB })).toEqual({});
   expect(await execute('query-balloon')).toEqual({ actual: 128 * MiB });
-  expect(events).toContain('MEMORY_DEVICE_SIZE_CHANGE');
+  expect(seen).toContain('MEMORY_DEVICE_SIZE_CHANGE');
 });
 
 test('clients that vanish in the middle leave the VM running, and others served', async () => {
@@ -87,5 +89,6 @@ test('it resets the system, pauses it, and ends it', async () => {
   expect(await execute('quit')).toEqual({});
   const [code] = (await once(vm, 'exit')) as [number];
   expect(code).toBe(0);
-  expect(events).toEqual(expect.arrayContaining(['RESET', 'STOP', 'RESUME', 'SHUTDOWN']));
+  expect(seen).toEqual(expect.arrayContaining(['RESET', 'STOP', 'RESUME', 'SHUTDOWN']));
+  expect(seen.slice(-2)).toEqual(['quit', 'SHUTDOWN']);
 });

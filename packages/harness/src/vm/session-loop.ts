@@ -42,6 +42,8 @@ export class SessionLoop {
   readonly #jobs: Job[] = [];
   #wake: () => void = () => undefined;
   #eventText = '';
+  /** No more events come. */
+  #over = false;
   #eventWaiter: ((text: string) => void) | null = null;
   /** The host was told something that guests have not looked at. */
   #poked = true;
@@ -107,7 +109,7 @@ export class SessionLoop {
 
   /** The next events, as text for every connection that has negotiated; empty when the session is over. */
   nextEvents(): Promise<string> {
-    if (this.#eventText !== '' || this.machine.quitting) {
+    if (this.#eventText !== '' || this.#over) {
       const text = this.#eventText;
       this.#eventText = '';
       return Promise.resolve(text);
@@ -129,6 +131,18 @@ export class SessionLoop {
 
   /** Runs until a monitor says quit. Why it ended otherwise, or empty. */
   async run(): Promise<string> {
+    const why = await this.#untilQuit();
+    if (this.machine.quitting) {
+      // The answer to `quit` goes out before the news that it is over.
+      await turn();
+      this.machine.shutDown();
+    }
+    this.#over = true;
+    this.#emit('');
+    return why;
+  }
+
+  async #untilQuit(): Promise<string> {
     const { machine } = this;
     let wall = performance.now();
     while (!machine.quitting) {
@@ -161,9 +175,6 @@ export class SessionLoop {
         wall = performance.now();
       }
     }
-    this.#eventWaiter?.(this.#eventText);
-    // The answer to `quit` goes out before the news that it is over.
-    await turn();
     return '';
   }
 

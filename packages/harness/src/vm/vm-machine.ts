@@ -95,6 +95,10 @@ export class VmMachine implements Machine {
 
   quit(): void {
     this.quitting = true;
+  }
+
+  /** The news that the machine is off: the last there is. */
+  shutDown(): void {
     this.emit({ event: 'SHUTDOWN', data: { guest: false, reason: 'host-qmp-quit' } });
   }
 
