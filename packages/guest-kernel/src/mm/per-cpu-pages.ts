@@ -7,7 +7,7 @@
  * back when it leaves. That spares a lock per operation. Linux ≥ 6.0 takes `pcp->lock` instead; the effect users can ask
  * about is the same: another CPU's lists can be drained, by the drainer if their owner is away, else by the owner on request.
  */
-import type { Vcpu } from '@ebb/machine';
+import { assert, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
 import { MAX_CPUS, PCP_BASE, PCP_WORDS } from '../layout.ts';
 import type { Buddy } from './buddy.ts';
@@ -345,7 +345,9 @@ export class PerCpuPages {
     this.#buddy.lock(zone);
     while (left > 0) {
       let list = 0;
+      let empty = 0;
       do {
+        assert(empty++ < NR_LISTS, 'a per-CPU count is what its lists hold');
         i = i + 1 >= NR_LISTS ? 0 : i + 1;
         list = pcp + C_LISTS + 2 * i;
       } while (w[list + 1] < 0);
