@@ -1,9 +1,12 @@
 /** Whole runs: determinism, replay, and the run protocol. */
+import fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { Arena, buddyinfo, zoneinfo } from '@ebb/guest-kernel';
+import { VIRTIO_BALLOON_F_REPORTING } from '@ebb/virtio';
 import { GiB, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
 import { loadTrace } from '../compare/options.ts';
 import { fidelity } from '../fidelity.ts';
+import { freshGuest, spec } from '../scenarios/scenario.ts';
 import { findScenario, runScenario } from '../scenarios/run-scenario.ts';
 import { makePlan } from '../trace/replay-plan.ts';
 import { hostBuffers, runBuffers } from './buffers.ts';
@@ -79,6 +82,40 @@ describe('replay', () => {
     ]);
     expect(result.endNs).toBeLessThan(plan.durationNs);
   });
+});
+
+test('wherever the host runs out of frames, the run ends, names the VM, and every frame is accounted for (I9, I24)', () => {
+  let killed = 0;
+  fc.assert(
+    fc.property(fc.integer({ min: 0, max: (96 * MiB) / PAGE_SIZE }), fc.nat(), (frames, seed) => {
+      const vm = (bootAtNs: number): RunSpec['vms'][number] => ({
+        bootAtNs,
+        guest: freshGuest(64 * MiB, { balloon: true }),
+        program: {
+          kind: 'touch-free',
+          pages: 8192,
+          order: seed % 3,
+          rounds: 2,
+          holdNs: 0,
+          pauseNs: NS_PER_S,
+        },
+        balloonFeatures: [VIRTIO_BALLOON_F_REPORTING],
+        balloonTargets: [[NS_PER_S / 2, 32 * MiB]],
+        diskBytes: 0,
+      });
+      const small = spec(8 * MiB + frames * PAGE_SIZE, [vm(0), vm(NS_PER_S / 4)]);
+      const buffers = runBuffers(small, hostBuffers(small.hostFrames * PAGE_SIZE));
+      const { result } = runInline(small, buffers, (_vm, bytes) => fileStorage(bytes));
+      const dead = result.vms.filter((v) => v.state === 'killed' || v.state === 'off');
+      expect(result.ledgerViolations).toBe(0);
+      expect(result.ok).toBe(result.why === '');
+      expect(result.ok || /^VM \d: /.test(result.why)).toBe(true);
+      if (result.ok) expect(dead).toEqual([]);
+      else killed++;
+    }),
+    { numRuns: 30, seed: 20_261_121 },
+  );
+  expect(killed).toBeGreaterThan(5);
 });
 
 describe('the run protocol', () => {

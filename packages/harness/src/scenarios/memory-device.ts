@@ -23,7 +23,8 @@ import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from
 /** Where regions begin: above the hole below 4 GiB. */
 const REGION_ADDR: number = 4 * GiB;
 
-function device(over: Partial<MemoryDeviceSpec> = {}): MemoryDeviceSpec {
+/** A memory device of 1 GiB, blocks of 2 MiB, as QEMU would have it. */
+export function device(over: Partial<MemoryDeviceSpec> = {}): MemoryDeviceSpec {
   return {
     id: 'vm0',
     addr: REGION_ADDR,
@@ -37,7 +38,7 @@ function device(over: Partial<MemoryDeviceSpec> = {}): MemoryDeviceSpec {
 }
 
 /** A freshly booted guest of `bytes` with drivers for `devices`. */
-function hotplugGuest(
+export function hotplugGuest(
   bytes: number,
   devices: readonly MemoryDeviceSpec[],
   over: Partial<HotplugConfig> = {},
