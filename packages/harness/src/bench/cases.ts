@@ -381,6 +381,7 @@ export async function executions(
       preemptions: 0,
       workers: 0,
       keepGoing: true,
+      shrinkMilliseconds: 0,
     },
     () => undefined,
   );

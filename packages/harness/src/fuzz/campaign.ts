@@ -15,6 +15,8 @@ export interface CampaignOptions extends SearchOptions {
   readonly runs: number;
   readonly milliseconds: number;
   readonly keepGoing: boolean;
+  /** Longest time to shrink a failure; 0: it is told as it was found. */
+  readonly shrinkMilliseconds: number;
 }
 
 export interface CampaignProgress {
@@ -40,7 +42,6 @@ export type CampaignMessage =
 const REPORT_MS = 500;
 /** Runs of one property before the next has its turn. */
 const TURN = 16;
-const SHRINK_MS = 15_000;
 
 /** Searches; `tell` hears of progress and of each failure. */
 async function campaign(options: CampaignOptions, tell: (message: CampaignMessage) => void): Promise<void> {
@@ -77,7 +78,7 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
     violations++;
     const at = performance.now() - began;
     const run = draw.get(n);
-    const small = await shrink(stage, run.program, outcome, run.observe, SHRINK_MS);
+    const small = await shrink(stage, run.program, outcome, run.observe, options.shrinkMilliseconds);
     tell({
       kind: 'failure',
       run: n + 1,

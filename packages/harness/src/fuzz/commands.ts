@@ -28,6 +28,7 @@ interface FuzzFlags {
   preemptions: string;
   workers: string;
   keepGoing?: boolean;
+  shrink: string;
   out: string;
   json?: string;
 }
@@ -47,6 +48,7 @@ function addFuzz(program: Command): void {
     .option('--preemptions <d>', 'exhaustive: schedules with at most this many preemptions', '2')
     .option('--workers <n>', 'campaigns at once (default: one per core)', '0')
     .option('--keep-going', 'go on after a failure')
+    .option('--shrink <time>', 'longest time to make a failure smaller; 0s leaves it as it was found', '15s')
     .option('--out <folder>', 'where failing cases are written', 'out/fuzz')
     .option('--json <file>', 'write the result as JSON; - for standard output')
     .addHelpText(
@@ -73,6 +75,7 @@ function addFuzz(program: Command): void {
           preemptions: wholeNumber('--preemptions', flags.preemptions, 0, 64),
           workers: wholeNumber('--workers', flags.workers, 0, 64),
           keepGoing: flags.keepGoing === true,
+          shrinkMilliseconds: duration('--shrink', flags.shrink),
         },
         (p) => {
           const s = (performance.now() - began) / 1000;

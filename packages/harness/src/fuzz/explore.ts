@@ -143,6 +143,7 @@ export async function shrink(
   milliseconds: number,
 ): Promise<{ program: FuzzProgram; choices: number[]; found: readonly string[] }> {
   let best = { program, choices: [...outcome.choices], found: outcome.found };
+  if (milliseconds === 0) return best;
   const replayed = async (p: FuzzProgram, choices: readonly number[]): Promise<Outcome> =>
     stage.run(p, { strategy: 'none', seed: 1, depth: 0, length: 1, choices, observe });
   const first = await replayed(program, best.choices);

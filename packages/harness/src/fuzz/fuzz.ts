@@ -1,9 +1,10 @@
 /** Fuzzing over all cores: one campaign process each, their progress and failures put together. */
-import { spawn, spawnSync } from 'node:child_process';
+import { spawn } from 'node:child_process';
 import { availableParallelism } from 'node:os';
 import { fileURLToPath } from 'node:url';
 import type { CampaignMessage, CampaignOptions, CampaignProgress } from './campaign.ts';
 import type { FuzzCase } from './case-file.ts';
+import { allowedCores, onCore } from './cores.ts';
 import { WorkerDied } from '../run/worker-endpoint.ts';
 
 export interface FuzzFailure {
@@ -29,18 +30,12 @@ export type FuzzOptions = Omit<CampaignOptions, 'number' | 'of'> & {
 
 const EXTENSION = import.meta.url.endsWith('.ts') ? '.ts' : '.js';
 
-/** Command that pins a process to a core, where there is one. */
-function pinned(core: number): readonly string[] {
-  const have = spawnSync('taskset', ['-c', String(core), 'true']).status === 0;
-  return have ? ['taskset', '-c', String(core)] : [];
-}
-
 export async function fuzz(
   options: FuzzOptions,
   onProgress: (p: CampaignProgress) => void,
 ): Promise<FuzzResult> {
-  const cores = availableParallelism();
-  const of = options.workers === 0 ? cores : options.workers;
+  const cores = allowedCores();
+  const of = options.workers === 0 ? availableParallelism() : options.workers;
   const latest = new Map<number, CampaignProgress>();
   const failures: FuzzFailure[] = [];
   const sum = (): CampaignProgress => {
@@ -60,7 +55,7 @@ export async function fuzz(
   const children = Array.from({ length: of }, (_, number) => {
     const work: CampaignOptions = { ...options, number, of };
     const [command, ...args] = [
-      ...pinned(number % cores),
+      ...onCore(cores[number % cores.length]),
       process.execPath,
       ...process.execArgv,
       entry,

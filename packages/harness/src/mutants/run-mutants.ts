@@ -5,6 +5,7 @@ import { availableParallelism } from 'node:os';
 import { join } from 'node:path';
 import { applyPatch, parsePatch } from 'diff';
 import { UserError } from '../trace/trace.ts';
+import { allowedCores } from '../fuzz/cores.ts';
 import { PROPERTIES } from '../fuzz/properties.ts';
 import type { Mutant } from './mutant.ts';
 import { ROOT, Scratch, sourcesHash } from './scratch.ts';
@@ -40,7 +41,7 @@ async function byProperties(
   runs: number,
   milliseconds: number,
 ): ReturnType<Check> {
-  const out = await scratch.run(
+  const out = await scratch.search(
     [
       '--conditions=ebb-source',
       'packages/harness/src/cli.ts',
@@ -48,6 +49,8 @@ async function byProperties(
       ...names,
       '--workers',
       '1',
+      '--shrink',
+      '0s',
       ...(runs > 0 ? ['--runs', String(runs)] : []),
       '--time',
       `${milliseconds}ms`,
@@ -189,8 +192,9 @@ export async function runMutants(
     settle({ ...have, name, cached: true });
     return false;
   });
-  const worker = async (): Promise<void> => {
-    const scratch = new Scratch();
+  const cores = allowedCores();
+  const worker = async (_: unknown, number: number): Promise<void> => {
+    const scratch = new Scratch(cores[number % cores.length]);
     try {
       for (let next = waiting.shift(); next !== undefined; next = waiting.shift()) {
         const began = performance.now();

@@ -15,6 +15,7 @@ import {
 import { tmpdir } from 'node:os';
 import { join, relative } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { onCore } from '../fuzz/cores.ts';
 import { UserError } from '../trace/trace.ts';
 
 /** Top of the repository that this file belongs to. */
@@ -45,8 +46,11 @@ export function sourcesHash(): string {
 
 export class Scratch {
   readonly folder: string;
+  readonly #core: number | undefined;
 
-  constructor() {
+  /** `core`: where searches in this copy run, if the platform can pin. */
+  constructor(core?: number) {
+    this.#core = core;
     if (!existsSync(join(ROOT, 'packages/harness/src')) || !existsSync(join(ROOT, 'node_modules')))
       throw new UserError('mutants: needs a checkout of the sources with its dependencies installed');
     this.folder = mkdtempSync(join(tmpdir(), 'ebb-mutants-'));
@@ -76,8 +80,17 @@ export class Scratch {
 
   /** Runs node in the copy; output, exit code, and whether it had to be stopped after `milliseconds`. */
   run(args: readonly string[], milliseconds: number): Promise<ScratchRun> {
+    return this.#spawn([process.execPath, ...args], milliseconds);
+  }
+
+  /** As `run`, all threads on this copy's core: a search hands turns over, and another copy's must not be in its way. */
+  search(args: readonly string[], milliseconds: number): Promise<ScratchRun> {
+    return this.#spawn([...onCore(this.#core), process.execPath, ...args], milliseconds);
+  }
+
+  #spawn([command, ...args]: readonly string[], milliseconds: number): Promise<ScratchRun> {
     return new Promise((resolve) => {
-      const child = spawn(process.execPath, args, {
+      const child = spawn(command, args, {
         cwd: this.folder,
         stdio: ['ignore', 'pipe', 'pipe'],
         detached: true,

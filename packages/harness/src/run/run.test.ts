@@ -1,5 +1,5 @@
 /** Whole runs: determinism, replay, and the run protocol. */
-import fc from 'fast-check';
+import * as fc from 'fast-check';
 import { describe, expect, test } from 'vitest';
 import { Arena, buddyinfo, zoneinfo } from '@ebb/guest-kernel';
 import { VIRTIO_BALLOON_F_REPORTING } from '@ebb/virtio';

@@ -1,5 +1,5 @@
 /** A system reset at any moment of a resize: nothing leaks, nobody waits for ever, and the last size is reached. */
-import fc from 'fast-check';
+import * as fc from 'fast-check';
 import { MEMORY_PROFILES } from '@ebb/host-kvm';
 import { MiB, NS_PER_MS, PAGE_SIZE } from '@ebb/machine';
 import { expect, test } from 'vitest';
