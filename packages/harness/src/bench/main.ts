@@ -9,6 +9,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import Table from 'cli-table3';
+import { allowedCores, onCore } from '../fuzz/cores.ts';
 import * as cases from './cases.ts';
 import { resizeBalloon, resizeRegion, type ResizeFigures } from './resize.ts';
 
@@ -25,27 +26,24 @@ interface Row {
   readonly met: boolean | null;
 }
 
-let twinPath = '';
-
-/** Builds the counterpart; null without a C compiler. */
-function buildTwin(): ((...args: string[]) => number) | null {
+/** Builds the counterpart: its path, or null without a C compiler. */
+function buildTwin(): string | null {
   const source = fileURLToPath(new URL('../../bench/twin.c', import.meta.url));
   const out = join(mkdtempSync(join(tmpdir(), 'ebb-bench-')), 'twin');
   for (const cc of ['cc', 'gcc', 'clang']) {
     const built = spawnSync(cc, ['-O2', '-pthread', '-o', out, source], { encoding: 'utf8' });
-    twinPath = out;
-    if (built.status === 0) return (...args) => Number(execFileSync(out, args, { encoding: 'utf8' }));
+    if (built.status === 0) return out;
   }
   return null;
 }
 
-/** On one core, both sides alike, where the platform can pin; `null` where it cannot. */
-function pinned(command: string, ...args: string[]): number | null {
-  const run = spawnSync('taskset', ['-c', '0', command, ...args], { encoding: 'utf8' });
-  return run.status === 0 ? Number(run.stdout) : null;
+/** What a program prints, as a number. */
+function measured(command: string, ...args: string[]): number {
+  return Number(execFileSync(command, args, { encoding: 'utf8' }));
 }
 
-const twin = cases.ARCH === 'x64' ? buildTwin() : null;
+const twinPath = cases.ARCH === 'x64' ? buildTwin() : null;
+const twin = twinPath === null ? null : (...args: string[]): number => measured(twinPath, ...args);
 if (twin === null) process.stderr.write('no C compiler (or not x86-64): Ebb ÷ C is left out\n');
 const rows: Row[] = [];
 
@@ -225,10 +223,16 @@ rows.push({
   met: cases.pointCost() <= 300,
 });
 {
+  // On one core, both sides alike, where the platform can pin.
+  const [core] = allowedCores();
+  const pinned = (...command: string[]): number => {
+    const [program, ...args] = [...onCore(core), ...command];
+    return measured(program, ...args);
+  };
   const script = fileURLToPath(new URL('./handover.ts', import.meta.url));
-  const mine = pinned(process.execPath, '--conditions=ebb-source', script);
-  const other = twin === null ? null : pinned(twinPath, 'futex');
-  if (mine !== null)
+  if (core !== undefined) {
+    const mine = pinned(process.execPath, '--conditions=ebb-source', script);
+    const other = twinPath === null ? null : pinned(twinPath, 'futex');
     rows.push({
       name: 'controlled schedule: a hand-over, one core (times slower than a C futex)',
       unit: 'ns',
@@ -238,6 +242,7 @@ rows.push({
       target: '≤ 1.5',
       met: other === null ? null : mine / other <= 1.5,
     });
+  }
 }
 for (const strategy of ['random', 'pct'] as const) {
   const { perSecond, points, pointsPerSecond } = await cases.executions(strategy);

@@ -43,10 +43,10 @@ export function addCompareCommand(program: Command): void {
     .addHelpText(
       'after',
       `
-  Examples:
-    ebb compare --report out/compare.html
-    ebb compare --trace hog --host-memory 4G --technique none,reporting
-    ebb compare --vms 6 --technique reporting --schedule inline --json -`,
+Examples:
+  ebb compare --report out/compare.html
+  ebb compare --trace hog --host-memory 4G --technique none,reporting
+  ebb compare --vms 6 --technique reporting --schedule inline --json -`,
     )
     .action(
       async (

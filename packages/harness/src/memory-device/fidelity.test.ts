@@ -1,3 +1,4 @@
+import { GiB, MiB } from '@ebb/machine';
 import { expect, test } from 'vitest';
 import { longestCommonSubsequence } from './align.ts';
 import { memoryFidelity } from './fidelity.ts';
@@ -22,9 +23,6 @@ test('two sequences are aligned by their longest common subsequence', () => {
 test('a capture that is none is named', () => {
   expect(() => readSession('/nowhere.json')).toThrow(/cannot be read; give a CAPTURE/);
 });
-
-const MiB = 2 ** 20;
-const GiB = 2 ** 30;
 
 /** A machine with 2 GiB on each node and a device of 8 GiB on node 0, and what its driver asks for. */
 function requestsOf(over: Partial<Session>, blockSize = 2 * MiB): string[] {

@@ -13,7 +13,7 @@ import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
 import { hostBuffers, runBuffers } from '../run/buffers.ts';
 import { runInline } from '../run/inline-run.ts';
 import { fileStorage } from '../run/file-storage.ts';
-import { freshGuest, second, spec } from '../scenarios/scenario.ts';
+import { freshGuest, holds, second, spec } from '../scenarios/scenario.ts';
 import type { Exhibit } from './exhibits.ts';
 
 const DIMM = { id: 'd0', addr: 4 * GiB, bytes: 128 * MiB, node: 0 };
@@ -36,15 +36,7 @@ export const ZONE_COUNTS: Exhibit = {
         {
           bootAtNs: 0,
           guest,
-          program: {
-            kind: 'touch-free',
-            startNs: second(4),
-            pages: 1,
-            order: 0,
-            rounds: 1,
-            holdNs: 0,
-            pauseNs: 0,
-          },
+          program: holds(1, second(4), 0),
           balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
           balloonTargets: [[second(1), 96 * MiB]],
           dimms: {

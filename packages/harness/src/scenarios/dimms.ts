@@ -3,8 +3,8 @@ import { eventSum, LINUX_HOTPLUG, type GuestConfig, type HotplugConfig } from '@
 import type { Dimm } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
-import type { ProgramSpec, VmSpec } from '../run/spec.ts';
-import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
+import type { VmSpec } from '../run/spec.ts';
+import { atLeast, clean, exactly, freshGuest, holds, second, spec, type Scenario } from './scenario.ts';
 
 /** Where DIMMs go: above the hole below 4 GiB. */
 const DIMMS_ADDR: number = 4 * GiB;
@@ -19,17 +19,6 @@ function guestWithSlots(bytes: number, over: Partial<HotplugConfig> = {}): Guest
     hotplug: { ...LINUX_HOTPLUG, devices: 0, dimms: 2, ...over },
   };
 }
-
-/** Both vCPUs hold `pages` pages for a while, from DIMMs first: Normal comes before DMA32. */
-const holds = (pages: number, startNs: number, holdNs: number): ProgramSpec => ({
-  kind: 'touch-free',
-  startNs,
-  pages,
-  order: 0,
-  rounds: 1,
-  holdNs,
-  pauseNs: 0,
-});
 
 export const DIMM_SCENARIOS: readonly Scenario[] = [
   {

@@ -13,44 +13,11 @@ import {
   type GuestConfig,
   type HotplugConfig,
 } from '@ebb/guest-kernel';
-import { MEMORY_PROFILES, type MemoryProfile } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
-import type { VmResult } from '../run/run-result.ts';
-import type { MemoryDeviceSpec, RebootPolicy, VmSpec } from '../run/spec.ts';
-import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
-
-/** Where regions begin: above the hole below 4 GiB. */
-const REGION_ADDR: number = 4 * GiB;
-
-/** A memory device of 1 GiB, blocks of 2 MiB, as QEMU would have it. */
-export function device(over: Partial<MemoryDeviceSpec> = {}): MemoryDeviceSpec {
-  return {
-    id: 'vm0',
-    addr: REGION_ADDR,
-    regionBytes: 1 * GiB,
-    blockBytes: 2 * MiB,
-    node: 0,
-    requestedBytes: 0,
-    profile: 'qemu',
-    ...over,
-  };
-}
-
-/** A freshly booted guest of `bytes` with drivers for `devices`. */
-export function hotplugGuest(
-  bytes: number,
-  devices: readonly MemoryDeviceSpec[],
-  over: Partial<HotplugConfig> = {},
-): GuestConfig {
-  const boot = freshGuest(bytes);
-  const end = Math.max(...devices.map((d) => d.addr + d.regionBytes));
-  return {
-    ...boot,
-    maxPfn: end / PAGE_SIZE,
-    hotplug: { ...LINUX_HOTPLUG, devices: devices.length, ...over },
-  };
-}
+import type { RebootPolicy, VmSpec } from '../run/spec.ts';
+import { device, hotplugGuest, REGION_ADDR } from './hotplug-guest.ts';
+import { atLeast, clean, exactly, freshGuest, holds, second, spec, type Scenario } from './scenario.ts';
 
 /** Bytes present in a node's Movable zone. */
 function movable(arena: Arena, node: number): number {
@@ -117,112 +84,6 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
     },
   },
   {
-    name: 'virtio-mem-hostile',
-    about:
-      'four guests write to memory they have unplugged, one per device profile: what each gets, and what the host counts',
-    rows: 'H10–H12, H32, H66; I2, I20',
-    spec: () =>
-      spec(
-        1 * GiB,
-        MEMORY_PROFILES.map((profile) => {
-          const devices = [device({ profile, regionBytes: 256 * MiB })];
-          return {
-            bootAtNs: 0,
-            guest: hotplugGuest(128 * MiB, devices),
-            program: {
-              kind: 'hostile-unplugged' as const,
-              afterNs: second(2),
-              firstGfn: (REGION_ADDR + 64 * MiB) / PAGE_SIZE,
-              pages: 4096,
-              rounds: 2,
-              reads:
-                profile === 'rfc-write-protect' ? 'zeros' : profile === 'scribble' ? 'noise' : 'anything',
-            },
-            memoryDevices: devices,
-            memoryTargets: [
-              [second(0), 0, 256 * MiB],
-              [second(1), 0, 0],
-            ] as const,
-            diskBytes: 0,
-          };
-        }),
-      ),
-    checks: (outcome) => {
-      const of = (profile: MemoryProfile): VmResult => outcome.result.vms[MEMORY_PROFILES.indexOf(profile)];
-      const mem = (profile: MemoryProfile): VmResult['memoryDevices'][number] => of(profile).memoryDevices[0];
-      return [
-        ...clean(outcome),
-        ...MEMORY_PROFILES.map((p) => exactly(`${p}: bytes plugged`, mem(p).plugged, 0)),
-        atLeast('qemu: host bytes behind unplugged memory', mem('qemu').host, 4096 * PAGE_SIZE),
-        exactly('inaccessible: host bytes behind unplugged memory', mem('inaccessible').host, 0),
-        atLeast('inaccessible: writes refused', mem('inaccessible').counters.refusedWrites, 8192),
-        exactly('rfc-write-protect: host bytes behind unplugged memory', mem('rfc-write-protect').host, 0),
-        atLeast('rfc-write-protect: writes refused', mem('rfc-write-protect').counters.refusedWrites, 8192),
-        atLeast('rfc-write-protect: reads of zeros', mem('rfc-write-protect').counters.zeroReads, 2048),
-        atLeast(
-          'rfc-write-protect: page tables that hold nothing but zeros',
-          of('rfc-write-protect').tables,
-          8,
-        ),
-        atLeast('scribble: host bytes behind unplugged memory', mem('scribble').host, 4096 * PAGE_SIZE),
-      ];
-    },
-  },
-  {
-    name: 'virtio-mem-blind-read',
-    about:
-      'a crash kernel reads all memory without asking what is plugged, under each profile: who lets it, and what it costs the host',
-    rows: 'H21, H61, H66; I2, I20',
-    spec: () =>
-      spec(
-        1 * GiB,
-        MEMORY_PROFILES.map((profile) => {
-          const devices = [device({ profile, regionBytes: 256 * MiB, requestedBytes: 64 * MiB })];
-          return {
-            bootAtNs: 0,
-            guest: hotplugGuest(128 * MiB, devices),
-            program: {
-              kind: 'blind-read' as const,
-              startNs: second(2),
-              firstGfn: REGION_ADDR / PAGE_SIZE,
-              pages: (256 * MiB) / PAGE_SIZE,
-            },
-            memoryDevices: devices,
-            diskBytes: 0,
-          };
-        }),
-      ),
-    checks: (outcome) => {
-      const of = (profile: MemoryProfile): VmResult => outcome.result.vms[MEMORY_PROFILES.indexOf(profile)];
-      const host = (profile: MemoryProfile): number => of(profile).memoryDevices[0].host;
-      const unplugged = (192 * MiB) / PAGE_SIZE;
-      return [
-        ...clean(outcome),
-        ...MEMORY_PROFILES.map((p) => exactly(`${p}: pages read`, of(p).events, (256 * MiB) / PAGE_SIZE)),
-        // Reading populates: a file has no page of zeros (H61).
-        exactly('qemu: reads that found nothing', of('qemu').unclaimedMmio, 0),
-        exactly('qemu: host bytes behind the region', host('qemu'), 256 * MiB),
-        exactly('scribble: host bytes behind the region', host('scribble'), 256 * MiB),
-        // The RFC's promise: reads give zeros, and cost page tables alone.
-        exactly('rfc-write-protect: reads that found nothing', of('rfc-write-protect').unclaimedMmio, 0),
-        exactly(
-          'rfc-write-protect: reads of zeros',
-          of('rfc-write-protect').memoryDevices[0].counters.zeroReads,
-          unplugged,
-        ),
-        exactly('rfc-write-protect: host bytes behind the region', host('rfc-write-protect'), 64 * MiB),
-        atLeast(
-          'rfc-write-protect: page tables full of zeros, more than with qemu',
-          of('rfc-write-protect').tables - of('qemu').tables,
-          (192 * MiB) / (2 * MiB) / 2,
-        ),
-        // Here the dump has to know which blocks are plugged.
-        exactly('inaccessible: reads that found nothing', of('inaccessible').unclaimedMmio, unplugged),
-        exactly('inaccessible: host bytes behind the region', host('inaccessible'), 64 * MiB),
-      ];
-    },
-  },
-  {
     name: 'virtio-mem-memmap',
     about:
       'a guest that has not the memory for the memmap of what it is given: the plug is taken back, and tried again when there is',
@@ -237,15 +98,7 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
             // All of it Movable: what the kernel needs, memmaps too, has to come from boot memory.
             guest: hotplugGuest(64 * MiB, devices, { policy: 'online_movable', memmapZone: ZONE_DMA32 }),
             // Both vCPUs hold most of it when the memory is offered.
-            program: {
-              kind: 'touch-free',
-              startNs: second(1),
-              pages: 4600,
-              order: 0,
-              rounds: 1,
-              holdNs: second(20),
-              pauseNs: 0,
-            },
+            program: holds(4600, second(1), second(20)),
             diskBytes: 0,
             memoryDevices: devices,
             memoryTargets: [[second(2), 0, 1 * GiB]] as const,
@@ -269,72 +122,6 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
     },
   },
   {
-    name: 'assigned-device',
-    about:
-      'a device that reaches guest memory by itself, all of it mapped and pinned: the balloon may discard nothing, virtio-mem tells it of each block that comes and goes; beside the same guest without it',
-    rows: 'Y19, G20; I4, I9, I18',
-    spec: () => {
-      const devices = [device({ regionBytes: 256 * MiB })];
-      const vm = (over: Partial<VmSpec>): VmSpec => ({
-        bootAtNs: 0,
-        guest: { ...hotplugGuest(128 * MiB, devices, { policy: 'online_movable' }), balloon: true },
-        program: {
-          kind: 'touch-free',
-          startNs: second(6),
-          pages: 2048,
-          order: 0,
-          rounds: 1,
-          holdNs: 0,
-          pauseNs: 0,
-        },
-        balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
-        balloonTargets: [[second(4), 96 * MiB]],
-        memoryDevices: devices,
-        memoryTargets: [
-          [second(0), 0, 256 * MiB],
-          [second(2), 0, 64 * MiB],
-        ],
-        diskBytes: 0,
-        ...over,
-      });
-      return spec(1 * GiB, [vm({ assigned: { everyNs: second(0.5) } }), vm({})]);
-    },
-    checks: (outcome) => {
-      const [pinned, free] = outcome.result.vms;
-      const region = (vm: VmResult): VmResult['memoryDevices'][number] => vm.memoryDevices[0];
-      const pages = (bytes: number): number => bytes / PAGE_SIZE;
-      return [
-        ...clean(outcome),
-        exactly(
-          'without it: pages the balloon gave back',
-          free.ballooned['discardedPages'] ?? 0,
-          pages(32 * MiB),
-        ),
-        exactly('with it: pages in the balloon', pinned.ballooned['inflatedPages'] ?? 0, pages(32 * MiB)),
-        exactly('with it: pages the balloon gave back', pinned.ballooned['discardedPages'] ?? 0, 0),
-        // The hole at 640 KiB is not mapped.
-        exactly(
-          'pages it mapped, boot memory and what was plugged',
-          pinned.assigned?.mappedPages ?? 0,
-          pages(128 * MiB) - 96 + pages(256 * MiB),
-        ),
-        exactly(
-          'pages it let go of, one block after the other',
-          pinned.assigned?.unmappedPages ?? 0,
-          pages(192 * MiB),
-        ),
-        exactly('bytes plugged', region(pinned).plugged, 64 * MiB),
-        exactly(
-          'host bytes behind the region: all that is plugged, and no more',
-          region(pinned).host,
-          64 * MiB,
-        ),
-        atLeast('words it read', pinned.assigned?.reads ?? 0, 100_000),
-        exactly('accesses its IOMMU refused', pinned.assigned?.iommuFaults ?? 0, 0),
-      ];
-    },
-  },
-  {
     name: 'virtio-mem-reboot',
     about:
       'system reset with memory plugged: unplug all and plug again (virtio 1.2), keep what was plugged (RFC), and a kernel without the driver',
@@ -345,15 +132,7 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
         bootAtNs: 0,
         guest: first,
         guestAfterReset: after,
-        program: {
-          kind: 'touch-free',
-          startNs: second(4),
-          pages: 8192,
-          order: 0,
-          rounds: 1,
-          holdNs: 0,
-          pauseNs: 0,
-        },
+        program: holds(8192, second(4), 0),
         memoryDevices: [device()],
         memoryTargets: [
           [second(0), 0, 512 * MiB],
@@ -537,15 +316,7 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
       const vm = (over: Partial<HotplugConfig>, balloon: boolean): VmSpec => ({
         bootAtNs: 0,
         guest: { ...hotplugGuest(128 * MiB, [device()], over), balloon },
-        program: {
-          kind: 'touch-free',
-          startNs: second(1),
-          pages: 2048,
-          order: 0,
-          rounds: 1,
-          holdNs: 0,
-          pauseNs: 0,
-        },
+        program: holds(2048, second(1), 0),
         memoryDevices: [device()],
         memoryTargets: [
           [second(0), 0, 20 * MiB],

@@ -2,7 +2,7 @@
 import type { Arena, GuestConfig } from '@ebb/guest-kernel';
 import { NS_PER_S, PAGE_SIZE } from '@ebb/machine';
 import type { RunResult } from '../run/run-result.ts';
-import type { RunSpec, VmSpec } from '../run/spec.ts';
+import type { ProgramSpec, RunSpec, VmSpec } from '../run/spec.ts';
 
 export interface ScenarioOutcome {
   readonly result: RunResult;
@@ -56,6 +56,17 @@ export function freshGuest(
     blocks: { kind: 'linear', pagesPerFile: options.pagesPerFile ?? 1024 },
   };
 }
+
+/** Each vCPU takes `pages` pages at `startNs` (virtual), and gives them back `holdNs` later. */
+export const holds = (pages: number, startNs: number, holdNs: number): ProgramSpec => ({
+  kind: 'touch-free',
+  startNs,
+  pages,
+  order: 0,
+  rounds: 1,
+  holdNs,
+  pauseNs: 0,
+});
 
 export function spec(hostBytes: number, vms: readonly VmSpec[], over: Partial<RunSpec> = {}): RunSpec {
   return {

@@ -15,6 +15,7 @@ import {
 import { DIMM_SCENARIOS } from './dimms.ts';
 import { MEMORY_DEVICE_SCENARIOS } from './memory-device.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
+import { UNPLUGGED_MEMORY_SCENARIOS } from './unplugged-memory.ts';
 
 export const SCENARIOS: readonly Scenario[] = [
   {
@@ -290,5 +291,6 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   },
   ...MEMORY_DEVICE_SCENARIOS,
+  ...UNPLUGGED_MEMORY_SCENARIOS,
   ...DIMM_SCENARIOS,
 ];

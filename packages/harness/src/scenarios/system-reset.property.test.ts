@@ -7,7 +7,7 @@ import { hostBuffers, runBuffers } from '../run/buffers.ts';
 import { fileStorage } from '../run/file-storage.ts';
 import { runInline } from '../run/inline-run.ts';
 import type { VmSpec } from '../run/spec.ts';
-import { device, hotplugGuest } from './memory-device.ts';
+import { device, hotplugGuest } from './hotplug-guest.ts';
 import { second, spec } from './scenario.ts';
 
 const REGION = 512 * MiB;

@@ -23,9 +23,9 @@ import {
   type TraceEvents,
 } from './trace.ts';
 
-/** `TASK-PID [CPU] FLAGS TIME: EVENT: FIELDS`; the task may hold anything, the flags may be absent. */
 /** A page number or a count: `0x…` or decimal. */
 const NUMBER = /^(0x[0-9a-f]+|\d+)$/i;
+/** `TASK-PID [CPU] FLAGS TIME: EVENT: FIELDS`; the task may hold anything, the flags may be absent. */
 const LINE = /^.*?-\d+\s+(?:\([^)]*\)\s+)?\[(\d+)\]\s+(?:\S{4,8}\s+)?(\d+\.\d+): (\w+): ?(.*)$/;
 const IGNORED = new Set([
   'mm_page_free_batched',
