@@ -181,9 +181,9 @@ export class Vcpu implements GuestMemory {
   /** What the last lookup found: the gate that the access passed, and the generation held for it. */
   #gate = 0;
   #held = 0;
-  /** DRAM words of a scatter or gather, for one section. */
   /** One page on its way. */
   readonly #page: Uint8Array = new Uint8Array(PAGE_SIZE);
+  /** DRAM words of a scatter or gather, for one section, and which of them have no memory behind them. */
   readonly #targets: Int32Array = new Int32Array(SECTION_ACCESSES);
   readonly #absent = new Uint8Array(SECTION_ACCESSES);
   readonly #walk = new WalkResult();

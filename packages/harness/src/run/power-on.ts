@@ -13,6 +13,7 @@ import {
 } from '@ebb/guest-kernel';
 import {
   AssignedDevice,
+  attachVirtio,
   BalloonDevice,
   BlockDevice,
   DimmSlots,
@@ -28,8 +29,7 @@ import {
 } from '@ebb/host-kvm';
 import { assert, HUGE_PAGES, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
 import { MemFile } from '@ebb/memfs';
-import { MmioTransport, type VirtioDevice } from '@ebb/virtio/device';
-import { MMIO_REGION_BYTES } from '@ebb/virtio/uapi';
+import type { MmioTransport, VirtioDevice } from '@ebb/virtio/device';
 import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
 import type { RunningVm } from './run-result.ts';
 import type { Backing, MemoryDeviceSpec, VmSpec } from './spec.ts';
@@ -107,21 +107,8 @@ export function powerOn(options: PowerOn): RunningVm {
     costs: vm.costs,
   };
   const attach = (line: number, device: VirtioDevice): void => {
-    const transport = new MmioTransport({
-      device,
-      memory: vm.memory,
-      interrupt: () => vm.vcpus.interrupt(line),
-      completed: (at) => vm.vcpus.completed(line, at),
-      onLeaseBroken: (gpa) => leaseBroken(options.violations, id, gpa),
-    });
-    vm.addMmio({
-      base: MMIO_BASE + line * MMIO_STRIDE,
-      bytes: MMIO_REGION_BYTES,
-      read: (offset, width) => transport.read(offset, width),
-      write: (offset, width, value) => transport.write(offset, width, value),
-      mustWait: (offset, width, value) => transport.mustWait(offset, width, value),
-    });
-    transports.push(transport);
+    const base = MMIO_BASE + line * MMIO_STRIDE;
+    transports.push(attachVirtio(vm, base, line, device, (gpa) => leaseBroken(options.violations, id, gpa)));
   };
   const tracing = options.trace === undefined ? {} : { trace: options.trace };
 
@@ -147,7 +134,7 @@ export function powerOn(options: PowerOn): RunningVm {
     attach(LINE_BLK, block);
   }
   const files = [file];
-  const assigned = spec.assigned === undefined ? null : new AssignedDevice(vm, pool, options.violations);
+  const assigned = spec.assigned === undefined ? null : new AssignedDevice(vm, pool);
   if (assigned !== null) {
     // All of boot memory at once; from then on nobody may take any of it away unheard.
     for (const [from, to] of bootRanges(spec, file.nrBlocks))
@@ -262,7 +249,7 @@ function memoryDevice(
     onRequest: (request) => watch?.request?.(spec.id, request),
     onSize: (bytes) => watch?.size?.(spec.id, bytes),
   });
-  vm.addGate(device);
+  vm.addGate(device.unplugged);
   return device;
 }
 

@@ -3,7 +3,7 @@
  * beforehand. What is mapped is backed and pinned, all of it; so a balloon beside it must discard nothing, and whoever
  * takes memory away has to tell it first (Y19). Counterpart: `vfio_dma_map`, `RamDiscardListener` of QEMU.
  */
-import { hfn, ownerOf, USE_RAM, type ViolationLog } from '@ebb/machine';
+import { hfn } from '@ebb/machine';
 import type { Vm } from '../kvm/vm.ts';
 import type { FramePool } from '../mm/frame-pool.ts';
 
@@ -19,17 +19,16 @@ export class AssignedDevice {
   readonly counters: AssignedDeviceCounters = { mappedPages: 0, unmappedPages: 0, reads: 0, iommuFaults: 0 };
   readonly #vm: Vm;
   readonly #pool: FramePool;
-  readonly #log: ViolationLog;
   /** Frame of each mapped guest page. */
   readonly #iommu = new Map<number, number>();
 
-  constructor(vm: Vm, pool: FramePool, log: ViolationLog) {
+  constructor(vm: Vm, pool: FramePool) {
     this.#vm = vm;
     this.#pool = pool;
-    this.#log = log;
   }
 
-  get mappedPages(): number {
+  /** Pages mapped now. */
+  get mapped(): number {
     return this.#iommu.size;
   }
 
@@ -69,23 +68,8 @@ export class AssignedDevice {
       return undefined;
     }
     this.counters.reads++;
-    const { ledger, memory } = this.#pool;
-    const owner = ownerOf(this.#vm.id, USE_RAM);
-    if (ledger.owner[frame] !== owner)
-      this.#log.record({
-        kind: ledger.owner[frame] === 0 ? 'use-after-free' : 'foreign-frame',
-        actor: 'device',
-        vm: this.#vm.id,
-        vcpu: -1,
-        gfn,
-        hfn: frame,
-        expected: owner,
-        found: ledger.owner[frame],
-        owner: ledger.owner[frame],
-        stepTaken: ledger.stepTaken[frame],
-        stepReleased: ledger.stepReleased[frame],
-      });
-    return memory.i32[frame * 1024 + word];
+    this.#pool.deviceReaches(this.#vm.id, gfn, frame);
+    return this.#pool.memory.i32[frame * 1024 + word];
   }
 
   /** Reads a word of every mapped page: what a busy device would do sooner or later. */

@@ -62,8 +62,6 @@ export class BlockDevice implements VirtioDevice {
     bytesWritten: 0,
     errors: 0,
   };
-  /** What the storage last failed with; empty while it has not. */
-  lastError = '';
   readonly #storage: BlockStorage;
   readonly #port: DevicePort;
   readonly #runner: QueueRunner;
@@ -189,8 +187,7 @@ export class BlockDevice implements VirtioDevice {
     try {
       act();
       return true;
-    } catch (error) {
-      this.lastError = (error as Error).message;
+    } catch {
       return false;
     }
   }

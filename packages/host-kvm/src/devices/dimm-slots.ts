@@ -11,7 +11,6 @@ import {
   ACPI_MEM_FLAGS,
   ACPI_MEM_INSERTING,
   ACPI_MEM_NODE,
-  ACPI_MEM_OST_EVENT,
   ACPI_MEM_OST_STATUS,
   ACPI_MEM_REMOVING,
   ACPI_MEM_SELECTOR,
@@ -19,6 +18,7 @@ import {
   ACPI_MEM_SIZE_LOW,
   ACPI_OST_SUCCESS,
   MiB,
+  assert,
 } from '@ebb/machine';
 import type { TaskBody, TaskYield } from '../host-tasks.ts';
 import type { MmioRegion } from '../kvm/vm.ts';
@@ -48,9 +48,17 @@ interface Slot {
   inserting: boolean;
   removing: boolean;
   ejecting: boolean;
-  ostEvent: number;
   ostStatus: number;
 }
+
+const empty = (): Slot => ({
+  dimm: null,
+  enabled: false,
+  inserting: false,
+  removing: false,
+  ejecting: false,
+  ostStatus: ACPI_OST_SUCCESS,
+});
 
 export interface DimmCounters {
   plugged: number;
@@ -65,6 +73,7 @@ export interface DimmCounters {
 const ALIGN: number = 2 * MiB;
 
 export class DimmSlots implements MmioRegion {
+  /** Guest-physical address of the registers. */
   readonly base: number;
   readonly bytes: number = ACPI_MEM_BYTES;
   readonly counters: DimmCounters = { plugged: 0, ejected: 0, failures: 0, refused: 0 };
@@ -75,15 +84,8 @@ export class DimmSlots implements MmioRegion {
   constructor(base: number, slots: number, port: DimmPort) {
     this.base = base;
     this.#port = port;
-    this.#slots = Array.from({ length: slots }, () => ({
-      dimm: null,
-      enabled: false,
-      inserting: false,
-      removing: false,
-      ejecting: false,
-      ostEvent: 0,
-      ostStatus: ACPI_OST_SUCCESS,
-    }));
+    assert(slots > 0, 'a machine with DIMMs has slots for them');
+    this.#slots = Array.from({ length: slots }, empty);
   }
 
   /** DIMMs that are in. */
@@ -107,7 +109,6 @@ export class DimmSlots implements MmioRegion {
     }
     const slot = this.#slots.find((s) => s.dimm === null) as Slot;
     slot.dimm = dimm;
-    slot.ostStatus = ACPI_OST_SUCCESS;
     this.#port.spawn(`dimm/${dimm.id}`, this.#insert(slot, dimm));
     return '';
   }
@@ -182,9 +183,6 @@ export class DimmSlots implements MmioRegion {
     }
     const slot = this.#slots[this.#selected];
     switch (offset) {
-      case ACPI_MEM_OST_EVENT:
-        slot.ostEvent = value >>> 0;
-        break;
       case ACPI_MEM_OST_STATUS:
         slot.ostStatus = value >>> 0;
         if (slot.ostStatus !== ACPI_OST_SUCCESS) this.counters.failures++;
@@ -207,11 +205,7 @@ export class DimmSlots implements MmioRegion {
 
   *#remove(slot: Slot, dimm: Dimm): TaskBody {
     yield* this.#port.detach(dimm);
-    slot.dimm = null;
-    slot.enabled = false;
-    slot.inserting = false;
-    slot.removing = false;
-    slot.ejecting = false;
+    Object.assign(slot, empty());
     this.counters.ejected++;
   }
 }

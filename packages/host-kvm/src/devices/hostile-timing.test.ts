@@ -25,7 +25,9 @@ import { testHost, type TestHost } from '../kvm/testing-host.ts';
 import { BalloonDevice } from './balloon.ts';
 import { BlockDevice, type BlockStorage } from './block.ts';
 import type { DevicePort } from './device-port.ts';
-import { MemoryDevice, type MemoryProfile } from './memory-device.ts';
+import { MemoryDevice } from './memory-device.ts';
+import type { MemoryProfile } from './unplugged-memory.ts';
+import { virtioRegion } from './virtio-mmio.ts';
 
 const BASE = 0xfd_0000_0000;
 const BUFFER = 0x200000;
@@ -57,13 +59,7 @@ function attach(
 ): Attached {
   const { memory } = host.vm;
   const transport = new MmioTransport({ device, memory, interrupt: () => undefined, completed });
-  host.vm.addMmio({
-    base: BASE,
-    bytes: 0x200,
-    read: (offset, width) => transport.read(offset, width),
-    write: (offset, width, value) => transport.write(offset, width, value),
-    mustWait: (offset, width, value) => transport.mustWait(offset, width, value),
-  });
+  host.vm.addMmio(virtioRegion(BASE, transport));
   const driver = new MmioDriver(transport);
   driver.begin(device.deviceId);
   const features = Features.of(...bits, VIRTIO_F_VERSION_1).and(device.offered);
@@ -449,7 +445,7 @@ function memoryOn(
       ...(options.notifyUnplug === undefined ? {} : { notifyUnplug: options.notifyUnplug }),
     },
   });
-  host.vm.addGate(device);
+  host.vm.addGate(device.unplugged);
   const attached = attach(host, device, []);
   const [ring] = attached.rings;
   return {

@@ -47,12 +47,9 @@ import {
 } from '@ebb/virtio/uapi';
 import { HostTasks, type TaskYield } from '../host-tasks.ts';
 import { testHost, type TestHost } from '../kvm/testing-host.ts';
-import {
-  judgeMemoryDevice,
-  MemoryDevice,
-  type MemoryDeviceOptions,
-  type MemoryProfile,
-} from './memory-device.ts';
+import { MemoryDevice, type MemoryDeviceOptions } from './memory-device.ts';
+import { judgeMemoryDevice } from './memory-figures.ts';
+import type { MemoryProfile } from './unplugged-memory.ts';
 
 const ADDR: number = 32 * MiB;
 const REGION: number = 16 * MiB;
@@ -116,7 +113,7 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
     requestedBytes: REGION,
     ...over,
   });
-  host?.vm.addGate(device);
+  host?.vm.addGate(device.unplugged);
   const transport = new MmioTransport({ device, memory, interrupt: () => undefined });
   const driver = new MmioDriver(transport);
   const bringUp = (): void => {
@@ -603,21 +600,23 @@ describe('how a profile is enforced', () => {
   test('by mprotect: each hole is a mapping more; at the limit a request is BUSY and changes nothing (H14, H64)', () => {
     const over = { profile: 'rfc-write-protect' as const, protection: 'mprotect' as const, maxMapCount: 9 };
     const b = bench('a VM of this host', over);
-    expect(b.device.vmas).toBe(1);
+    expect(b.device.unplugged.vmas).toBe(1);
     // A plugged block and the gap behind it: two mappings each.
     expect(holes(b, 5)).toEqual([...new Array<number>(4).fill(VIRTIO_MEM_RESP_ACK), VIRTIO_MEM_RESP_BUSY]);
-    expect([b.device.vmas, b.device.plugged.count(), b.device.counters.mapCountRefusals]).toEqual([8, 4, 1]);
+    expect([b.device.unplugged.vmas, b.device.plugged.count(), b.device.counters.mapCountRefusals]).toEqual([
+      8, 4, 1,
+    ]);
     // What joins two runs makes fewer, and is always possible.
     expect(b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1).type).toBe(VIRTIO_MEM_RESP_ACK);
-    expect(b.device.vmas).toBe(6);
+    expect(b.device.unplugged.vmas).toBe(6);
     expect(b.request(VIRTIO_MEM_REQ_UNPLUG, at(1), 1).type).toBe(VIRTIO_MEM_RESP_ACK);
-    expect(b.device.vmas).toBe(8);
+    expect(b.device.unplugged.vmas).toBe(8);
   });
 
   test('by userfaultfd: one mapping, whatever the holes', () => {
     const b = bench('a VM of this host', { profile: 'rfc-write-protect', maxMapCount: 9 });
     expect(holes(b, 8)).toEqual(new Array<number>(8).fill(VIRTIO_MEM_RESP_ACK));
-    expect([b.device.vmas, b.device.counters.mapCountRefusals]).toEqual([1, 0]);
+    expect([b.device.unplugged.vmas, b.device.counters.mapCountRefusals]).toEqual([1, 0]);
   });
 
   test('a protection fault on memory that is plugged is a false alarm: the access is let through, nothing is lost (H65)', () => {

@@ -4,16 +4,7 @@
  *
  * Requests are answered in QEMU's order (`hw/virtio/virtio-mem.c`): a range that is not valid is an ERROR; a plug that
  * would exceed the requested size a NACK; a block in the wrong state an ERROR; while a migration runs, BUSY; else ACK.
- *
- * What stands between a guest and unplugged memory is a property of the profile, since the specification only forbids
- * the access (H10–H12, H32):
- *
- * | profile | reads of unplugged memory | writes |
- * | --- | --- | --- |
- * | `qemu` | memory, until the next discard | land, and vanish with the next discard |
- * | `inaccessible` | nothing there: all ones, counted | dropped, counted |
- * | `rfc-write-protect` | zeros; no frame is taken | dropped, counted |
- * | `scribble` | whatever the device likes | may land, and are overwritten |
+ * What stands between a guest and unplugged memory is `unplugged-memory.ts`.
  */
 import { assert, Bitmap, PAGE_SIZE } from '@ebb/machine';
 import {
@@ -46,14 +37,10 @@ import {
 } from '@ebb/virtio/uapi';
 import type { DescriptorChain, DeviceHost, SplitDeviceQueue, VirtioDevice } from '@ebb/virtio/device';
 import type { TaskYield } from '../host-tasks.ts';
-import type { RegionGate, Verdict } from '../kvm/region-gate.ts';
 import { DeviceTimeline, QueueRunner, type DevicePort } from './device-port.ts';
+import { judgeMemoryDevice } from './memory-figures.ts';
+import { UnpluggedMemory, type MemoryProfile, type Refusals } from './unplugged-memory.ts';
 
-export const MEMORY_PROFILES = ['qemu', 'inaccessible', 'rfc-write-protect', 'scribble'] as const;
-export type MemoryProfile = (typeof MEMORY_PROFILES)[number];
-
-/** QEMU's smallest block. */
-export const MIN_BLOCK_BYTES = 0x10_0000;
 /** By how much the usable region exceeds the request: twice Linux's memory block on x86. */
 const USABLE_EXTENT_BYTES: number = 2 * 0x800_0000;
 
@@ -74,7 +61,7 @@ export interface RegionPort {
 export interface MemoryDeviceOptions {
   readonly port: DevicePort;
   readonly region: RegionPort;
-  /** How a profile that enforces does it; see `vmas`. Userfaultfd without it. */
+  /** How a profile that enforces does it; see `UnpluggedMemory.vmas`. Userfaultfd without it. */
   readonly protection?: 'mprotect' | 'userfaultfd';
   /** Most mappings that the VMM's address space may have for the region (`vm.max_map_count`); Linux's default without it. */
   readonly maxMapCount?: number;
@@ -111,7 +98,7 @@ export interface MemoryRequest {
   readonly response: (typeof MEMORY_ANSWERS)[number];
 }
 
-export interface MemoryDeviceCounters {
+export interface MemoryDeviceCounters extends Refusals {
   plugRequests: number;
   unplugRequests: number;
   unplugAllRequests: number;
@@ -124,15 +111,9 @@ export interface MemoryDeviceCounters {
   pluggedBlocks: number;
   unpluggedBlocks: number;
   discardedPages: number;
-  /** Accesses to unplugged memory that a profile refused. */
-  refusedWrites: number;
-  refusedReads: number;
-  zeroReads: number;
-  /** Requests that would have made more mappings than the VMM's address space may have. */
-  mapCountRefusals: number;
 }
 
-export class MemoryDevice implements VirtioDevice, RegionGate {
+export class MemoryDevice implements VirtioDevice {
   readonly deviceId: number = VIRTIO_ID_MEM;
   readonly offered: Features;
   readonly configBytes: number = MEM_CFG_BYTES;
@@ -163,6 +144,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   };
   /** One bit per block. */
   readonly plugged: Bitmap;
+  /** What an access to the rest meets. */
+  readonly unplugged: UnpluggedMemory;
   requestedBytes: number;
   usableBytes = 0;
   /** An outgoing migration or the like: every request that changes a block is answered BUSY. */
@@ -182,8 +165,6 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
   readonly #grant: ((bytes: number) => number) | undefined;
   /** `EBB_MEM_F_MORE` was negotiated. */
   #mayAsk = false;
-  readonly #protection: 'mprotect' | 'userfaultfd';
-  readonly #maxMapCount: number;
 
   /** `judgeMemoryDevice` says beforehand whether the figures are possible. */
   constructor(options: MemoryDeviceOptions) {
@@ -206,14 +187,13 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.node = options.node;
     this.requestedBytes = options.requestedBytes;
     this.plugged = new Bitmap(options.regionBytes / options.blockBytes);
+    this.unplugged = new UnpluggedMemory({ ...options, profile: this.profile }, this.plugged, this.counters);
     this.#region = options.region;
     this.#port = options.port;
     this.#trace = options.trace;
     this.#onSize = options.onSize ?? (() => undefined);
     this.#onRequest = options.onRequest;
     this.#grant = options.grant;
-    this.#protection = options.protection ?? 'userfaultfd';
-    this.#maxMapCount = options.maxMapCount ?? MAX_MAP_COUNT;
     this.#runner = new QueueRunner(options.port, `virtio-mem/${options.id}`, (_index, kicked) =>
       this.#serve(kicked),
     );
@@ -224,12 +204,6 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
 
   get baseGfn(): number {
     return this.addr / PAGE_SIZE;
-  }
-  get nrPages(): number {
-    return this.regionBytes / PAGE_SIZE;
-  }
-  get unitPages(): number {
-    return this.profile === 'qemu' ? this.nrPages : this.blockBytes / PAGE_SIZE;
   }
 
   /** Bytes plugged: population of the bitmap × block size, always. */
@@ -392,8 +366,8 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
       case VIRTIO_MEM_REQ_UNPLUG_ALL:
         counters.unplugAllRequests++;
         this.#trace?.('virtio_mem_unplug_all_request ');
-        if (this.busy || !this.#mayUnplugAll()) answer = VIRTIO_MEM_RESP_BUSY;
-        else yield* this.unplugAll();
+        if (this.busy || !this.#tellUnplugAll()) answer = VIRTIO_MEM_RESP_BUSY;
+        else yield* this.#unplugAll();
         cost += discardLeafNs;
         break;
       case VIRTIO_MEM_REQ_STATE:
@@ -447,28 +421,36 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
     if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;
     if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_UNPLUGGED) return VIRTIO_MEM_RESP_ERROR;
-    if (this.busy || !this.#protectionFits(addr, nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;
+    if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;
     const first = this.#first(addr);
     const pages = this.blockBytes / PAGE_SIZE;
     // What reads of unplugged memory mapped must go before the block is memory again, and with it what was written there.
     if (this.profile === 'scribble') yield* this.#discard(addr, nrBlocks * pages);
     else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, nrBlocks * pages);
-    for (let b = first; b < first + nrBlocks; b++) this.plugged.add(b);
-    if (this.#region.notifyPlug?.(addr / PAGE_SIZE, nrBlocks * pages) === false) {
-      for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
-      yield* this.#discard(addr, nrBlocks * pages);
-      return VIRTIO_MEM_RESP_BUSY;
-    }
+    if (!(yield* this.#populate(first, nrBlocks))) return VIRTIO_MEM_RESP_BUSY;
     this.counters.pluggedBlocks += nrBlocks;
-    this.#sizeIs(this.#size + nrBlocks * this.blockBytes);
     return VIRTIO_MEM_RESP_ACK;
+  }
+
+  /** Makes unplugged blocks memory, unless somebody who holds pages of its own cannot have them: false, and undone. */
+  *#populate(first: number, nrBlocks: number): Generator<TaskYield, boolean, void> {
+    const gfn = this.baseGfn + (first * this.blockBytes) / PAGE_SIZE;
+    const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
+    for (let b = first; b < first + nrBlocks; b++) this.plugged.add(b);
+    if (this.#region.notifyPlug?.(gfn, pages) === false) {
+      for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
+      yield* this.#discard(gfn * PAGE_SIZE, pages);
+      return false;
+    }
+    this.#sizeIs(this.#size + nrBlocks * this.blockBytes);
+    return true;
   }
 
   *#unplug(addr: number, nrBlocks: number): Generator<TaskYield, number, void> {
     if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
     if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED) return VIRTIO_MEM_RESP_ERROR;
     const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
-    if (this.busy || !this.#protectionFits(addr, nrBlocks, false)) return VIRTIO_MEM_RESP_BUSY;
+    if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, false)) return VIRTIO_MEM_RESP_BUSY;
     if (this.#region.notifyUnplug?.(addr / PAGE_SIZE, pages) === false) return VIRTIO_MEM_RESP_BUSY;
     const first = this.#first(addr);
     const close = (): void => {
@@ -483,41 +465,12 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     return VIRTIO_MEM_RESP_ACK;
   }
 
-  /**
-   * Mappings that the VMM's address space has for the region. With `mprotect` each run of plugged and of unplugged blocks
-   * is one of its own, so that holes make many (H14); with userfaultfd, or where nothing is enforced, it is one.
-   */
-  get vmas(): number {
-    return this.#vmasIf(0, 0, false);
-  }
-
-  /** The same, if blocks `first … first + count − 1` were plugged or not. */
-  #vmasIf(first: number, count: number, plugged: boolean): number {
-    const enforces = this.profile === 'rfc-write-protect' || this.profile === 'inaccessible';
-    if (!enforces || this.#protection !== 'mprotect') return 1;
-    let runs = 0;
-    let last: boolean | null = null;
-    for (let b = 0; b < this.plugged.length; b++) {
-      const is = b >= first && b < first + count ? plugged : this.plugged.has(b);
-      if (is !== last) runs++;
-      last = is;
-    }
-    return runs;
-  }
-
-  /** Whether the address space can hold the mappings that a change leaves; else `mprotect` fails (H64). */
-  #protectionFits(addr: number, nrBlocks: number, plugged: boolean): boolean {
-    if (this.#vmasIf(this.#first(addr), nrBlocks, plugged) <= this.#maxMapCount) return true;
-    this.counters.mapCountRefusals++;
-    return false;
-  }
-
   *#discard(addr: number, pages: number): Generator<TaskYield, void, void> {
     this.counters.discardedPages += yield* this.#region.discard(addr / PAGE_SIZE, pages);
   }
 
   /** Tells whoever holds pages of plugged blocks, run by run; false: it does not let some of them go. */
-  #mayUnplugAll(): boolean {
+  #tellUnplugAll(): boolean {
     const pages = this.blockBytes / PAGE_SIZE;
     for (let b = 0; b < this.plugged.length; b++) {
       if (!this.plugged.has(b)) continue;
@@ -529,12 +482,10 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     return true;
   }
 
-  /** Unplugs every block and lets the usable region shrink: UNPLUG_ALL, and system reset. */
-  *unplugAll(): Generator<TaskYield, void, void> {
+  /** Unplugs every block and lets the usable region shrink: UNPLUG_ALL, and system reset. Holders have been told. */
+  *#unplugAll(): Generator<TaskYield, void, void> {
     const blocks = this.plugged.count();
     if (blocks > 0) {
-      // A system reset asks nobody, but tells.
-      this.#mayUnplugAll();
       if (this.profile !== 'qemu') this.plugged.clear();
       yield* this.#discard(this.addr, this.regionBytes / PAGE_SIZE);
       this.plugged.clear();
@@ -547,18 +498,20 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
 
   /**
    * System reset. `virtio-1.2`: all blocks are unplugged, and the driver plugs what is requested again. `rfc-2017`: the
-   * region shrinks to what was plugged, without holes, and stays (H9); the content is gone.
+   * region shrinks to what was plugged, without holes, and stays (H9); the content is gone. It shrinks to nothing if
+   * somebody who holds pages of its own cannot have them again.
    */
   *systemReset(policy: 'virtio-1.2' | 'rfc-2017'): Generator<TaskYield, void, void> {
     // What a request began before the reset is carried out first, so that it is undone with the rest.
     if (!this.idle) yield () => this.idle;
     const blocks = this.plugged.count();
-    yield* this.unplugAll();
+    // Nobody is asked, but everybody told.
+    this.#tellUnplugAll();
+    yield* this.#unplugAll();
     if (policy === 'virtio-1.2') return;
     this.requestedBytes = blocks * this.blockBytes;
     this.#resizeUsable(true);
-    for (let b = 0; b < blocks; b++) this.plugged.add(b);
-    this.#sizeIs(blocks * this.blockBytes);
+    if (blocks > 0) yield* this.#populate(0, blocks);
   }
 
   #sizeIs(bytes: number): void {
@@ -566,57 +519,4 @@ export class MemoryDevice implements VirtioDevice, RegionGate {
     this.#host?.configMoved();
     this.#onSize(bytes);
   }
-
-  // ── Enforcement ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-  /** What an access to page `gfn` of the region meets. Asked at a violation and before a device touches memory. */
-  verdict(gfn: number, write: boolean): Verdict {
-    if (this.profile === 'qemu') return 'memory';
-    const block = Math.floor((gfn * PAGE_SIZE - this.addr) / this.blockBytes);
-    if (this.plugged.has(block)) return 'memory';
-    if (this.profile === 'scribble') return 'scribbled';
-    if (write) {
-      this.counters.refusedWrites++;
-      return 'nothing';
-    }
-    if (this.profile === 'rfc-write-protect') {
-      this.counters.zeroReads++;
-      return 'zeros';
-    }
-    this.counters.refusedReads++;
-    return 'nothing';
-  }
-}
-
-/** `vm.max_map_count` of Linux. */
-const MAX_MAP_COUNT = 65530;
-
-/** Why these figures make no memory device, in QEMU's words where it has some; empty when they do. */
-export function judgeMemoryDevice(options: {
-  readonly addr: number;
-  readonly regionBytes: number;
-  readonly blockBytes: number;
-  readonly requestedBytes: number;
-  readonly region: { readonly pageBytes: number };
-}): string {
-  const { addr, regionBytes, blockBytes, requestedBytes, region } = options;
-  const hex = (n: number): string => `0x${n.toString(16)}`;
-  if (blockBytes < MIN_BLOCK_BYTES) return `'block-size' property has to be at least ${hex(MIN_BLOCK_BYTES)}`;
-  if (!Number.isInteger(Math.log2(blockBytes))) return "'block-size' property has to be a power of two";
-  if (blockBytes < region.pageBytes)
-    return `'block-size' property has to be at least the page size (${hex(region.pageBytes)})`;
-  if (regionBytes % blockBytes !== 0)
-    return `'memdev' property: the size of the memory backend has to be multiples of 'block-size' (${hex(blockBytes)})`;
-  if (addr % blockBytes !== 0)
-    return `'memaddr' property has to be multiples of 'block-size' (${hex(blockBytes)})`;
-  return judgeRequested(options.regionBytes, blockBytes, requestedBytes);
-}
-
-/** Why a requested size is refused, in QEMU's words; empty when it is not. */
-export function judgeRequested(regionBytes: number, blockBytes: number, bytes: number): string {
-  if (bytes < 0 || bytes % blockBytes !== 0)
-    return `'requested-size' has to be multiples of 'block-size' (0x${blockBytes.toString(16)})`;
-  if (bytes > regionBytes)
-    return `'requested-size' cannot exceed the memory backend size(0x${regionBytes.toString(16)})`;
-  return '';
 }

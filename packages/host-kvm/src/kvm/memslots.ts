@@ -45,7 +45,10 @@ export class Memslots {
   #slots: Memslot[] = [];
   /** Bumped by every change; a cached "this is MMIO" is stale when it moved. */
   generation = 0;
-  /** A slot that is gone, whose successor is about to come. */
+  /**
+   * A slot that is gone, whose successor is about to come: a fault that finds no slot waits instead of being MMIO.
+   * Written by the VM that resizes it.
+   */
   replaced: Memslot | null = null;
 
   /** The slot that holds `gfn`, or null: an access there is MMIO. */
@@ -71,14 +74,14 @@ export class Memslots {
     return this.#slots;
   }
 
-  /** Judges a request without carrying it out. `gone`: as if this slot had been deleted. */
-  judge(region: UserMemoryRegion, gone = -1): Result<SlotChange, SlotError> {
+  /** Judges a request without carrying it out. `replacing`: as if the slot had been deleted before. */
+  judge(region: UserMemoryRegion, replacing = false): Result<SlotChange, SlotError> {
     const { slot: id, flags, guestPhysAddr, memorySize } = region;
     const aligned = guestPhysAddr % PAGE_SIZE === 0 && memorySize % PAGE_SIZE === 0;
     if (!aligned || guestPhysAddr < 0 || memorySize < 0) return err('EINVAL');
     // Dirty logging is not modelled yet: a request for it is refused rather than ignored.
     if ((flags & ~KVM_MEM_READONLY) !== 0 || id < 0 || id >= KVM_USER_MEM_SLOTS) return err('EINVAL');
-    const old = this.#slots.find((slot) => slot.id === id && id !== gone) ?? null;
+    const old = this.#slots.find((slot) => slot.id === id && !replacing) ?? null;
     if (memorySize === 0) {
       if (old === null) return err('EINVAL');
       return ok({ kind: 'delete', slot: { ...old, invalid: true }, old });
@@ -110,12 +113,7 @@ export class Memslots {
       kind = old.baseGfn === baseGfn ? 'flags' : 'move';
     }
     for (const other of this.#slots) {
-      if (
-        other.id !== id &&
-        other.id !== gone &&
-        baseGfn < other.baseGfn + other.nrPages &&
-        other.baseGfn < baseGfn + nrPages
-      )
+      if (other.id !== id && baseGfn < other.baseGfn + other.nrPages && other.baseGfn < baseGfn + nrPages)
         return err('EEXIST');
     }
     return ok({ kind, slot, old });

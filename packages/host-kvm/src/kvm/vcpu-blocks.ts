@@ -57,7 +57,7 @@ export class VcpuBlocks {
     for (let v = 0; v < this.count; v++) this.#control[this.#base(v) + VC_EPT_ROOT] = root;
   }
 
-  /** Virtual clock of a vCPU as of its last exit or halt. */
+  /** Virtual clock of a vCPU in ns, as of its last exit or halt. */
   clock(vcpu: number): number {
     return this.#controlF64[this.#baseF64(vcpu) + VC_CLOCK_F64];
   }
@@ -85,7 +85,7 @@ export class VcpuBlocks {
     return this.#control[this.#base(vcpu) + VC_EXIT_DATA];
   }
 
-  /** Answers an exit. Exchanging to DONE tells whether the vCPU sleeps; only then is it notified. */
+  /** Answers an exit. `cost`: virtual ns. Exchanging to DONE tells whether the vCPU sleeps; only then is it notified. */
   answer(vcpu: number, result: number, data: number, cost: number): void {
     const base = this.#base(vcpu);
     this.#control[base + VC_EXIT_RESULT] = result;
@@ -97,7 +97,7 @@ export class VcpuBlocks {
 
   // ── Interrupts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** Notes that device `line` completes what it returned at virtual time `due`. */
+  /** Notes that device `line` completes what it returned at virtual time `due`, in ns. */
   completed(line: number, due: number): void {
     const f64 = this.#baseF64(0) + VC_IRQ_DUE_F64 + line;
     if (due > this.#controlF64[f64]) this.#controlF64[f64] = due;
@@ -113,7 +113,7 @@ export class VcpuBlocks {
     }
   }
 
-  /** System reset: nothing is pending any more. Every vCPU is outside. */
+  /** System reset: nothing is pending any more. Every vCPU is outside; pairs with the exchange in `Vcpu.takeInterrupts`. */
   clearInterrupts(): void {
     for (let v = 0; v < this.count; v++) Atomics.store(this.#control, this.#base(v) + VC_IRQ, 0);
   }

@@ -7,14 +7,10 @@
 import {
   CHUNK_FRAME_SHIFT,
   chunkOffset,
-  FRAME_OWNED,
-  ownerOf,
   PAGE_SIZE,
-  USE_RAM,
   type DeviceMemory,
   type HostMemory,
   type Schedule,
-  type ViolationLog,
 } from '@ebb/machine';
 import type { FramePool } from '../mm/frame-pool.ts';
 import { KVM_MEM_READONLY, type Memslot, type Memslots } from './memslots.ts';
@@ -31,7 +27,6 @@ export class VmMemory implements DeviceMemory {
   readonly #memory: HostMemory;
   readonly #pool: FramePool;
   readonly #slots: Memslots;
-  readonly #log: ViolationLog;
   readonly #frameFlags: Uint8Array;
   readonly #schedule: Schedule;
   readonly #verdict: (gfn: number, write: boolean) => Verdict;
@@ -41,7 +36,6 @@ export class VmMemory implements DeviceMemory {
     vm: number,
     pool: FramePool,
     slots: Memslots,
-    log: ViolationLog,
     frameFlags: Uint8Array,
     schedule: Schedule,
     verdict: (gfn: number, write: boolean) => Verdict,
@@ -52,7 +46,6 @@ export class VmMemory implements DeviceMemory {
     this.#memory = pool.memory;
     this.#pool = pool;
     this.#slots = slots;
-    this.#log = log;
     this.#frameFlags = frameFlags;
     this.u8 = this.#memory.u8[0];
     this.u16 = this.#memory.u16[0];
@@ -81,22 +74,7 @@ export class VmMemory implements DeviceMemory {
     const offset = gpa - gfn * PAGE_SIZE;
     const frame = slot.file.assign(slot.fileOffset + (gfn - slot.baseGfn), false);
     if (frame < 0) return false;
-    const ledger = this.#pool.ledger;
-    if (ledger.state[frame] !== FRAME_OWNED || ledger.owner[frame] !== ownerOf(this.#vm, USE_RAM)) {
-      this.#log.record({
-        kind: ledger.owner[frame] === 0 ? 'use-after-free' : 'foreign-frame',
-        actor: 'device',
-        vm: this.#vm,
-        vcpu: -1,
-        gfn,
-        hfn: frame,
-        expected: ownerOf(this.#vm, USE_RAM),
-        found: ledger.owner[frame],
-        owner: ledger.owner[frame],
-        stepTaken: ledger.stepTaken[frame],
-        stepReleased: ledger.stepReleased[frame],
-      });
-    }
+    this.#pool.deviceReaches(this.#vm, gfn, frame);
     if (this.#schedule.controlled) this.#schedule.point('device-access', gfn);
     // The EPT's D bit knows nothing of device writes.
     if (write) this.#frameFlags[frame] |= FRAME_DIRTY;

@@ -114,8 +114,6 @@ export class Vm implements InvalidationListener {
   #sequence = 0;
   #rangeFrom = 0;
   #rangeTo = 0;
-  /** A memory map is being changed: a fault that finds no slot waits instead of being MMIO. */
-  #held = false;
   /** Frames zeroed for each vCPU's fault, for its cost. */
   readonly #zeroed: number[] = [];
 
@@ -131,7 +129,6 @@ export class Vm implements InvalidationListener {
       options.id,
       options.pool,
       this.slots,
-      options.violations,
       options.frameFlags,
       options.schedule,
       (gfn, write) => this.#verdict(gfn, write),
@@ -139,6 +136,11 @@ export class Vm implements InvalidationListener {
     this.vcpus.setRoot(this.mmu.root);
     for (let v = 0; v < options.nrVcpus; v++)
       this.#exitTasks.push(options.tasks.spawn(`vm${options.id}/vcpu${v}`, this.#serveExits(v)));
+  }
+
+  /** A fault that finds no slot waits for the one to come. */
+  get #resizing(): boolean {
+    return this.slots.replaced !== null;
   }
 
   addMmio(region: MmioRegion): void {
@@ -204,7 +206,7 @@ export class Vm implements InvalidationListener {
     const address = this.vcpus.exitAddress(vcpu);
     if (this.killed) this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);
     else if (this.vcpus.exitReason(vcpu) === EXIT_EPT_VIOLATION) {
-      if (this.#mmuLock.held || this.#inProgress > 0 || this.#held) return false;
+      if (this.#mmuLock.held || this.#inProgress > 0 || this.#resizing) return false;
       const gfn = Math.floor(address / PAGE_SIZE);
       const write = this.vcpus.exitSize(vcpu) !== 0;
       const slot = this.#resolve(vcpu, gfn, write);
@@ -264,7 +266,7 @@ export class Vm implements InvalidationListener {
   *#violation(vcpu: number, gfn: number, write: boolean): Generator<TaskYield, void, void> {
     this.counters.eptViolations++;
     for (;;) {
-      if (this.#held && this.slots.find(gfn) === null) yield () => !this.#held;
+      if (this.#resizing && this.slots.find(gfn) === null) yield () => !this.#resizing;
       const sequence = this.#sequence;
       const slot = this.#resolve(vcpu, gfn, write);
       if (slot === null) return;
@@ -323,7 +325,7 @@ export class Vm implements InvalidationListener {
   /** Fills what was just taken for page `gfn`, a frame or the 2 MiB around it, with noise. */
   #scribble(frame: number, slot: Memslot, gfn: number): void {
     const taken = this.#pool.lastZeroed;
-    const first = frame - ((slot.fileOffset + gfn - slot.baseGfn) & (Math.max(1, taken) - 1));
+    const first = frame - ((slot.fileOffset + gfn - slot.baseGfn) & (taken - 1));
     for (let f = first; f < first + taken; f++) this.#pool.memory.poisonFrame(hfn(f), SCRIBBLE);
   }
 
@@ -369,9 +371,7 @@ export class Vm implements InvalidationListener {
     this.#inProgress++;
     let zapped = 0;
     for (let r = 0; r < nrRuns; r++) zapped += this.#zapBlocks(runs[2 * r], runs[2 * r + 1]);
-    // Never drop the lock with a flush owed: another holder could hand out what a TLB still reaches.
-    if (zapped > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();
-    this.mmu.freeDetachedTables();
+    yield* this.#finishZap(zapped);
     this.#mmuLock.release();
   }
 
@@ -409,6 +409,15 @@ export class Vm implements InvalidationListener {
     this.#rangeTo = Math.max(this.#rangeTo, to);
   }
 
+  /**
+   * After `zapped` leaves went, under the lock, which is never dropped with a flush owed: another holder could hand out
+   * what a TLB still reaches. Tables are freed when no walk can be in them.
+   */
+  *#finishZap(zapped: number): Generator<TaskYield, void, void> {
+    if (zapped > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();
+    this.mmu.freeDetachedTables();
+  }
+
   /** Asks every vCPU to drop its translations and waits for those in guest mode. */
   *#flushAll(): Generator<TaskYield, void, void> {
     this.counters.tlbFlushes++;
@@ -426,8 +435,7 @@ export class Vm implements InvalidationListener {
     yield* this.#mmuLock.acquire();
     this.#inProgress++;
     this.#coverRange(gfn, gfn + count);
-    if (this.mmu.zapRange(gfn, count) > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();
-    this.mmu.freeDetachedTables();
+    yield* this.#finishZap(this.mmu.zapRange(gfn, count));
     then?.();
     this.#mmuLock.release();
     this.end(EMPTY, 0);
@@ -467,16 +475,14 @@ export class Vm implements InvalidationListener {
     if (old === undefined || region.memorySize === 0) return err('EINVAL');
     if (how === 'extension') return yield* this.#resizeAtOnce(region, old);
     // What cannot be created afterwards is not deleted first.
-    const judged = this.slots.judge(region, old.id);
+    const judged = this.slots.judge(region, true);
     if (!judged.ok) return err(judged.error);
-    this.#held = how === 'qemu';
-    // The VMM's own map, which devices go by, changes in one step.
+    // The VMM’s own map, which devices go by, changes in one step.
     this.slots.replaced = how === 'qemu' ? old : null;
     let done = yield* this.setUserMemoryRegion({ ...region, memorySize: 0 });
     yield undefined;
     if (done.ok) done = yield* this.setUserMemoryRegion(region);
     this.slots.replaced = null;
-    this.#held = false;
     return done;
   }
 
@@ -488,7 +494,7 @@ export class Vm implements InvalidationListener {
     const { guestPhysAddr, file, fileOffset } = region;
     if (guestPhysAddr !== old.baseGfn * PAGE_SIZE || file !== old.file || fileOffset !== old.fileOffset)
       return err('EINVAL');
-    const judged = this.slots.judge(region, old.id);
+    const judged = this.slots.judge(region, true);
     if (!judged.ok) return err(judged.error);
     const resize = (): void => this.slots.install({ ...old, nrPages });
     // The pages go before the slot that tells which they are: an invalidation in between must still find them.

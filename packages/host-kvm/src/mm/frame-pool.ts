@@ -7,10 +7,12 @@
  */
 import {
   assert,
+  FRAME_OWNED,
   freeSchedule,
   hfn,
   ownerOf,
   USE_PAGE_TABLE,
+  USE_RAM,
   USE_VMM,
   type FrameLedger,
   type Hfn,
@@ -117,6 +119,30 @@ export class FramePool implements FrameSource {
     for (let f = first as number; f < first + count; f++) {
       if (this.ledger.pins[f] === 0) this.buddy.freeRun(f, 1);
     }
+  }
+
+  /**
+   * A device of VM `vm` reaches `frame` for guest page `gfn`: the gate that says whether it is still the VM's RAM. What it
+   * has pinned stays so until the last pin goes, even if the VM no longer maps it.
+   */
+  deviceReaches(vm: number, gfn: number, frame: number): void {
+    const { ledger } = this;
+    const expected = ownerOf(vm, USE_RAM);
+    const held = ledger.state[frame] === FRAME_OWNED || ledger.pins[frame] > 0;
+    if (held && ledger.owner[frame] === expected) return;
+    this.#log.record({
+      kind: ledger.owner[frame] === 0 ? 'use-after-free' : 'foreign-frame',
+      actor: 'device',
+      vm,
+      vcpu: -1,
+      gfn,
+      hfn: frame,
+      expected,
+      found: ledger.owner[frame],
+      owner: ledger.owner[frame],
+      stepTaken: ledger.stepTaken[frame],
+      stepReleased: ledger.stepReleased[frame],
+    });
   }
 
   #poison(frame: Hfn): void {

@@ -10,20 +10,21 @@ import {
   AVAIL_IDX,
   AVAIL_RING,
   DESC_BYTES,
-  availEventOffset,
-  isPowerOfTwo,
+  MAX_CHAIN_BYTES,
   MAX_QUEUE_SIZE,
-  needEvent,
-  ringDistance,
   USED_ELEM_BYTES,
   USED_IDX,
   USED_RING,
-  usedEventOffset,
   VIRTQ_AVAIL_F_NO_INTERRUPT,
   VIRTQ_DESC_F_INDIRECT,
   VIRTQ_DESC_F_NEXT,
   VIRTQ_DESC_F_WRITE,
   VIRTQ_USED_F_NO_NOTIFY,
+  availEventOffset,
+  isPowerOfTwo,
+  needEvent,
+  ringDistance,
+  usedEventOffset,
 } from '../uapi/virtio.ts';
 import type { RingAddresses } from '../uapi/virtio.ts';
 import { DescriptorChain } from './descriptor-chain.ts';
@@ -53,9 +54,6 @@ export interface SplitDeviceQueueOptions {
   /** Called when a device model touches a buffer it no longer holds (I16). */
   readonly onLeaseBroken?: (gpa: number) => void;
 }
-
-/** Total bytes of one chain are below 2³² (§ 2.7.5, "MUST NOT add a chain longer than 2^32 bytes in total"). */
-const MAX_CHAIN_BYTES = 0x1_0000_0000;
 
 export class SplitDeviceQueue {
   readonly size: number;
@@ -126,8 +124,8 @@ export class SplitDeviceQueue {
 
   /** Takes the next available chain, or null: empty, or `error` is set. Copies and checks each descriptor once. */
   pop(): DescriptorChain | null {
-    if (this.#availSeen === this.#lastAvail || this.error !== null || this.#stopped)
-      if (this.#available() === 0) return null;
+    const known = this.#availSeen !== this.#lastAvail && this.error === null && !this.#stopped;
+    if (!known && this.#available() === 0) return null;
     const memory = this.memory;
     const slot = this.rings.driver + AVAIL_RING + 2 * (this.#lastAvail & (this.size - 1));
     if (!memory.window(slot, 2, false)) return this.#fail({ kind: 'ring-not-in-ram', gpa: slot });

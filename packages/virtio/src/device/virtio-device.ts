@@ -4,7 +4,7 @@ import type { SplitDeviceQueue } from './split-device-queue.ts';
 
 /** How a device model reaches its transport: interrupts, and the sticky error. */
 export interface DeviceHost {
-  /** What is pushed next completes at this virtual time. Before the push: a driver may see the buffer at once. */
+  /** What is pushed next completes at virtual time `at`, in ns. Before the push: a driver may see the buffer at once. */
   completes(at: number): void;
   /** Buffers of queue `index` were pushed: interrupt if the driver asked for it. */
   queueInterrupt(index: number): void;

@@ -13,20 +13,21 @@ import {
   AVAIL_IDX,
   AVAIL_RING,
   DESC_BYTES,
+  MAX_CHAIN_BYTES,
+  USED_IDX,
+  USED_RING,
+  VIRTQ_AVAIL_F_NO_INTERRUPT,
+  VIRTQ_DESC_F_INDIRECT,
+  VIRTQ_DESC_F_NEXT,
+  VIRTQ_DESC_F_WRITE,
+  VIRTQ_USED_F_NO_NOTIFY,
   availBytes,
   availEventOffset,
   isPowerOfTwo,
   needEvent,
   ringDistance,
   type RingAddresses,
-  USED_IDX,
-  USED_RING,
   usedEventOffset,
-  VIRTQ_AVAIL_F_NO_INTERRUPT,
-  VIRTQ_DESC_F_INDIRECT,
-  VIRTQ_DESC_F_NEXT,
-  VIRTQ_DESC_F_WRITE,
-  VIRTQ_USED_F_NO_NOTIFY,
 } from '../uapi/virtio.ts';
 
 export const DRIVER_QUEUE_MAX = 256;
@@ -58,9 +59,6 @@ export interface SplitDriverQueueOptions {
   readonly eventIdx: boolean;
   readonly indirect: boolean;
 }
-
-/** § 2.7.5: no buffer is longer. */
-const MAX_CHAIN_BYTES = 0x1_0000_0000;
 
 /** One element of a buffer: half-open byte range `[gpa, gpa + length)`. */
 export interface Segment {

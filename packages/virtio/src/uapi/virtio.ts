@@ -64,6 +64,8 @@ export class Features {
 
 /** Descriptor (§ 2.7.5): `le64 addr; le32 len; le16 flags; le16 next`, 16 bytes. */
 export const DESC_BYTES = 16;
+/** "MUST NOT add a chain longer than 2^32 bytes in total" (§ 2.7.5). */
+export const MAX_CHAIN_BYTES = 0x1_0000_0000;
 export const VIRTQ_DESC_F_NEXT = 1;
 export const VIRTQ_DESC_F_WRITE = 2;
 export const VIRTQ_DESC_F_INDIRECT = 4;

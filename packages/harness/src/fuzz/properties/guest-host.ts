@@ -126,7 +126,7 @@ function attachMemory(lab: HostLab, vm: Vm, port: DevicePort, profile: MemoryPro
       unmap: (first, count) => vm.unmap(first, count),
     },
   });
-  vm.addGate(device);
+  vm.addGate(device.unplugged);
   attachDevice(lab, vm, LINE_MEM, device);
   return device;
 }

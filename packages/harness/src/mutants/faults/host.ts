@@ -160,8 +160,8 @@ export const HOST_FAULTS: readonly Mutant[] = [
   fault(
     'slot-removed-before-flush',
     VM,
-    'if (this.mmu.zapRange(gfn, count) > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();',
-    'this.mmu.zapRange(gfn, count);',
+    '    yield* this.#finishZap(this.mmu.zapRange(gfn, count));\n',
+    '    this.mmu.zapRange(gfn, count);\n    this.mmu.freeDetachedTables();\n',
     'I11: a slot goes while TLBs reach it',
     props('slots'),
   ),

@@ -80,15 +80,15 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'storage-error-thrown',
     BLOCK_DEVICE,
-    '      this.lastError = (error as Error).message;\n      return false;\n',
-    '      throw error;\n',
+    '    } catch {\n      return false;\n',
+    '    } catch (error) {\n      throw error;\n',
     'a full host disk ends the host',
     TIMING,
   ),
   fault(
     'unplug-all-unasked',
     MEMORY_DEVICE,
-    'if (this.busy || !this.#mayUnplugAll())',
+    'if (this.busy || !this.#tellUnplugAll())',
     'if (this.busy)',
     'Y19: pages that a device holds are unplugged',
     TIMING,
@@ -104,7 +104,7 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'plug-untold',
     MEMORY_DEVICE,
-    '    if (this.#region.notifyPlug?.(addr / PAGE_SIZE, nrBlocks * pages) === false) {\n',
+    '    if (this.#region.notifyPlug?.(gfn, pages) === false) {\n',
     '    if (false as boolean) {\n',
     'Y19: a device with pinned memory does not hear of a block that comes',
     TIMING,
@@ -112,9 +112,17 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'reset-untold',
     MEMORY_DEVICE,
-    '      // A system reset asks nobody, but tells.\n      this.#mayUnplugAll();\n',
+    '    // Nobody is asked, but everybody told.\n    this.#tellUnplugAll();\n',
     '',
     'Y19: memory that a device has pinned is discarded by a system reset',
+    test('host-kvm/src/devices/assigned-device.test.ts'),
+  ),
+  fault(
+    'reset-replugs-untold',
+    MEMORY_DEVICE,
+    '    if (blocks > 0) yield* this.#populate(0, blocks);\n',
+    '    for (let b = 0; b < blocks; b++) this.plugged.add(b);\n    this.#sizeIs(blocks * this.blockBytes);\n',
+    'Y19, H9: what a system reset keeps is memory that a device with pinned pages cannot reach',
     test('host-kvm/src/devices/assigned-device.test.ts'),
   ),
   fault(
@@ -128,8 +136,8 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'resize-deletes-first',
     VM,
-    '    const judged = this.slots.judge(region, old.id);\n    if (!judged.ok) return err(judged.error);\n    this.#held',
-    '    this.#held',
+    '    const judged = this.slots.judge(region, true);\n    if (!judged.ok) return err(judged.error);\n    // The VMM’s own map',
+    '    // The VMM’s own map',
     'I11: a resize that cannot be loses the slot',
     SLOTS,
   ),

@@ -98,8 +98,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'busy-plugs',
     DEVICE,
-    'if (this.busy || !this.#protectionFits(addr, nrBlocks, true)) return',
-    'if (!this.#protectionFits(addr, nrBlocks, true)) return',
+    'if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, true)) return',
+    'if (!this.unplugged.fits(this.#first(addr), nrBlocks, true)) return',
     'a plug while a migration runs',
     DEVICE_TEST,
   ),
@@ -114,8 +114,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'reset-leaves-holes',
     DEVICE,
-    '    for (let b = 0; b < blocks; b++) this.plugged.add(b);\n    this.#sizeIs',
-    '    for (let b = 0; b < blocks; b++) this.plugged.add(2 * b);\n    this.#sizeIs',
+    '    if (blocks > 0) yield* this.#populate(0, blocks);\n',
+    '    if (blocks > 0) yield* this.#populate(1, blocks);\n',
     'I10: no holes after a system reset (H9)',
     DEVICE_TEST,
   ),
@@ -147,7 +147,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'map-count-unchecked',
     DEVICE,
-    '    if (this.busy || !this.#protectionFits(addr, nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;\n',
+    '    if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;\n',
     '    if (this.busy) return VIRTIO_MEM_RESP_BUSY;\n',
     'H64: more mappings than an address space may have',
     DEVICE_TEST,

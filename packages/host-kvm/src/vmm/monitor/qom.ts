@@ -1,6 +1,6 @@
 /** The object tree as monitors reach it: `/machine/peripheral/ID` and `/objects/ID`, with QEMU's names and errors. */
 import { err, ok, type Result } from '@ebb/machine';
-import { judgeRequested } from '../../devices/memory-device.ts';
+import { judgeRequested } from '../../devices/memory-figures.ts';
 import type { Machine } from './machine.ts';
 
 export interface MonitorError {
