@@ -13,7 +13,7 @@ export const MAX_HOST_MEMORY: number = 8 * GiB;
 export const CHUNK_FRAME_SHIFT = 18;
 const CHUNK_FRAME_MASK = (1 << CHUNK_FRAME_SHIFT) - 1;
 
-const ZERO_PAGE = new Uint8Array(PAGE_SIZE);
+const ZERO_FRAME = new Int32Array(1024);
 
 export class HostMemory {
   readonly buffer: SharedArrayBuffer;
@@ -24,6 +24,8 @@ export class HostMemory {
   readonly u8: readonly Uint8Array[];
   readonly u16: readonly Uint16Array[];
   readonly i32Chunks: readonly Int32Array[];
+  /** For what is done to whole frames between owners: no access that anybody could race with is made through it. */
+  readonly #whole: Int32Array;
 
   constructor(buffer: SharedArrayBuffer) {
     assert(buffer.byteLength % PAGE_SIZE === 0, 'host memory is whole frames');
@@ -31,6 +33,7 @@ export class HostMemory {
     this.buffer = buffer;
     this.frames = buffer.byteLength / PAGE_SIZE;
     this.i32 = sharedI32('dram', buffer);
+    this.#whole = new Int32Array(buffer);
     const u8: Uint8Array[] = [];
     const u16: Uint16Array[] = [];
     const i32: Int32Array[] = [];
@@ -47,14 +50,18 @@ export class HostMemory {
 
   /** Zeroes `count` frames from `first`. Host side: before a frame gets a new owner. */
   zeroFrames(first: Hfn, count: number): void {
-    for (let f = first as number; f < first + count; f++) {
-      this.u8[f >>> CHUNK_FRAME_SHIFT].set(ZERO_PAGE, (f & CHUNK_FRAME_MASK) << 12);
-    }
+    for (let f = first as number; f < first + count; f++) this.#whole.set(ZERO_FRAME, f * 1024);
   }
 
   /** Fills a frame with a poison word: what a freed frame holds until it is zeroed for its next owner. */
   poisonFrame(frame: Hfn, word: number): void {
-    this.i32.fill(word, frame * 1024, frame * 1024 + 1024);
+    this.#whole.fill(word, frame * 1024, frame * 1024 + 1024);
+  }
+
+  /** Whether every word of a frame is `word`. For checkers. */
+  holds(frame: Hfn, word: number): boolean {
+    for (let w = frame * 1024; w < frame * 1024 + 1024; w++) if (this.#whole[w] !== word) return false;
+    return true;
   }
 }
 

@@ -16,6 +16,7 @@ export * from './ledger.ts';
 export * from './lock-order.ts';
 export * from './observed-atomics.ts';
 export * from './observed-views.ts';
+export { RACE_BYTES, resetRaces } from './race-shadow.ts';
 export * from './prng.ts';
 export * from './result.ts';
 export * from './schedule.ts';

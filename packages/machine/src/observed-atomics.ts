@@ -18,8 +18,8 @@ export type WordNames = (words: ArrayBufferView, index: number) => number;
 
 /** What else is to know of an operation: the race detector. Words are plain views here. */
 export interface AtomicListener {
-  /** The thread has read, or written, or both, word `id` atomically. */
-  atomic(id: number, reads: boolean, writes: boolean): void;
+  /** The thread has read, or written, or both, element `index` of a plain view atomically; `id` names the word. */
+  atomic(view: ArrayBufferView, index: number, id: number, reads: boolean, writes: boolean): void;
 }
 
 /**
@@ -39,7 +39,7 @@ export function observedAtomics(
   };
   const note = (words: ArrayBufferView, index: number, reads: boolean, writes: boolean): void => {
     if (schedule() !== null && words.buffer instanceof SharedArrayBuffer)
-      listener.atomic(name(words, index), reads, writes);
+      listener.atomic(words, index, name(words, index), reads, writes);
   };
   const announce = (point: Point, words: ArrayBufferView, index: number): void => {
     const s = schedule();

@@ -30,7 +30,9 @@ globalThis.Atomics = observedAtomics(
   () => schedule,
   (words, index) => (regionOf(words.buffer) << 24) | ((words.byteOffset / 4 + index) & 0xff_ffff),
   plainView,
-  { atomic: (id, reads, writes) => races?.atomic(id, reads, writes) },
+  {
+    atomic: (view, index, id, reads, writes) => races?.atomic(view, index, id, reads, writes),
+  },
 );
 observeViews((region, view) => (races === null ? view : races.observe(region, view)));
 
@@ -54,7 +56,8 @@ export class FuzzWorker {
     const found: string[] = [];
     let crash = '';
     let host: HostLab | null = null;
-    races = observe ? new RaceDetector(lab.races, this.#thread, racyByDesign(lab.shape.ramPages)) : null;
+    const racy = racyByDesign(lab.shape.ramPages, property.hostileRings === true);
+    races = observe ? new RaceDetector(lab.races, this.#thread, racy) : null;
     const order = new LockOrder(lab.lockOrder);
     const begin = (): void => {
       observeLocks(order);
@@ -73,7 +76,7 @@ export class FuzzWorker {
     };
     try {
       if (this.#thread === 0) {
-        host = new HostLab(lab, control);
+        host = new HostLab(lab, control, (first, count) => races?.forget(first, count));
         const verdict = property.host(host, program);
         begin();
         host.serve();

@@ -123,7 +123,12 @@ export class HostLab {
   readonly #control: Int32Array;
   readonly #tlbs: readonly Int32Array[];
 
-  constructor(lab: LabBuffers, schedule: Schedule) {
+  /** `renewed`: told of frames that get another owner. */
+  constructor(
+    lab: LabBuffers,
+    schedule: Schedule,
+    renewed: (first: number, count: number) => void = () => undefined,
+  ) {
     const { shape } = lab;
     this.#arenas = lab.arenas;
     this.shape = shape;
@@ -137,6 +142,11 @@ export class HostLab {
     this.#tlbs = lab.tlbs.map((tlb) => new Int32Array(tlb));
     const watch = (first: number, count: number): void => this.#mustBeOutOfReach(first, count);
     this.pool = new (class extends FramePool {
+      override allocZeroed(order: 0 | 9, owner: number): number {
+        const first = super.allocZeroed(order, owner);
+        if (first >= 0) renewed(first, 1 << order);
+        return first;
+      }
       override free(first: Hfn, count: number): void {
         watch(first, count);
         super.free(first, count);
@@ -232,9 +242,7 @@ export class HostLab {
   }
 
   #hasContent(frame: number): boolean {
-    const { i32 } = this.#memory;
-    for (let w = frame * 1024; w < frame * 1024 + 1024; w++) if (i32[w] !== 0) return true;
-    return false;
+    return !this.#memory.holds(hfn(frame), 0);
   }
 
   /** Starts a host task that the execution waits for. */

@@ -29,6 +29,8 @@ export interface Property {
   readonly shape: LabShape;
   /** Points of a typical run: PCT spreads its change points over so many. */
   readonly steps: number;
+  /** A guest of its rewrites rings while the host reads them: races in DRAM are what it is for. */
+  readonly hostileRings?: true;
   readonly program: fc.Arbitrary<FuzzProgram>;
   /** Prepares the host (before the schedule starts): spawns tasks, attaches devices. Its verdict comes after all ended. */
   host(lab: HostLab, program: FuzzProgram): Verdict;

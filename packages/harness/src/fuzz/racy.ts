@@ -50,10 +50,14 @@ const PEEKED: ReadonlySet<number> = new Set([
 
 const LRU_LENGTHS: ReadonlySet<number> = new Set([L_INACTIVE + LENGTH, L_ACTIVE + LENGTH]);
 
-/** Whether a word of a region is one of them, for a guest of `maxPfn` pages. */
-export function racyByDesign(maxPfn: number): (region: SharedRegion, word: number) => boolean {
+/** Whether a word of a region is one of them, for a guest of `maxPfn` pages; `hostileRings`: it rewrites its own rings. */
+export function racyByDesign(
+  maxPfn: number,
+  hostileRings: boolean,
+): (region: SharedRegion, word: number) => boolean {
   const { pageblocks, memmap, hash } = arenaLayout(maxPfn);
-  return (region, word) => region === 'arena' && inArena(word, pageblocks, memmap, hash);
+  return (region, word) =>
+    region === 'arena' ? inArena(word, pageblocks, memmap, hash) : region === 'dram' && hostileRings;
 }
 
 function inArena(word: number, pageblocks: number, memmap: number, hash: number): boolean {

@@ -50,7 +50,7 @@ export interface RegionPort {
   readonly pageBytes: number;
   /** Gives pages back: zapped, flushed and free when it returns. Returns the pages freed. */
   discard(gfn: number, count: number): Generator<TaskYield, number, void>;
-  /** Drops every mapping of the pages, so that the next access asks `MemoryDevice.verdict` again. */
+  /** Drops every mapping of the pages, so that the next access asks `UnpluggedMemory.verdict` again. */
   unmap(gfn: number, count: number): Generator<TaskYield, void, void>;
   /** Tells whoever holds pages of its own (a device with pinned memory) that they are there; false: it cannot have them. */
   notifyPlug?(gfn: number, count: number): boolean;

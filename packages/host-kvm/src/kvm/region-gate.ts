@@ -1,6 +1,6 @@
 /**
  * A range of guest-physical addresses whose owner decides, page by page, what an access meets: memory that is unplugged
- * is the case in point (profiles of `devices/memory-device.ts`).
+ * is the case in point (`devices/unplugged-memory.ts`).
  */
 
 /**

@@ -187,9 +187,8 @@ export class FramePool implements FrameSource {
     for (let f = first; f < first + count; f++) {
       if (this.#poisoned[f] === 0) continue;
       this.#poisoned[f] = 0;
-      let bad = i32[f * 1024] !== POISON || i32[f * 1024 + 1023] !== POISON;
-      if (this.#full) for (let w = 1; w < 1023 && !bad; w++) bad = i32[f * 1024 + w] !== POISON;
-      if (!bad) continue;
+      const edges = i32[f * 1024] === POISON && i32[f * 1024 + 1023] === POISON;
+      if (this.#full ? this.memory.holds(hfn(f), POISON) : edges) continue;
       this.#log.record({
         kind: 'use-after-free',
         actor: 'kvm',

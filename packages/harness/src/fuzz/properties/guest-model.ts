@@ -70,6 +70,8 @@ export const HELD_AT_END = 11;
 export const COMMANDS = 9;
 /** 1 once there is a process that both vCPUs run in. */
 export const PROCESSES_ON = 13;
+/** 1 once vCPU 0 has booted the guest and set it up. */
+export const SET_UP = 14;
 export const ALL_DONE = 1 << 20;
 
 export function versionWord(cpu: number, index: number): number {

@@ -17,6 +17,7 @@ import {
   OPS_DONE,
   pattern,
   PROCESSES_ON,
+  SET_UP,
   SHARED_PROCESS,
   versionWord,
 } from './guest-model.ts';
@@ -327,8 +328,10 @@ export function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: 
         }
         lab.model[ALLOCATED_AT_START] = allocatedPages(kernel.arena);
       });
+      // All of the above, not only the boot, comes before what the other vCPU does.
+      Atomics.store(lab.model, SET_UP, 1);
     }
-    while (!kernel.booted) lab.schedule.spin('spin', 1);
+    while (Atomics.load(lab.model, SET_UP) === 0) lab.schedule.spin('spin', 1);
     kernel.enter();
     const run = new GuestRun(kernel, lab, id);
     for (const op of ops) {

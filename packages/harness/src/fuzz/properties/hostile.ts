@@ -185,6 +185,7 @@ export const hostile: Property = {
   about: 'a hostile guest with a balloon and a disk beside an honest one, whose memory is verified',
   rows: 'I1 I15 I16 H33',
   shape,
+  hostileRings: true,
   steps: 2000,
   program: fc.record({
     host: fc.constant([]),

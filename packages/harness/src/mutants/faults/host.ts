@@ -86,6 +86,22 @@ export const HOST_FAULTS: readonly Mutant[] = [
     props('invalidation'),
   ),
   fault(
+    'ept-plain',
+    MMU,
+    '    Atomics.store(this.#dram, word, eptLow(frame, flags));\n',
+    '    this.#dram[word] = eptLow(frame, flags);\n',
+    'I18: an entry is stored without an order that a walk could rely on',
+    props('invalidation'),
+  ),
+  fault(
+    'interrupt-plain',
+    VCPU_BLOCKS,
+    '      Atomics.or(this.#control, irq, 1 << line);\n',
+    '      this.#control[irq] |= 1 << line;\n',
+    'I24: an interrupt that is raised while another is taken is lost',
+    props('balloon', 'reporting'),
+  ),
+  fault(
     'zap-plain-store',
     MMU,
     'const low = Atomics.exchange(this.#dram, word, 0);',

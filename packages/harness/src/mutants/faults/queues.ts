@@ -17,6 +17,22 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
     props('queue'),
   ),
   fault(
+    'avail-plain',
+    DRIVER_QUEUE,
+    '    Atomics.store(memory.u16, (memory.at + AVAIL_IDX) >> 1, idx);\n    s[this.#base + S_PUBLISHED] = idx;\n    return',
+    '    memory.u16[(memory.at + AVAIL_IDX) >> 1] = idx;\n    s[this.#base + S_PUBLISHED] = idx;\n    return',
+    'I21: avail.idx is stored without an order that a device could rely on',
+    props('queue'),
+  ),
+  fault(
+    'used-plain',
+    DEVICE_QUEUE,
+    '    Atomics.store(this.memory.u16, this.memory.at >> 1, this.#usedIdx);\n',
+    '    this.memory.u16[this.memory.at >> 1] = this.#usedIdx;\n',
+    'I21: used.idx is stored without an order that a driver could rely on',
+    props('queue'),
+  ),
+  fault(
     'event-dekker-driver',
     DRIVER_QUEUE,
     '    Atomics.store(memory.u16, (memory.at + AVAIL_IDX) >> 1, idx);\n    s[this.#base + S_PUBLISHED] = idx;\n    return this.needsKick(memory);',

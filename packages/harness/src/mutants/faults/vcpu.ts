@@ -57,6 +57,14 @@ export const VCPU_FAULTS: readonly Mutant[] = [
     props('invalidation'),
   ),
   fault(
+    'ack-plain',
+    VCPU,
+    '    Atomics.store(this.#control, this.#base + VC_FLUSH_ACK, request);\n',
+    '    this.#control[this.#base + VC_FLUSH_ACK] = request;\n',
+    'I17: an acknowledgement without an order that the host could rely on',
+    props('invalidation'),
+  ),
+  fault(
     'ad-blind-or',
     VCPU,
     'Atomics.compareExchange(dram, walk.word, walk.low, walk.low | set) !== walk.low',
