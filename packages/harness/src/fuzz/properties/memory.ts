@@ -18,12 +18,19 @@ const OPS_DONE = 0;
 const CHANGING = 1;
 const ALL_DONE = 1 << 20;
 
+/** Mostly one of two pages, so that vCPUs and host meet. */
+const hot = (pages: number): fc.Arbitrary<number> =>
+  fc.oneof({ weight: 2, arbitrary: fc.nat({ max: 1 }) }, { weight: 1, arbitrary: fc.nat({ max: pages - 1 }) });
+
 /** Operations of a vCPU that checks what it reads. */
 export const memoryOps: fc.Arbitrary<Op> = fc.record({
   op: fc.constantFrom(
     'store',
     'store',
     'store',
+    'store',
+    'load',
+    'load',
     'load',
     'load',
     'fill',
@@ -33,23 +40,24 @@ export const memoryOps: fc.Arbitrary<Op> = fc.record({
     'poll',
     'rest',
   ),
-  a: fc.nat({ max: PAGES - 1 }),
+  a: hot(PAGES),
   b: fc.nat({ max: WORDS - 1 }),
 });
 const hostOps = (slots: boolean): fc.Arbitrary<Op> =>
   fc.record({
     op: fc.constantFrom('discard', 'discard', ...(slots ? ['slot', 'slot'] : [])),
-    a: fc.nat({ max: 2 * PAGES - 1 }),
+    /** Low bit: which VM, of two; above: the page. */
+    a: fc.tuple(hot(PAGES), fc.nat({ max: 1 })).map(([page, vm]) => 2 * page + vm),
     /** Low two bits: pages more than one; above: operations of the vCPUs to wait for. */
-    b: fc.nat({ max: 4 * 24 - 1 }),
+    b: fc.nat({ max: 4 * 32 - 1 }),
   });
 
 function programs(shape: LabShape, slots: boolean): fc.Arbitrary<FuzzProgram> {
   return fc.record({
-    host: fc.array(hostOps(slots), { minLength: 1, maxLength: 6 }),
+    host: fc.array(hostOps(slots), { minLength: 2, maxLength: 8 }),
     cpus: fc.tuple(
       ...Array.from({ length: shape.vms * shape.vcpus }, () =>
-        fc.array(memoryOps, { minLength: 2, maxLength: 12 }),
+        fc.array(memoryOps, { minLength: 6, maxLength: 20 }),
       ),
     ),
   });
