@@ -14,11 +14,10 @@ import { PageReporting } from './drivers/reporting.ts';
 import { LINE_ACPI, LINE_BALLOON } from './drivers/virtio-guest.ts';
 import { AcpiMemory } from './drivers/acpi-memory.ts';
 import { MEM_DRIVER_PAGES, VirtioMemDriver } from './drivers/virtio-mem.ts';
-import { H_BOOTED, H_NR_FILE_PAGES } from './layout.ts';
+import { H_BOOTED } from './layout.ts';
 import { Buddy } from './mm/buddy.ts';
 import { Lru } from './mm/lru.ts';
 import { MemoryHotplug } from './mm/memory-hotplug.ts';
-import { P_FLAGS, P_INODE, PG_CACHED } from './mm/page.ts';
 import { PageAllocator } from './mm/page-alloc.ts';
 import { PageCache, type BlockMap } from './mm/page-cache.ts';
 import { PerCpuPages } from './mm/per-cpu-pages.ts';
@@ -130,7 +129,7 @@ export class GuestKernel {
       acpi = new AcpiMemory(arena, vcpu, hotplug, config.hotplug.dimms ?? 0);
     }
     alloc.pressure = {
-      wakeKswapd: (zone) => reclaim.wakeKswapd(zone),
+      wakeKswapd: (zone, highest) => reclaim.wakeKswapd(zone, highest),
       reclaim: (node) => reclaim.direct(node),
       outOfMemory: () => {
         let freed = balloon.oomNotify();
@@ -138,8 +137,9 @@ export class GuestKernel {
         return freed;
       },
     };
+    // A node without CPUs has its kswapd on vCPU 0.
     const nodes = [...new Set(zones.map((z) => arena.w[z + Z_NODE]))].filter(
-      (node) => config.cpuNode.indexOf(node) === vcpu.id,
+      (node) => Math.max(0, config.cpuNode.indexOf(node)) === vcpu.id,
     );
     return {
       zones,
@@ -213,7 +213,9 @@ export class GuestKernel {
     if (this.vcpu.id === 0) {
       due = Math.min(balloon.nextDue(now), reporting.nextDue());
       for (const driver of mem) due = Math.min(due, driver.nextDue(now));
-      if (acpi?.pending === true) due = now;
+      // An interrupt that a driver took while it waited for a buffer is still to be handled.
+      const taken = balloon.guest.interruptTaken || mem.some((driver) => driver.guest.interruptTaken);
+      if (taken || acpi?.pending === true) due = now;
     }
     for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) due = Math.min(due, now);
     return due;
@@ -221,12 +223,7 @@ export class GuestKernel {
 
   /** Takes a page that a capture found in the page cache out of it. True if there was one. */
   dropStartFilePage(pfn: number): boolean {
-    const { w, memmap } = this.arena;
-    const page = memmap + (pfn << 4);
-    if ((w[page + P_FLAGS] & PG_CACHED) === 0 || w[page + P_INODE] >= 0) return false;
-    Atomics.and(w, page + P_FLAGS, ~PG_CACHED);
-    Atomics.sub(w, H_NR_FILE_PAGES, 1);
-    return true;
+    return this.parts.cache.dropStartPage(pfn);
   }
 
   /** Adds to one of this CPU's event counters. */

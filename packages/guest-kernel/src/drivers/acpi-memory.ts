@@ -114,7 +114,7 @@ export class AcpiMemory {
     // Added in vain, there is nothing to take out of use.
     if (pages === 0 || !this.#hotplug.isOnline(first)) return true;
     for (let pfn = first; pfn < first + pages; pfn += sectionPages) {
-      if (this.#hotplug.fakeOffline(pfn, sectionPages)) continue;
+      if (this.#hotplug.fakeOffline(pfn, sectionPages, false)) continue;
       for (let p = first; p < pfn; p += sectionPages) this.#hotplug.fakeOnline(p, sectionPages);
       return false;
     }

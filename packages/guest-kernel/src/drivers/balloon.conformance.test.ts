@@ -446,7 +446,36 @@ describe('interrupts', () => {
   });
 });
 
+describe('requests that come while another is answered', () => {
+  test('statistics asked for again while the handler arms its interrupt are sent: no interrupt will come for them', () => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_STATS_VQ]);
+    run(1);
+    const queue = guest.kernels[0].parts.balloon.queue(2);
+    if (queue === null) throw new Error('statistics were negotiated');
+    const arm = queue.enableInterrupts.bind(queue);
+    vi.spyOn(queue, 'enableInterrupts').mockImplementationOnce((memory) => {
+      device.returnStats();
+      return arm(memory);
+    });
+    device.returnStats();
+    run(1);
+    expect(device.of(2)).toHaveLength(3);
+  });
+  test('a target that comes with the last completion of the one before is due at once', () => {
+    const { device, guest, run } = bring([]);
+    device.meanwhile = () => target(device, 0);
+    target(device, 256);
+    run(1);
+    const [kernel] = guest.kernels;
+    expect([kernel.parts.balloon.nrPages, device.of(0).length]).toEqual([0, 1]);
+  });
+});
+
 describe('free page reporting', () => {
+  test('a guest that poisons does not report to a device that does not know of the poison (`virtballoon_validate`)', () => {
+    const { device } = bring([VIRTIO_BALLOON_F_REPORTING], true);
+    expect(device.features.has(VIRTIO_BALLOON_F_REPORTING)).toBe(false);
+  });
   test('The driver MUST NOT use the reported pages until the device has acknowledged: they are isolated while it holds them (I3)', () => {
     const { device, guest, run } = bring([VIRTIO_BALLOON_F_REPORTING]);
     run(1.9);

@@ -156,9 +156,12 @@ export class BalloonDriver {
         ),
       );
     driver.writeFeatures(all);
+    // A device that does not know of the poison would take it away with what is reported (`virtballoon_validate`).
+    const poisonLost = this.#poison && !all.has(VIRTIO_BALLOON_F_PAGE_POISON);
     const features = all.without(
       VIRTIO_F_ACCESS_PLATFORM,
       ...(this.#poison ? [] : [VIRTIO_BALLOON_F_PAGE_POISON]),
+      ...(poisonLost ? [VIRTIO_BALLOON_F_REPORTING] : []),
     );
     driver.writeFeatures(features);
     if (!driver.acceptFeatures(features).ok) return false;
@@ -262,8 +265,8 @@ export class BalloonDriver {
     if ((status & INTERRUPT_CONFIG_CHANGE) !== 0) this.#w[T_BALLOON + V_WORK] = 1;
     const stats = this.queue(Q_STATS);
     if (stats !== null) {
-      while (stats.popUsed(this.#vcpu) >= 0) this.#sendStats();
-      stats.enableInterrupts(this.#vcpu);
+      do while (stats.popUsed(this.#vcpu) >= 0) this.#sendStats();
+      while (stats.enableInterrupts(this.#vcpu));
     }
   }
 

@@ -4,16 +4,7 @@
  */
 import { VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_UNPLUG } from '@ebb/virtio/uapi';
 import type { MemoryHotplug } from '../mm/memory-hotplug.ts';
-import {
-  KERNEL,
-  M_NODE,
-  MOVABLE,
-  OFFLINE,
-  PLUGGED,
-  UNUSED,
-  type MemOutcome,
-  type MemRegion,
-} from './mem-region.ts';
+import { KERNEL, MOVABLE, OFFLINE, PLUGGED, UNUSED, type MemOutcome, type MemRegion } from './mem-region.ts';
 
 export class BigBlocks {
   readonly #region: MemRegion;
@@ -43,17 +34,10 @@ export class BigBlocks {
     const first = block * r.unit;
     const outcome = r.request(VIRTIO_MEM_REQ_PLUG, first, r.unit);
     if (outcome !== 'ok') return outcome;
-    const { sectionPages } = this.#hotplug;
-    const node = r.w[r.base + M_NODE];
-    // All memory blocks are added before the first is online: nothing of them is in use if one cannot be.
-    for (let pfn = first; pfn < first + r.unit; pfn += sectionPages) {
-      if (this.#hotplug.add(pfn, node)) continue;
-      for (let p = first; p < pfn; p += sectionPages) this.#hotplug.remove(p, r.index);
+    if (!r.addAndOnline(first)) {
       if (r.request(VIRTIO_MEM_REQ_UNPLUG, first, r.unit) !== 'ok') r.setState(block, PLUGGED);
       return 'ENOMEM';
     }
-    for (let pfn = first; pfn < first + r.unit; pfn += sectionPages)
-      this.#hotplug.online(pfn, r.index, (p) => r.isPlugged(p));
     r.settle(block);
     return 'ok';
   }
@@ -79,7 +63,7 @@ export class BigBlocks {
     const end = first + r.unit;
     const { sectionPages } = this.#hotplug;
     for (let pfn = first; pfn < end; pfn += sectionPages) {
-      if (this.#hotplug.fakeOffline(pfn, sectionPages)) continue;
+      if (this.#hotplug.fakeOffline(pfn, sectionPages, true)) continue;
       for (let p = first; p < pfn; p += sectionPages) this.#hotplug.fakeOnline(p, sectionPages);
       return 'EBUSY';
     }

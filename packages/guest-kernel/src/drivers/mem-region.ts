@@ -224,10 +224,20 @@ export class MemRegion {
     return n;
   }
 
-  /** Adds a memory block whose sub-blocks are plugged and puts them to use. False: no memory for the memmap. */
+  /**
+   * Adds the memory blocks of one unit and puts what is plugged of them to use. All are added before the first is online:
+   * nothing of them is in use if one cannot be. False: no memory for a memmap, and none is added.
+   */
   addAndOnline(first: number): boolean {
-    if (!this.#hotplug.add(first, this.w[this.base + M_NODE])) return false;
-    this.#hotplug.online(first, this.index, (pfn) => this.isPlugged(pfn));
+    const { sectionPages } = this.#hotplug;
+    const end = first + this.unit;
+    for (let pfn = first; pfn < end; pfn += sectionPages) {
+      if (this.#hotplug.add(pfn, this.w[this.base + M_NODE])) continue;
+      for (let p = first; p < pfn; p += sectionPages) this.#hotplug.remove(p, this.index);
+      return false;
+    }
+    for (let pfn = first; pfn < end; pfn += sectionPages)
+      this.#hotplug.online(pfn, this.index, (p) => this.isPlugged(p));
     return true;
   }
 

@@ -148,7 +148,7 @@ export class SubBlocks {
   /** Takes pages out of use and unplugs them; if the device will not, they are put back to use. */
   #unplugPages(pfn: number, pages: number): MemOutcome {
     const online = this.#hotplug.isOnline(pfn);
-    if (online && !this.#hotplug.fakeOffline(pfn, pages)) return 'EBUSY';
+    if (online && !this.#hotplug.fakeOffline(pfn, pages, true)) return 'EBUSY';
     const outcome = this.#region.request(VIRTIO_MEM_REQ_UNPLUG, pfn, pages);
     if (outcome !== 'ok' && online) this.#hotplug.fakeOnline(pfn, pages);
     return outcome;

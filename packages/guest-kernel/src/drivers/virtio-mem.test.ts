@@ -20,12 +20,16 @@ import {
   VIRTIO_MEM_REQ_PLUG,
   VIRTIO_MEM_REQ_UNPLUG,
 } from '@ebb/virtio/uapi';
-import { LINUX_HOTPLUG } from '../boot.ts';
+import { LINUX_HOTPLUG, type HotplugConfig } from '../boot.ts';
+import type { GuestKernel } from '../kernel.ts';
 import { guestConfig, testGuest, type TestGuest } from '../testing-guest.ts';
-import { ZONE_DMA32 } from '../mm/zone.ts';
+import { H_TOTAL_PAGES } from '../layout.ts';
+import { Z_FREE, ZONE_DMA32 } from '../mm/zone.ts';
 import { LINE_MEM, MMIO_BASE, MMIO_STRIDE } from './virtio-guest.ts';
 
 const BLOCK = 2 * MiB;
+/** Two memory blocks of 8 MiB. */
+const BIG = 16 * MiB;
 
 /** A device that says yes to everything, keeps its configuration, and grants one block more when asked. */
 class Willing implements VirtioDevice {
@@ -40,10 +44,13 @@ class Willing implements VirtioDevice {
   host: DeviceHost | null = null;
   #queue: SplitDeviceQueue | null = null;
   #kicked = false;
+  readonly #block: number;
 
-  constructor(requested: number) {
+  constructor(requested: number, block: number = BLOCK, plugged = 0) {
+    this.#block = block;
     const sizes: [number, number][] = [
-      [MEM_CFG_BLOCK_SIZE, BLOCK],
+      [MEM_CFG_PLUGGED_SIZE, plugged],
+      [MEM_CFG_BLOCK_SIZE, block],
       [MEM_CFG_ADDR, 64 * MiB],
       [MEM_CFG_REGION_SIZE, 64 * MiB],
       [MEM_CFG_USABLE_REGION_SIZE, 64 * MiB],
@@ -83,7 +90,7 @@ class Willing implements VirtioDevice {
       chain.read(0, bytes);
       const view = new DataView(bytes.buffer);
       const type = view.getUint16(0, true);
-      const size = view.getUint16(16, true) * BLOCK;
+      const size = view.getUint16(16, true) * this.#block;
       if (type === VIRTIO_MEM_REQ_PLUG)
         this.config.setUint32(MEM_CFG_PLUGGED_SIZE, this.plugged + size, true);
       if (type === VIRTIO_MEM_REQ_UNPLUG)
@@ -99,7 +106,7 @@ class Willing implements VirtioDevice {
   }
 }
 
-function bring(device: Willing): TestGuest {
+function bring(device: Willing, over: Partial<HotplugConfig> = {}): TestGuest {
   let transport: MmioTransport | null = null;
   const base = MMIO_BASE + LINE_MEM * MMIO_STRIDE;
   const boot = (64 * MiB) / PAGE_SIZE;
@@ -108,7 +115,7 @@ function bring(device: Willing): TestGuest {
       e820: [{ start: 0, end: boot }],
       nodes: [{ start: 0, end: boot }],
       maxPfn: 2 * boot,
-      hotplug: { ...LINUX_HOTPLUG, devices: 1, sectionPages: 4096, memmapZone: ZONE_DMA32 },
+      hotplug: { ...LINUX_HOTPLUG, devices: 1, sectionPages: 4096, memmapZone: ZONE_DMA32, ...over },
     }),
     {
       read: (gpa, width) => transport?.read(gpa - base, width) ?? 0,
@@ -125,19 +132,20 @@ function bring(device: Willing): TestGuest {
   );
 }
 
+function seconds(kernel: GuestKernel, n: number): void {
+  for (let i = 0; i < n; i++) {
+    kernel.vcpu.clock += NS_PER_S;
+    kernel.runDue(kernel.vcpu.clock);
+  }
+}
+
 test('a shrink that the host asked for survives a pass of the OOM notifier, which only plugs', () => {
   const device = new Willing(32 * MiB);
   const guest = bring(device);
   const [a, b] = guest.kernels;
   const [driver] = a.parts.mem;
-  const seconds = (n: number): void => {
-    for (let i = 0; i < n; i++) {
-      a.vcpu.clock += NS_PER_S;
-      a.runDue(a.vcpu.clock);
-    }
-  };
   a.enter();
-  seconds(5);
+  seconds(a, 5);
   expect(device.plugged).toBe(32 * MiB);
   // The host wants 8 MiB. vCPU 0 hears of it while vCPU 1, out of memory, waits for its answer with the mutex held.
   device.config.setUint32(MEM_CFG_REQUESTED_SIZE, 8 * MiB, true);
@@ -151,7 +159,42 @@ test('a shrink that the host asked for survives a pass of the OOM notifier, whic
   b.leave();
   guest.registers.lines = 0;
   driver.guest.interruptTaken = false;
-  seconds(5);
+  seconds(a, 5);
   expect(device.plugged).toBe(10 * MiB);
   a.leave();
+});
+
+test('a block of several memory blocks that is plugged at probe is adopted whole', () => {
+  const device = new Willing(2 * BIG, BIG, 2 * BIG);
+  const guest = bring(device, { sectionPages: 2048, adopts: 'adds' });
+  const [kernel] = guest.kernels;
+  const total = guest.arena.w[H_TOTAL_PAGES];
+  kernel.enter();
+  device.request(0);
+  kernel.parts.mem[0].interrupt();
+  seconds(kernel, 5);
+  // All of it was in use, and all of it can be given back.
+  expect([device.plugged, total - guest.arena.w[H_TOTAL_PAGES]]).toEqual([0, (2 * BIG) / PAGE_SIZE]);
+  expect(guest.log.total).toBe(0);
+});
+
+test('a big block of which one memory block cannot go stays in use, all of it', () => {
+  const device = new Willing(BIG, BIG);
+  const guest = bring(device, { sectionPages: 2048 });
+  const [kernel] = guest.kernels;
+  const { alloc, pcp, zones, mem } = kernel.parts;
+  const free = (): number => {
+    pcp.drainAll(2);
+    return zones.reduce((sum, z) => sum + guest.arena.w[z + Z_FREE], 0);
+  };
+  kernel.enter();
+  seconds(kernel, 5);
+  expect(device.plugged).toBe(BIG);
+  // Somebody holds a page of the second of its two memory blocks.
+  expect(alloc.allocExactly((64 * MiB) / PAGE_SIZE + 2048 + 7)).toBe(true);
+  const before = free();
+  device.request(0);
+  mem[0].interrupt();
+  seconds(kernel, 5);
+  expect([device.plugged, free()]).toEqual([BIG, before]);
 });

@@ -170,13 +170,18 @@ export class VirtioMemDriver {
     if (end > first) region.setPlugged(first, end - first, true);
     for (let b = firstBlock; b * unit < end; b++) {
       region.nextBlock = b + 1;
-      if (this.#config.adopts === 'in-place') this.#hotplug.adopt(b * unit, region.index);
-      else if (!region.addAndOnline(b * unit)) {
-        region.setState(b, PLUGGED);
-        continue;
-      }
-      region.settle(b);
+      if (this.#adoptUnit(b * unit)) region.settle(b);
+      else region.setState(b, PLUGGED);
     }
+  }
+
+  /** One unit, of as many memory blocks as it has; false: there is no memory for the memmap of one. */
+  #adoptUnit(first: number): boolean {
+    const region = this.#region;
+    if (this.#config.adopts !== 'in-place') return region.addAndOnline(first);
+    for (let pfn = first; pfn < first + region.unit; pfn += this.#hotplug.sectionPages)
+      this.#hotplug.adopt(pfn, region.index);
+    return true;
   }
 
   get ready(): boolean {

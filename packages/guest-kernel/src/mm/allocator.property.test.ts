@@ -3,7 +3,7 @@ import { fc, test } from '@fast-check/vitest';
 import { describe, expect, test as example } from 'vitest';
 import { freeByOrder, freePages, pcpPages } from '../procfs.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
-import { P_FLAGS, P_ORDER, P_SHADOW, PG_BUDDY, SHADOW_BUDDY } from './page.ts';
+import { P_FLAGS, P_ORDER, P_SHADOW, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY } from './page.ts';
 import {
   listAt,
   MAX_ORDER,
@@ -152,6 +152,24 @@ describe('the allocator', () => {
     for (let i = 0; i < 14_000; i++) seen.add(alloc.alloc(0, 1, 3));
     expect(seen.has(pfn)).toBe(true);
     expect(guest.log.count('reported-reuse')).toBeGreaterThan(0);
+  });
+
+  example('a reported block that merges when it is put back is to be reported again, whole', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { buddy, zones } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const [, zone] = zones;
+    buddy.lock(zone);
+    // Two halves of a block; only one is reported, and its buddy is freed before it is put back.
+    const pair = buddy.rmqueue(zone, 10, 1);
+    buddy.freeOne(zone, pair, 9, false);
+    expect(buddy.isolate(zone, pair, 9)).toBe(true);
+    buddy.freeOne(zone, pair + 512, 9, false);
+    buddy.putBack(zone, pair, 9, true);
+    const page = guest.arena.memmap + (pair << 4);
+    const { w } = guest.arena;
+    expect([w[page + P_ORDER], w[page + P_FLAGS] & PG_REPORTED]).toEqual([10, 0]);
+    buddy.unlock(zone);
   });
 
   example(

@@ -14,7 +14,8 @@ import * as zoneWords from './zone.ts';
 import { listAt } from './zone.ts';
 
 // Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
-const { P_FLAGS, P_NEXT, P_ORDER, P_PREV, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, SHADOW_ISOLATED } = page;
+const { P_FLAGS, P_NEXT, P_ORDER, P_PREV, P_ZONE, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, SHADOW_ISOLATED } =
+  page;
 const {
   MAX_ORDER,
   MIGRATE_HIGHATOMIC,
@@ -180,9 +181,10 @@ export class Buddy {
   }
 
   /**
-   * No block of the right type: takes one of another type. A large one turns its pageblock (and, when at least half of
-   * it is free or alike, keeps it for this type), so that types mix as little as possible. A movable request that may
-   * not turn a block takes the smallest that fits.
+   * No block of the right type: takes one of another type. A large one turns its pageblock when at least half of it is
+   * free, so that types mix as little as possible. A movable request that may not turn a block takes the smallest that
+   * fits. Linux counts allocated pages that are surely of the type asked for as well (`prep_move_freepages_block`); here
+   * an allocated page counts as what its pageblock is, which is never that type.
    */
   #fallback(zone: number, order: number, migratetype: number): number {
     if (migratetype >= FALLBACKS.length) return -1;
@@ -191,7 +193,7 @@ export class Buddy {
       for (const from of FALLBACKS[migratetype]) {
         const pfn = w[zone + listAt(o, from)];
         if (pfn < 0) continue;
-        const canSteal = o >= PAGEBLOCK_ORDER / 2 || migratetype !== MIGRATE_MOVABLE;
+        const canSteal = o >= PAGEBLOCK_ORDER >> 1 || migratetype !== MIGRATE_MOVABLE;
         if (canSteal) return this.#steal(zone, pfn, o, order, from, migratetype);
         return this.#stealSmallest(zone, order, migratetype);
       }
@@ -233,20 +235,14 @@ export class Buddy {
     if (block < w[zone + Z_START] || block + PAGEBLOCK_PAGES > w[zone + Z_END])
       return this.#take(zone, pfn, have, want, from);
     let free = 0;
-    let alike = 0;
     for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
-      const flags = w[this.memmap + (p << 4) + P_FLAGS];
-      if ((flags & PG_BUDDY) !== 0) {
-        const pages = 1 << w[this.memmap + (p << 4) + P_ORDER];
-        free += pages;
-        p += pages;
-      } else {
-        // An allocated page counts as alike when the block's type says so (`prep_move_freepages_block`).
-        if (migratetype === MIGRATE_MOVABLE ? false : from !== MIGRATE_MOVABLE) alike++;
-        p++;
-      }
+      const page = this.memmap + (p << 4);
+      const isFree = (w[page + P_FLAGS] & PG_BUDDY) !== 0;
+      const pages = isFree ? 1 << w[page + P_ORDER] : 1;
+      if (isFree) free += pages;
+      p += pages;
     }
-    if (free + alike < PAGEBLOCK_PAGES / 2) return this.#take(zone, pfn, have, want, from);
+    if (free < PAGEBLOCK_PAGES / 2) return this.#take(zone, pfn, have, want, from);
     this.#moveFreepages(zone, block, from, migratetype);
     this.setPageblockType(block, migratetype);
     w[this.#events + EV.fallback_claim]++;
@@ -321,6 +317,8 @@ export class Buddy {
       const buddyType = w[this.pageblocks + (buddy >>> PAGEBLOCK_ORDER)];
       if (buddyType !== migratetype && (migratetype >= MIGRATE_HIGHATOMIC || buddyType >= MIGRATE_HIGHATOMIC))
         break;
+      // Spans of zones may cross: plugged memory goes to a zone block by block (`page_is_buddy`).
+      if (w[page + P_ZONE] !== w[memmap + (pfn << 4) + P_ZONE]) break;
       this.#remove(zone, buddy, o, buddyType);
       at &= ~(1 << o);
       o++;
@@ -346,7 +344,11 @@ export class Buddy {
     const higher = combined ^ (1 << (order + 1));
     if (higher < start || higher >= end) return false;
     const page = this.memmap + (higher << 4);
-    return (this.w[page + P_FLAGS] & PG_BUDDY) !== 0 && this.w[page + P_ORDER] === order + 1;
+    return (
+      (this.w[page + P_FLAGS] & PG_BUDDY) !== 0 &&
+      this.w[page + P_ORDER] === order + 1 &&
+      this.w[page + P_ZONE] === this.w[this.memmap + (pfn << 4) + P_ZONE]
+    );
   }
 
   // ── Isolation for reporting ──────────────────────────────────────────────────────────────────────────────────────

@@ -1,16 +1,19 @@
 /** Taking memory out of use and back: isolation, counts, and what must not move. */
 import { expect, test, vi } from 'vitest';
 import { gfn, MiB } from '@ebb/machine';
-import { LINUX_HOTPLUG } from '../boot.ts';
+import { LINUX_HOTPLUG, type GuestConfig } from '../boot.ts';
 import { H_TOTAL_PAGES, MAX_ZONES, ZONE_BASE, ZONE_WORDS } from '../layout.ts';
 import { GuestKernel } from '../kernel.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { MemoryHotplug } from './memory-hotplug.ts';
-import { P_FLAGS, PG_BUDDY, PG_OFFLINE, PG_UPTODATE } from './page.ts';
+import { P_FLAGS, P_NEXT, P_ZONE, PG_BUDDY, PG_OFFLINE, PG_UPTODATE } from './page.ts';
 import { PerCpuPages } from './per-cpu-pages.ts';
 import {
+  listAt,
+  MAX_ORDER,
   MIGRATE_ISOLATE,
   MIGRATE_MOVABLE,
+  MIGRATE_TYPES,
   setupWatermarks,
   Z_FREE,
   Z_LOCK,
@@ -32,12 +35,12 @@ interface World extends TestGuest {
   count(word: number): number;
 }
 
-function world(): World {
-  const guest = testGuest(guestConfig(SMALL));
+function world(over: Partial<GuestConfig> = {}, sectionPages = 1024): World {
+  const guest = testGuest(guestConfig(SMALL, over));
   const [kernel] = guest.kernels;
   kernel.enter();
   const { buddy, pcp, alloc, cache, processes, zones } = kernel.parts;
-  const config = { ...LINUX_HOTPLUG, devices: 0, sectionPages: 1024, adopts: 'in-place' as const };
+  const config = { ...LINUX_HOTPLUG, devices: 0, sectionPages, adopts: 'in-place' as const };
   const hotplug = new MemoryHotplug(
     guest.arena,
     guest.vcpus[0],
@@ -82,7 +85,7 @@ test('what is taken out of use is nobody’s, counts nowhere, and comes back who
   const free = w.count(Z_FREE);
   const managed = w.count(Z_MANAGED);
   const total = w.arena.w[H_TOTAL_PAGES];
-  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES, true)).toBe(true);
   expect(w.count(Z_FREE)).toBe(free - PAGES);
   expect(w.count(Z_MANAGED)).toBe(managed - PAGES);
   expect(w.arena.w[H_TOTAL_PAGES]).toBe(total - PAGES);
@@ -99,11 +102,11 @@ test('a range with a page in use that cannot move stays as it was', () => {
   const w = world();
   expect(w.kernel.parts.alloc.allocExactly(BLOCK + 77)).toBe(true);
   const free = w.count(Z_FREE);
-  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(false);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES, true)).toBe(false);
   expect(w.count(Z_FREE)).toBe(free);
   expect(w.kernel.parts.buddy.pageblockType(BLOCK)).toBe(MIGRATE_MOVABLE);
   w.kernel.parts.alloc.free(BLOCK + 77, 0);
-  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES, true)).toBe(true);
   expect(w.log.total).toBe(0);
 });
 
@@ -140,7 +143,7 @@ test('a process’s page moves out of the range, and the process never knows (H1
   // Moved into the range first, where the allocator would not have put it.
   expect(alloc.allocExactly(BLOCK + 3)).toBe(true);
   expect(processes.migrate(page, BLOCK + 3)).toBe(true);
-  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES, true)).toBe(true);
   expect(processes.pageAt(id, 2)).not.toBe(BLOCK + 3);
   expect(processes.load32(id, 2, 5)).toBe(99);
 });
@@ -149,7 +152,7 @@ test('taking memory out of use zeroes it: most of what unplugging costs', () => 
   const w = world();
   w.vcpus[0].store32(gfn(BLOCK + 9), 3, 0x5ec3e7);
   const began = w.vcpus[0].clock;
-  w.hotplug.fakeOffline(BLOCK, PAGES);
+  w.hotplug.fakeOffline(BLOCK, PAGES, true);
   expect(w.vcpus[0].load32(gfn(BLOCK + 9), 3)).toBe(0);
   expect(w.vcpus[0].clock - began).toBeGreaterThanOrEqual(PAGES * w.vcpus[0].costs.guestZeroPageNs);
 });
@@ -166,7 +169,7 @@ test('pageblocks leave and join the free lists under the zone lock alone', () =>
       return original(...args) as never;
     });
   }
-  expect(w.hotplug.fakeOffline(BLOCK, PAGES)).toBe(true);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES, true)).toBe(true);
   w.hotplug.fakeOnline(BLOCK, PAGES);
   expect(held.length).toBeGreaterThan(2);
   expect(held).not.toContain(false);
@@ -250,4 +253,59 @@ test('a kernel boots over a cleared arena as over a fresh one', () => {
   second.boot();
   expect(Array.from(w.subarray(0, 16))).toEqual(first);
   expect(second.parts.zones.map((z) => [w[z + Z_FREE], w[z + Z_MANAGED]])).toEqual(fresh);
+});
+
+test('memory that goes for good is not zeroed first: an untouched DIMM takes no frames to be ejected', () => {
+  const w = world();
+  const zero = vi.spyOn(w.vcpus[0], 'zeroPages');
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES, false)).toBe(true);
+  expect(zero).not.toHaveBeenCalled();
+});
+
+test('poison goes with the content: what was taken out of use and comes back is not checked for it', () => {
+  const w = world({ pagePoison: true });
+  const { alloc, pcp } = w.kernel.parts;
+  const pfns = Array.from({ length: 15_000 }, () => alloc.alloc(0, 1, 2)).filter((pfn) => pfn >= 0);
+  for (const pfn of pfns) alloc.free(pfn, 0);
+  pcp.drainAll(1);
+  expect(pfns).toContain(BLOCK);
+  expect(w.hotplug.fakeOffline(BLOCK, PAGES, true)).toBe(true);
+  w.hotplug.fakeOnline(BLOCK, PAGES);
+  while (alloc.alloc(0, 1, 2) >= 0);
+  expect(w.log.total).toBe(0);
+});
+
+test('blocks of two zones side by side do not merge', () => {
+  const w = world({ hotplug: { ...LINUX_HOTPLUG, devices: 0, sectionPages: 512, adopts: 'in-place' } }, 512);
+  const { alloc, pcp, zones } = w.kernel.parts;
+  const { memmap } = w.arena;
+  const words = w.arena.w;
+  w.hotplug.registerGroup(0, 0, 512);
+  w.hotplug.adopt(8192 + 512, 0);
+  // Unplugged and plugged again, a block between others of DMA32 is Normal.
+  expect(w.hotplug.fakeOffline(8192 + 512, 512, true)).toBe(true);
+  w.hotplug.remove(8192 + 512, 0);
+  expect(w.hotplug.add(8192 + 512, 0)).toBe(true);
+  w.hotplug.online(8192 + 512, 0, () => true);
+  const normal = words[memmap + ((8192 + 512) << 4) + P_ZONE];
+  expect(words[memmap + (8192 << 4) + P_ZONE]).not.toBe(normal);
+  // All of DMA32 is used and freed, beside a Normal block that is free.
+  const pfns = Array.from({ length: 16_384 }, () => alloc.alloc(0, 1, 1)).filter((pfn) => pfn >= 0);
+  for (const pfn of pfns) alloc.free(pfn, 0);
+  pcp.drainAll(1);
+  for (const [index, zone] of zones.entries()) {
+    let free = 0;
+    for (let order = 0; order <= MAX_ORDER; order++)
+      for (let type = 0; type < MIGRATE_TYPES; type++)
+        for (
+          let pfn = words[zone + listAt(order, type)];
+          pfn >= 0;
+          pfn = words[memmap + (pfn << 4) + P_NEXT]
+        ) {
+          free += 1 << order;
+          for (let p = pfn; p < pfn + (1 << order); p++)
+            expect(words[memmap + (p << 4) + P_ZONE]).toBe(index);
+        }
+    expect(free).toBe(words[zone + Z_FREE]);
+  }
 });

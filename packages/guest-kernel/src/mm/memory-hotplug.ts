@@ -360,6 +360,8 @@ export class MemoryHotplug {
     for (let page = this.#memmap + (first << 4); page < this.#memmap + ((first + count) << 4); page += 16) {
       this.#w[page + P_FLAGS] = flags;
       this.#w[page + P_SHADOW] = SHADOW_ABSENT;
+      // Poison goes with the content.
+      this.#w[page + P_STAMP] = 0;
     }
   }
 
@@ -392,9 +394,10 @@ export class MemoryHotplug {
   /**
    * Takes pages of an online block out of use (`virtio_mem_fake_offline`, `alloc_contig_range`): isolates their
    * pageblocks, drains the per-CPU lists, moves what is movable elsewhere, and takes what is then free. False: some page
-   * cannot go, and all is as before. Whole pageblocks.
+   * cannot go, and all is as before. Whole pageblocks. `allocates`: the range is an allocation, which `init_on_alloc`
+   * zeroes; that is most of what unplugging costs. Where memory goes for good (`offline_pages`), it is none.
    */
-  fakeOffline(first: number, count: number): boolean {
+  fakeOffline(first: number, count: number, allocates: boolean): boolean {
     const w = this.#w;
     const zone = this.#zones[w[this.section(first) + S_ZONE]];
     const end = first + count;
@@ -427,8 +430,7 @@ export class MemoryHotplug {
       w[this.#events + EV.isolate_fail]++;
       return false;
     }
-    // A range taken this way is an allocation: `init_on_alloc` zeroes it, which is most of what unplugging costs.
-    if (this.#initOnAlloc) this.#vcpu.zeroPages(gfn(first), count);
+    if (allocates && this.#initOnAlloc) this.#vcpu.zeroPages(gfn(first), count);
     this.#newTotals();
     return true;
   }

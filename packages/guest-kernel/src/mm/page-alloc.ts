@@ -65,7 +65,8 @@ const POISON_FREE = 0xaaaaaaaa | 0;
 
 /** What the slow path may call upon; filled in by the kernel once reclaim and drivers exist. */
 export interface MemoryPressure {
-  wakeKswapd(zone: number): void;
+  /** `highest`: type of the highest zone that may serve the request. */
+  wakeKswapd(zone: number, highest: number): void;
   /** Direct reclaim for `node`; returns pages freed. */
   reclaim(node: number): number;
   /** OOM notifiers; returns pages freed. */
@@ -284,7 +285,8 @@ export class PageAllocator {
   // ── Slow path ────────────────────────────────────────────────────────────────────────────────────────────────────
 
   #slowPath(order: number, migratetype: number, gfp: number, zonelist: readonly number[]): number {
-    if ((gfp & GFP_NO_KSWAPD) === 0) for (const i of zonelist) this.pressure.wakeKswapd(this.#zones[i]);
+    if ((gfp & GFP_NO_KSWAPD) === 0)
+      for (const i of zonelist) this.pressure.wakeKswapd(this.#zones[i], gfp & 3);
     let pfn = this.#fromFreelists(order, migratetype, gfp, Z_MIN, zonelist);
     if (pfn >= 0 || (gfp & (GFP_NOWAIT | GFP_ATOMIC | GFP_MEMALLOC)) !== 0) return pfn;
     const w = this.#w;

@@ -186,6 +186,20 @@ export class PageCache {
     return true;
   }
 
+  /** Takes a page that was cached when the guest began, of no file that is known, out of the cache. True if it was one. */
+  dropStartPage(pfn: number): boolean {
+    const w = this.#w;
+    const page = this.#memmap + (pfn << 4);
+    this.#lock();
+    const cached = (w[page + P_FLAGS] & PG_CACHED) !== 0 && w[page + P_INODE] < 0;
+    if (cached) {
+      Atomics.and(w, page + P_FLAGS, ~PG_CACHED);
+      w[H_NR_FILE_PAGES]--;
+    }
+    this.#unlock();
+    return cached;
+  }
+
   #unhash(pfn: number): void {
     const w = this.#w;
     const page = this.#memmap + (pfn << 4);

@@ -145,3 +145,53 @@ test('a store that another vCPU makes before it answers is in the page that has 
   second.parts.processes.store32(id, 1, 0, 66);
   expect(first.parts.processes.load32(id, 1, 0)).toBe(66);
 });
+
+test('after a fork a thread of the parent stores into a page of its own, not into what the child shares', () => {
+  const world = twoCpus();
+  const { first, second } = world;
+  world.meanwhile = () => first.parts.processes.shootdown.serve();
+  const id = first.parts.processes.create(4);
+  second.enter();
+  second.parts.processes.store32(id, 1, 0, 5);
+  second.leave();
+  const child = first.parts.processes.fork(id);
+  second.enter();
+  second.parts.processes.store32(id, 1, 0, 6);
+  second.leave();
+  expect(first.parts.processes.load32(child, 1, 0)).toBe(5);
+  expect(first.parts.processes.load32(id, 1, 0)).toBe(6);
+});
+
+test('after a copy on write the other threads of the process read the copy', () => {
+  const { first, second } = twoCpus();
+  const id = first.parts.processes.create(4);
+  first.parts.processes.store32(id, 1, 0, 5);
+  first.parts.processes.fork(id);
+  second.enter();
+  expect(second.parts.processes.load32(id, 1, 0)).toBe(5);
+  second.leave();
+  first.parts.processes.store32(id, 1, 0, 6);
+  second.enter();
+  expect(second.parts.processes.load32(id, 1, 0)).toBe(6);
+});
+
+test('a fault that finds the page there already gives back the one it took', () => {
+  const w = world();
+  const before = w.free();
+  const id = w.processes.create(4);
+  // Another thread maps the page while this one has allocated for it.
+  const { alloc } = w.kernel.parts;
+  const take = alloc.alloc.bind(alloc);
+  let again = true;
+  alloc.alloc = (...args) => {
+    const pfn = take(...args);
+    if (again && args[1] === MIGRATE_MOVABLE) {
+      again = false;
+      w.processes.store32(id, 1, 0, 7);
+    }
+    return pfn;
+  };
+  expect(w.processes.load32(id, 1, 0)).toBe(7);
+  w.processes.exit(id);
+  expect(w.free()).toBe(before);
+});

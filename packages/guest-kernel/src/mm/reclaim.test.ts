@@ -1,7 +1,10 @@
 /** What reclaim does with pages that others let go of while it looks at them. */
-import { expect, test } from 'vitest';
+import { expect, test, vi } from 'vitest';
+import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
-import { P_REF, P_SHADOW, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
+import { eventSum } from './events.ts';
+import { P_REF, P_SHADOW, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
+import { Z_FREE, Z_HIGH, Z_TYPE } from './zone.ts';
 
 /** A guest with eight clean pages in its cache, and where they are. */
 function cached(): { guest: TestGuest; pfns: number[] } {
@@ -41,4 +44,57 @@ test('a page whose last reference is gone is left to whoever dropped it', () => 
   reclaim.direct(0);
   expect(w[memmap + (dying << 4) + P_REF]).toBe(0);
   expect(w[memmap + (dying << 4) + P_SHADOW]).toBe(SHADOW_ALLOCATED);
+});
+
+test('kswapd is done when one zone that can serve the request is above its high mark (`pgdat_balanced`)', () => {
+  const { guest } = cached();
+  const { reclaim, zones } = guest.kernels[0].parts;
+  const { w } = guest.arena;
+  const [dma, dma32] = zones;
+  // All of the DMA zone is somebody's, for good; DMA32 has plenty.
+  const { buddy } = guest.kernels[0].parts;
+  buddy.lock(dma);
+  while (buddy.rmqueue(dma, 0, 1) >= 0);
+  buddy.unlock(dma);
+  expect([w[dma + Z_FREE] < w[dma + Z_HIGH], w[dma32 + Z_FREE] > 2 * w[dma32 + Z_HIGH]]).toEqual([
+    true,
+    true,
+  ]);
+  reclaim.wakeKswapd(dma, w[dma32 + Z_TYPE]);
+  reclaim.kswapd(0);
+  expect([w[H_NR_FILE_PAGES], eventSum(guest.arena, 'pgsteal_kswapd')]).toEqual([8, 0]);
+  // A request that only DMA can serve is another matter.
+  reclaim.wakeKswapd(dma, w[dma + Z_TYPE]);
+  reclaim.kswapd(0);
+  expect(w[H_NR_FILE_PAGES]).toBe(0);
+});
+
+test('sync waits for what another CPU is writing: what fails there is dirty again, and said to be', () => {
+  const guest = testGuest(guestConfig(SMALL));
+  const [a, b] = guest.kernels;
+  a.enter();
+  b.enter();
+  const pfns = Int32Array.from({ length: 4 }, (_, index) => {
+    const pfn = b.parts.alloc.alloc(0, 1, 2);
+    b.parts.alloc.get(pfn);
+    b.parts.cache.add(pfn, 1, index, PG_UPTODATE | PG_DIRTY);
+    return pfn;
+  });
+  const { w } = guest.arena;
+  let relaxed = 0;
+  // While the device has the batch, the other CPU wants all on the disk; then the disk fails.
+  vi.spyOn(a.vcpu.port, 'relax').mockImplementation(() => {
+    relaxed++;
+    w[H_NR_WRITEBACK] = 0;
+    w[H_NR_DIRTY] = 4;
+    vi.spyOn(a.parts.cache, 'writePages').mockReturnValue(0);
+  });
+  let synced = true;
+  vi.spyOn(b.parts.blk, 'transfer').mockImplementation(() => {
+    expect([w[H_NR_DIRTY], w[H_NR_WRITEBACK]]).toEqual([0, 4]);
+    synced = a.parts.reclaim.sync();
+    return false;
+  });
+  b.parts.cache.writePages(pfns, 4);
+  expect([synced, relaxed > 0]).toEqual([false, true]);
 });

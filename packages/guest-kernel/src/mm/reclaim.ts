@@ -8,13 +8,14 @@
  */
 import type { Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
-import { H_NR_DIRTY, T_KSWAPD, T_WRITEBACK } from '../layout.ts';
+import { H_NR_DIRTY, H_NR_WRITEBACK, T_KSWAPD, T_WRITEBACK } from '../layout.ts';
 import { EV, eventRow } from './events.ts';
 import { L_ACTIVE, L_INACTIVE, type Lru } from './lru.ts';
 import { P_FLAGS, P_REF, PG_DIRTY, PG_REFERENCED, PG_WRITEBACK } from './page.ts';
 import type { PageAllocator } from './page-alloc.ts';
 import type { PageCache } from './page-cache.ts';
-import { Z_FLAGS, Z_FREE, Z_HIGH, Z_MANAGED, Z_NODE, ZF_RECLAIM_ACTIVE } from './zone.ts';
+import { watermarkOk } from './page-alloc.ts';
+import { Z_FLAGS, Z_HIGH, Z_MANAGED, Z_NODE, Z_TYPE, ZF_RECLAIM_ACTIVE } from './zone.ts';
 
 /** `SWAP_CLUSTER_MAX`. */
 const CLUSTER = 32;
@@ -24,6 +25,8 @@ const DIRTY_BACKGROUND = 10;
 /** kswapd's words per node. */
 const K_WAKE = 0;
 const K_FAILURES = 1;
+/** Highest zone type that a waker wanted pages of. */
+const K_HIGHEST = 2;
 const MAX_KSWAPD_FAILURES = 16;
 
 export class Reclaim {
@@ -60,9 +63,13 @@ export class Reclaim {
 
   // ── Entry points ─────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** Marks kswapd of the zone's node to run; it does at the next step of a vCPU of that node. */
-  wakeKswapd(zone: number): void {
+  /**
+   * Marks kswapd of the zone's node to run, for a request that zones up to type `highest` can serve; it does at the next
+   * step of a vCPU of that node.
+   */
+  wakeKswapd(zone: number, highest: number): void {
     const at = T_KSWAPD + this.#w[zone + Z_NODE] * 16;
+    if (Atomics.load(this.#w, at + K_HIGHEST) < highest) Atomics.store(this.#w, at + K_HIGHEST, highest);
     if (
       Atomics.load(this.#w, at + K_WAKE) === 0 &&
       Atomics.load(this.#w, at + K_FAILURES) < MAX_KSWAPD_FAILURES
@@ -89,16 +96,23 @@ export class Reclaim {
     return freed;
   }
 
-  /** kswapd of one node: reclaims until every zone is above its high watermark, or nothing more comes. */
+  /**
+   * kswapd of one node: reclaims until a zone that can serve the wakers is above its high watermark (`pgdat_balanced`), or
+   * nothing more comes.
+   */
   kswapd(node: number): void {
     const w = this.#w;
     const at = T_KSWAPD + node * 16;
     if (this.#inside || Atomics.exchange(w, at + K_WAKE, 0) === 0) return;
     w[this.#events + EV.pageoutrun]++;
-    const zones = this.#zones.filter((z) => w[z + Z_NODE] === node);
+    const highest = Atomics.exchange(w, at + K_HIGHEST, 0);
+    const zones = this.#zones.filter(
+      (z) => w[z + Z_NODE] === node && w[z + Z_TYPE] <= highest && w[z + Z_MANAGED] > 0,
+    );
+    const balanced = (): boolean => zones.some((z) => watermarkOk(w, z, 0, w[z + Z_HIGH], highest));
     for (const z of zones) Atomics.or(w, z + Z_FLAGS, ZF_RECLAIM_ACTIVE);
     let idle = 0;
-    while (zones.some((z) => w[z + Z_FREE] < w[z + Z_HIGH]) && idle < 3) {
+    while (!balanced() && idle < 3) {
       const freed = this.#shrink(node, CLUSTER, EV.pgscan_kswapd, EV.pgsteal_kswapd);
       idle = freed === 0 ? idle + 1 : 0;
       this.#vcpu.beginSection();
@@ -125,15 +139,16 @@ export class Reclaim {
     Atomics.store(w, T_WRITEBACK, 0);
   }
 
-  /** Writes every dirty page back (`sync`). Returns false if some could not be written. */
+  /** Writes every dirty page back, and waits for what others are writing (`sync`). False: some could not be written. */
   sync(): boolean {
-    for (let rounds = 0; this.#w[H_NR_DIRTY] > 0 && rounds < 100_000; rounds++) {
+    const w = this.#w;
+    for (let rounds = 0; w[H_NR_DIRTY] + w[H_NR_WRITEBACK] > 0 && rounds < 100_000; rounds++) {
       let wrote = 0;
       for (const node of this.#nodes()) wrote += this.#writeOldest(node);
       if (wrote === 0) this.#vcpu.port.relax();
       this.#vcpu.beginSection();
     }
-    return this.#w[H_NR_DIRTY] === 0;
+    return w[H_NR_DIRTY] === 0;
   }
 
   #nodes(): number[] {

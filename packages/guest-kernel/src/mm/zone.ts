@@ -126,12 +126,11 @@ export function setupWatermarks(w: Int32Array, bases: readonly number[], nrCpus:
   const minFree = minFreePages(kernel, kernelZones.length, w[H_THP] !== 0);
   for (const z of bases) {
     const pages = w[z + Z_MANAGED];
-    // The Movable zone keeps only a little: no kernel allocation depends on it.
+    const share = Math.floor((minFree * pages) / Math.max(1, kernel));
+    // The Movable zone keeps only a little: no kernel allocation depends on it. Its steps are those of its whole share.
     const min =
-      w[z + Z_TYPE] === ZONE_MOVABLE
-        ? Math.min(128, Math.max(pages === 0 ? 0 : 32, pages >> 10))
-        : Math.floor((minFree * pages) / Math.max(1, kernel));
-    const step = Math.max(min >> 2, Math.floor((pages * 10) / 10000));
+      w[z + Z_TYPE] === ZONE_MOVABLE ? Math.min(128, Math.max(pages === 0 ? 0 : 32, pages >> 10)) : share;
+    const step = Math.max(share >> 2, Math.floor((pages * 10) / 10000));
     w[z + Z_MIN] = min;
     w[z + Z_LOW] = min + step;
     w[z + Z_HIGH] = min + 2 * step;

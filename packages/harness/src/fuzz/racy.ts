@@ -72,7 +72,7 @@ function inArena(word: number, pageblocks: number, memmap: number, hash: number)
     return LRU_LENGTHS.has((word - LRU_BASE) % LRU_WORDS);
   // Each CPU counts in a row of its own; sums for statistics read them all.
   if (word >= EVENTS_BASE && word < EVENTS_BASE + MAX_CPUS * EVENTS_WORDS) return true;
-  // Counted by atomic additions, read plainly by statistics and thresholds.
+  // Counted under the cache's lock, read without it by statistics and thresholds.
   return word === H_NR_DIRTY || word === H_NR_FILE_PAGES;
 }
 

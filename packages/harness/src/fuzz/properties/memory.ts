@@ -20,7 +20,10 @@ const ALL_DONE = 1 << 20;
 
 /** Mostly one of two pages, so that vCPUs and host meet. */
 const hot = (pages: number): fc.Arbitrary<number> =>
-  fc.oneof({ weight: 2, arbitrary: fc.nat({ max: 1 }) }, { weight: 1, arbitrary: fc.nat({ max: pages - 1 }) });
+  fc.oneof(
+    { weight: 2, arbitrary: fc.nat({ max: 1 }) },
+    { weight: 1, arbitrary: fc.nat({ max: pages - 1 }) },
+  );
 
 /** Operations of a vCPU that checks what it reads. */
 export const memoryOps: fc.Arbitrary<Op> = fc.record({

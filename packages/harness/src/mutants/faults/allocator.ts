@@ -1,5 +1,5 @@
 /** Seeded faults. The guest's allocator. */
-import { fault, props, type Mutant } from '../mutant.ts';
+import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
 const PCP = 'packages/guest-kernel/src/mm/per-cpu-pages.ts';
@@ -61,5 +61,21 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
     '    w[zone + Z_FREE]',
     'L25 I3: a block is reported while it can be allocated',
     props('reporting'),
+  ),
+  fault(
+    'merges-across-zones',
+    BUDDY,
+    '      if (w[page + P_ZONE] !== w[memmap + (pfn << 4) + P_ZONE]) break;\n',
+    '',
+    'I19: a zone lists pages of another (`page_is_buddy`)',
+    test('guest-kernel/src/mm/memory-hotplug.test.ts'),
+  ),
+  fault(
+    'merged-is-reported',
+    BUDDY,
+    '    if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order)\n',
+    '    if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0)\n',
+    'L28: half of a merged block is never reported',
+    test('guest-kernel/src/mm/allocator.property.test.ts'),
   ),
 ];

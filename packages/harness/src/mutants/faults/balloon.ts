@@ -125,4 +125,28 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     'I24: memory freed during a pass is never reported',
     test('guest-kernel/src/drivers/balloon.conformance.test.ts'),
   ),
+  fault(
+    'stats-rearmed-blindly',
+    BALLOON,
+    '      while (stats.enableInterrupts(this.#vcpu));\n',
+    '      while (stats.enableInterrupts(this.#vcpu) && false);\n',
+    'I24: statistics asked for while the interrupt is armed never come',
+    DRIVER_TEST,
+  ),
+  fault(
+    'reports-what-is-poisoned',
+    BALLOON,
+    '...(poisonLost ? [VIRTIO_BALLOON_F_REPORTING] : []),\n',
+    '...(poisonLost && false ? [VIRTIO_BALLOON_F_REPORTING] : []),\n',
+    'L31: poison goes with what is reported (`virtballoon_validate`)',
+    DRIVER_TEST,
+  ),
+  fault(
+    'taken-interrupt-forgotten',
+    'packages/guest-kernel/src/kernel.ts',
+    '      if (taken || acpi?.pending === true) due = now;\n',
+    '      if (acpi?.pending === true) due = now;\n',
+    'I24: a target that comes with the last completion waits for the next window',
+    DRIVER_TEST,
+  ),
 ];

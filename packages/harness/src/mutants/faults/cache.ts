@@ -62,4 +62,20 @@ export const CACHE_FAULTS: readonly Mutant[] = [
     'I19: reclaim takes a page whose last reference is gone (found by fuzzing)',
     test('guest-kernel/src/mm/reclaim.test.ts'),
   ),
+  fault(
+    'kswapd-wants-every-zone',
+    RECLAIM,
+    'zones.some((z) => watermarkOk',
+    'zones.every((z) => watermarkOk',
+    'G20: the cache is dropped for a zone that it is not in (`pgdat_balanced`)',
+    test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
+  fault(
+    'sync-forgets-writeback',
+    RECLAIM,
+    'w[H_NR_DIRTY] + w[H_NR_WRITEBACK] > 0 && rounds',
+    'w[H_NR_DIRTY] > 0 && rounds',
+    'sync returns before what another CPU writes is on the disk',
+    test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
 ];

@@ -157,7 +157,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'unplug-in-use',
     SUB_BLOCKS,
-    "    if (online && !this.#hotplug.fakeOffline(pfn, pages)) return 'EBUSY';\n",
+    "    if (online && !this.#hotplug.fakeOffline(pfn, pages, true)) return 'EBUSY';\n",
     '',
     'I20: memory is unplugged while it is on the free lists',
     props('memory-device'),
@@ -325,5 +325,29 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '          device.setRequested(value);',
     'a refused size changes nothing',
     SESSION,
+  ),
+  fault(
+    'big-block-not-put-back',
+    'packages/guest-kernel/src/drivers/mem-big-blocks.ts',
+    '      for (let p = first; p < pfn; p += sectionPages) this.#hotplug.fakeOnline(p, sectionPages);\n',
+    '',
+    'I20: an unplug that fails halfway keeps the first half offline',
+    test('guest-kernel/src/drivers/virtio-mem.test.ts'),
+  ),
+  fault(
+    'adopts-half',
+    REGION,
+    '    const end = first + this.unit;\n    for (let pfn = first; pfn < end; pfn += sectionPages) {\n      if',
+    '    const end = first + sectionPages;\n    for (let pfn = first; pfn < end; pfn += sectionPages) {\n      if',
+    'I20: half of a big block is plugged and never used',
+    test('guest-kernel/src/drivers/virtio-mem.test.ts'),
+  ),
+  fault(
+    'poison-outlives-content',
+    HOTPLUG,
+    '      this.#w[page + P_STAMP] = 0;\n',
+    '',
+    'I20: pages that come back are checked for poison that went with their content',
+    HOTPLUG_TEST,
   ),
 ];

@@ -49,7 +49,7 @@ export const PROCESSES_FAULTS: readonly Mutant[] = [
     '    if (child >= 0) this.shootdown.flushAll();\n',
     '',
     'the parent goes on storing into pages that the child shares',
-    PROCESSES,
+    PROCESS_TEST,
   ),
   fault(
     'fork-leaves-writable',
@@ -122,5 +122,29 @@ export const PROCESSES_FAULTS: readonly Mutant[] = [
     'const named = ((flags',
     'H16: memory that processes use can never be unplugged',
     HOTPLUG_TEST,
+  ),
+  fault(
+    'cow-not-flushed',
+    PROCESS,
+    '        this.#tables.clear(entry);\n        this.shootdown.flushAll();\n',
+    '        this.#tables.clear(entry);\n',
+    'I22: another thread reads the old page after a copy on write',
+    PROCESS_TEST,
+  ),
+  fault(
+    'fork-flushes-itself',
+    PROCESS,
+    '    if (child >= 0) this.shootdown.flushAll();\n',
+    '    if (child >= 0) this.mmu.flush();\n',
+    'I22: a thread of the parent stores into what the child shares',
+    PROCESS_TEST,
+  ),
+  fault(
+    'unused-page-leaks',
+    PROCESS,
+    '    if (unused >= 0) this.#drop(unused);\n',
+    '',
+    'I19: a fault that came second keeps its page',
+    PROCESS_TEST,
   ),
 ];
