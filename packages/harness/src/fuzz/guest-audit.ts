@@ -2,6 +2,8 @@
 import {
   Arena,
   P_SHADOW,
+  P_ZONE,
+  PAGEBLOCK_ORDER,
   SECTION_WORDS,
   SHADOW_ABSENT,
   SHADOW_ALLOCATED,
@@ -38,7 +40,7 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
     if (a !== b && found.length < 8) found.push(`guest books: ${what}: ${a} against ${b} (I19)`);
   };
   const shadow = new Array<number>(8).fill(0);
-  for (const zone of zoneBases(w)) {
+  for (const [index, zone] of zoneBases(w).entries()) {
     let free = 0;
     for (let order = 0; order <= MAX_ORDER; order++) {
       let blocks = 0;
@@ -54,14 +56,22 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
           if (w[page + P_PREV] !== prev) same(`link back from page ${pfn}`, w[page + P_PREV], prev);
           if ((w[page + P_FLAGS] & PG_BUDDY) === 0) same(`page ${pfn} on a free list is marked free`, 0, 1);
           same(`order of free page ${pfn}`, w[page + P_ORDER], order);
+          const type = w[arena.layout.pageblocks + (pfn >>> PAGEBLOCK_ORDER)];
+          same(`type of the pageblock of free page ${pfn}, and of its list`, type, mt);
           const buddy = pfn ^ (1 << order);
           if (order < MAX_ORDER && buddy >= w[zone + Z_START] && buddy < w[zone + Z_END]) {
             const twin = memmap + (buddy << 4);
-            if ((w[twin + P_FLAGS] & PG_BUDDY) !== 0 && w[twin + P_ORDER] === order)
+            if (
+              (w[twin + P_FLAGS] & PG_BUDDY) !== 0 &&
+              w[twin + P_ORDER] === order &&
+              w[twin + P_ZONE] === index
+            )
               same(`free page ${pfn} of order ${order} and its buddy are merged`, 0, 1);
           }
-          for (let i = 0; i < 1 << order; i++)
+          for (let i = 0; i < 1 << order; i++) {
+            same(`zone of free page ${pfn + i}`, w[memmap + ((pfn + i) << 4) + P_ZONE], index);
             same(`shadow of free page ${pfn + i}`, w[memmap + ((pfn + i) << 4) + P_SHADOW], SHADOW_BUDDY);
+          }
           prev = pfn;
           blocks++;
           free += 1 << order;

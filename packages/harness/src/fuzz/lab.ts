@@ -55,6 +55,8 @@ export interface LabShape {
 /** Words of run control from here belong to the properties: done flags, then a model shared by the threads. */
 const RC_DONE = 640;
 const TLB_BITS = 6;
+/** Frames that the page tables of a lab's VM take at most. */
+const TABLES = 8;
 /** Words for the models of a property, in a buffer of their own. */
 const MODEL_WORDS = 16384;
 
@@ -308,6 +310,10 @@ export class HostLab {
   /** When all is over: every leaf points at its file's frame, free frames hold their poison, no D bit is missing. */
   audit(): string[] {
     this.#checkAccounts();
+    const { hostPages, ramPages, vms } = this.shape;
+    for (const { vm } of this.vms)
+      if (vm.killed && hostPages >= vms * (ramPages + TABLES))
+        this.found.push(`killed: VM ${vm.id} for want of a frame, though the host has enough for all (I9)`);
     const walk = new WalkResult();
     for (const { vm, file } of this.vms) {
       for (const slot of vm.slots.all) {

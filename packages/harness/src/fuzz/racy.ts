@@ -5,6 +5,7 @@ import {
   EVENTS_WORDS,
   H_NR_DIRTY,
   H_NR_FILE_PAGES,
+  H_NR_WRITEBACK,
   L_ACTIVE,
   L_INACTIVE,
   LENGTH,
@@ -73,7 +74,7 @@ function inArena(word: number, pageblocks: number, memmap: number, hash: number)
   // Each CPU counts in a row of its own; sums for statistics read them all.
   if (word >= EVENTS_BASE && word < EVENTS_BASE + MAX_CPUS * EVENTS_WORDS) return true;
   // Counted under the cache's lock, read without it by statistics and thresholds.
-  return word === H_NR_DIRTY || word === H_NR_FILE_PAGES;
+  return word === H_NR_DIRTY || word === H_NR_WRITEBACK || word === H_NR_FILE_PAGES;
 }
 
 export function describeRace(race: Race): string {
