@@ -8,6 +8,7 @@ import {
   processes,
   reporting,
 } from './properties/guest.ts';
+import { hostileMemory } from './properties/hostile-memory.ts';
 import { hostile } from './properties/hostile.ts';
 import { invalidation, isolation, slots } from './properties/memory.ts';
 import { queue } from './properties/queue.ts';
@@ -27,6 +28,7 @@ export const PROPERTIES: readonly Property[] = [
   processes,
   queue,
   hostile,
+  hostileMemory,
 ];
 
 export function findProperty(name: string): Property {

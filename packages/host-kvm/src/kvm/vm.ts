@@ -39,7 +39,7 @@ import {
   type UserMemoryRegion,
 } from './memslots.ts';
 import type { RegionGate, Verdict } from './region-gate.ts';
-import { TdpMmu } from './tdp-mmu.ts';
+import { FRAME_DIRTY, TdpMmu } from './tdp-mmu.ts';
 import { VcpuBlocks } from './vcpu-blocks.ts';
 import { VmMemory } from './vm-memory.ts';
 
@@ -326,7 +326,11 @@ export class Vm implements InvalidationListener {
   #scribble(frame: number, slot: Memslot, gfn: number): void {
     const taken = this.#pool.lastZeroed;
     const first = frame - ((slot.fileOffset + gfn - slot.baseGfn) & (taken - 1));
-    for (let f = first; f < first + taken; f++) this.#pool.memory.poisonFrame(hfn(f), SCRIBBLE);
+    for (let f = first; f < first + taken; f++) {
+      this.#pool.memory.poisonFrame(hfn(f), SCRIBBLE);
+      // Written by the device: no D bit tells of it.
+      this.mmu.frameFlags[f] |= FRAME_DIRTY;
+    }
   }
 
   /** The frame of zeros, taken for the VMM at the first read that needs it. */

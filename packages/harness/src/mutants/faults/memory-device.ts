@@ -61,7 +61,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '    yield* this.#discard(addr, pages);\n    close();\n',
     '    close();\n',
     'H10: unplugged memory costs the host nothing',
-    DEVICE_TEST,
+    props('hostile-memory'),
   ),
   fault(
     'size-not-told',
@@ -117,7 +117,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '    if (blocks > 0) yield* this.#populate(0, blocks);\n',
     '    if (blocks > 0) yield* this.#populate(1, blocks);\n',
     'I10: no holes after a system reset (H9)',
-    DEVICE_TEST,
+    props('hostile-memory'),
   ),
   fault(
     'zeros-writable',
