@@ -176,6 +176,12 @@ export class ScheduleBuffer {
     }
   }
 
+  /** The few numbers that say how it went. */
+  summary(): Pick<ScheduleOutcome, 'failure' | 'steps' | 'switches' | 'hash'> {
+    const w = this.#w;
+    return { failure: FAILURES[w[FAILED]], steps: w[STEPS], switches: w[SWITCHES], hash: w[HASH] };
+  }
+
   outcome(): ScheduleOutcome {
     const w = this.#w;
     const choices: number[] = [];
@@ -195,10 +201,7 @@ export class ScheduleBuffer {
       positions.push(`${STATE_NAMES[w[line + STATE]]} at ${POINTS[w[line + POINT]]} ${w[line + DETAIL]}`);
     }
     return {
-      failure: FAILURES[w[FAILED]],
-      steps: w[STEPS],
-      switches: w[SWITCHES],
-      hash: w[HASH],
+      ...this.summary(),
       choices,
       options,
       at,

@@ -2,7 +2,8 @@
  * One campaign: a process of its own, pinned to a core where the platform can, that searches its share of the runs.
  * Its parent gives it the work as an argument and hears of progress and failures by messages.
  */
-import { execute, exhaustive, Runs, shrink, type SearchOptions } from './explore.ts';
+import { assert } from '@ebb/machine';
+import { execute, executeSeries, exhaustive, Runs, shrink, type SearchOptions } from './explore.ts';
 import type { FuzzCase } from './case-file.ts';
 import { Stage, type Outcome } from './stage.ts';
 
@@ -63,7 +64,7 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
     return { runs, schedules: hashes.size, points, pairs: pairs.size, violations, property };
   };
   const spent = (): boolean => performance.now() - began > options.milliseconds;
-  const note = (outcome: Outcome): void => {
+  const note = (outcome: Pick<Outcome, 'steps' | 'hash'>): void => {
     runs++;
     points += outcome.steps;
     hashes.add(`${property} ${outcome.hash}`);
@@ -108,12 +109,15 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
           await stage.open();
         }
         const draw = new Runs(stage.property, options);
-        for (let i = 0; i < TURN && !spent(); i++) {
-          const n = next.get(name) ?? 0;
-          if (options.runs > 0 && n >= options.runs) break;
-          next.set(name, n + options.of);
+        const first = next.get(name) ?? 0;
+        const turn = Array.from({ length: TURN }, (_, i) => first + i * options.of).filter(
+          (n) => options.runs === 0 || n < options.runs,
+        );
+        while (turn.length > 0 && !spent()) {
           open++;
           if (options.strategy === 'exhaustive') {
+            const n = turn.shift() ?? 0;
+            next.set(name, n + options.of);
             for await (const { outcome } of exhaustive(stage, draw.get(n), options.preemptions)) {
               note(outcome);
               if (await over(stage, draw, n, outcome)) break search;
@@ -121,8 +125,19 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
             }
             continue;
           }
+          const held = await executeSeries(
+            stage,
+            turn.map((n) => draw.get(n)),
+          );
+          for (const outcome of held) note(outcome);
+          turn.splice(0, held.length);
+          const n = turn.shift();
+          next.set(name, (n ?? first + (held.length - 1) * options.of) + options.of);
+          if (n === undefined) continue;
+          // One does not hold. Once more by itself, for all there is to know of it: the same seed is the same execution.
           const outcome = await execute(stage, draw.get(n));
           note(outcome);
+          assert(outcome.found.length > 0, `run ${n + 1} of ${name} fails again`);
           if (await over(stage, draw, n, outcome)) break search;
         }
       }

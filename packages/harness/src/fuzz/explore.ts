@@ -66,14 +66,23 @@ export class Runs {
 
 /** Executes run `n`: its outcome under the strategy's schedule. */
 export function execute(stage: Stage, run: Run, choices: readonly number[] = []): Promise<Outcome> {
-  return stage.run(run.program, {
+  return stage.run(run.program, startOf(stage, run, choices));
+}
+
+/** Executes runs one after another, up to the first that does not hold: how those before it went. */
+export function executeSeries(stage: Stage, runs: readonly Run[]): ReturnType<Stage['runSeries']> {
+  return stage.runSeries(runs.map((run) => ({ program: run.program, ...startOf(stage, run, []) })));
+}
+
+function startOf(stage: Stage, run: Run, choices: readonly number[]): Parameters<Stage['run']>[1] {
+  return {
     strategy: run.strategy,
     seed: run.seed,
     depth: run.depth,
     length: stage.property.steps,
     choices,
     observe: run.observe,
-  });
+  };
 }
 
 /**

@@ -1,6 +1,8 @@
 /** One thread of a controlled execution: the host, or a vCPU. Lives through many executions; told of each by Comlink. */
 import {
   ControlledSchedule,
+  resetRaces,
+  ScheduleBuffer,
   LockOrder,
   observedAtomics,
   observeLocks,
@@ -9,9 +11,11 @@ import {
   RaceDetector,
   regionOf,
   ScheduleAborted,
+  type ScheduleStart,
 } from '@ebb/machine';
 import { exposeToParent } from '../run/worker-port.ts';
-import { HostLab, VcpuLab, type LabBuffers } from './lab.ts';
+import { HostLab, resetLab, VcpuLab, type LabBuffers } from './lab.ts';
+import { Series } from './series.ts';
 import { findProperty } from './properties.ts';
 import { describeRace, racyByDesign } from './racy.ts';
 import type { FuzzProgram } from './property.ts';
@@ -22,6 +26,20 @@ export interface ThreadResult {
   readonly crash: string;
   /** Switches by pair of points; see `ControlledSchedule.switched`. */
   readonly switched: Int32Array;
+}
+
+/** One execution of a series: what runs, under which schedule, and whether races are looked for. */
+export interface SeriesRun {
+  readonly program: FuzzProgram;
+  readonly start: ScheduleStart;
+  readonly observe: boolean;
+}
+
+/** What a thread tells of a series. */
+export interface SeriesResult {
+  readonly switched: Int32Array;
+  /** Of thread 0: the executions in which nothing was found, in order. The series ends at the first other. */
+  readonly held: readonly { readonly steps: number; readonly switches: number; readonly hash: number }[];
 }
 
 let schedule: ControlledSchedule | null = null;
@@ -46,6 +64,40 @@ export class FuzzWorker {
     this.#property = property;
     this.#lab = lab;
     this.#thread = thread;
+  }
+
+  /** Runs this thread's part of one execution after another, until one finds something. */
+  runSeries(runs: readonly SeriesRun[]): SeriesResult {
+    const lab = this.#lab as LabBuffers;
+    const series = new Series(lab.series, 1 + lab.shape.vms * lab.shape.vcpus);
+    const switched = new Int32Array(1024);
+    const part = ({ program, observe }: SeriesRun): void => {
+      const result = this.run(program, observe);
+      for (let i = 0; i < 1024; i++) switched[i] += result.switched[i];
+      series.end(result.crash !== '' || result.found.length > 0);
+    };
+    const held: { steps: number; switches: number; hash: number }[] = [];
+    if (this.#thread !== 0) {
+      for (const [i, run] of runs.entries()) {
+        if (!series.awaitBegin(i + 1)) break;
+        part(run);
+      }
+      return { switched, held };
+    }
+    const buffer = new ScheduleBuffer(lab.schedule);
+    for (const [i, run] of runs.entries()) {
+      resetLab(lab);
+      if (run.observe) resetRaces(lab.races);
+      buffer.prepare(run.start);
+      series.begin(i + 1);
+      part(run);
+      const found = series.awaitEnd(i + 1);
+      const { failure, steps, switches, hash } = buffer.summary();
+      if (found || failure !== '') break;
+      held.push({ steps, switches, hash });
+    }
+    series.over();
+    return { switched, held };
   }
 
   /** Runs this thread's part of one program under the schedule prepared in the lab's buffer. `observe`: look for races. */

@@ -44,6 +44,7 @@ import {
   type Schedule,
 } from '@ebb/machine';
 import { MemFile, type FrameSource, type HugePolicy } from '@ebb/memfs';
+import { SERIES_BYTES } from './series.ts';
 
 export interface LabShape {
   /** Host frames. */
@@ -77,6 +78,8 @@ export interface LabBuffers {
   readonly races: SharedArrayBuffer;
   readonly lockOrder: SharedArrayBuffer;
   readonly schedule: SharedArrayBuffer;
+  /** Where the threads of a series of executions meet between two of them; see `series.ts`. */
+  readonly series: SharedArrayBuffer;
 }
 
 export function labBuffers(shape: LabShape): LabBuffers {
@@ -93,6 +96,7 @@ export function labBuffers(shape: LabShape): LabBuffers {
     races: new SharedArrayBuffer(RACE_BYTES),
     lockOrder: new SharedArrayBuffer(LOCK_ORDER_BYTES),
     schedule: new SharedArrayBuffer(SCHEDULE_BYTES),
+    series: new SharedArrayBuffer(SERIES_BYTES),
   };
 }
 

@@ -3,9 +3,10 @@
  */
 import { resetRaces, ScheduleBuffer, type ScheduleOutcome, type ScheduleStart } from '@ebb/machine';
 import { spawnWorker, type SpawnedWorker } from '../run/worker-endpoint.ts';
-import type { FuzzWorker } from './fuzz-worker.ts';
+import type { FuzzWorker, SeriesResult, SeriesRun } from './fuzz-worker.ts';
 import { labBuffers, resetLab, type LabBuffers } from './lab.ts';
 import { findProperty } from './properties.ts';
+import { Series } from './series.ts';
 import type { FuzzProgram, Property } from './property.ts';
 
 export interface Outcome extends ScheduleOutcome {
@@ -74,6 +75,21 @@ export class Stage {
       for (let i = 0; i < 1024; i++) this.switched[i] += r.switched[i];
     }
     return { ...outcome, found };
+  }
+
+  /** Executions one after another, up to the first that does not hold: how those before it went. */
+  async runSeries(
+    runs: readonly (Parameters<Stage['run']>[1] & { readonly program: FuzzProgram })[],
+  ): Promise<SeriesResult['held']> {
+    new Series(this.#lab.series, this.threads).reset();
+    const series: SeriesRun[] = runs.map(({ program, observe, ...start }) => ({
+      program,
+      observe,
+      start: { ...start, threads: this.threads, limit: STEP_LIMIT },
+    }));
+    const results = await this.#race(Promise.all(this.#workers.map((w) => w.api.runSeries(series))));
+    for (const { switched } of results) for (let i = 0; i < 1024; i++) this.switched[i] += switched[i];
+    return results[0].held;
   }
 
   async close(): Promise<void> {

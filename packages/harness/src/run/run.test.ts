@@ -124,20 +124,32 @@ describe('the run protocol', () => {
     workers: 2,
   });
 
-  test.each(['host', 'cpu0', 'cpu1'])(
-    'the death of %s mid-run is reported by name, never a hang',
-    async (victim) => {
-      const spec = smallSpec();
-      const buffers = runBuffers(spec, hostBuffers(spec.hostFrames * PAGE_SIZE));
-      const pool = new ThreadPool(2);
-      const run = runThreads(spec, buffers, pool);
-      const worker = [pool.host, ...pool.cpus].find((w) => w.name === victim);
-      setTimeout(() => void worker?.api.crash().catch(() => undefined), 150);
-      await expect(run).rejects.toThrow(new RegExp(`worker '${victim}' died: crashed on request`));
-      await expect(run).rejects.toBeInstanceOf(WorkerDied);
-      await pool.close();
-    },
+  const dies = async (victim: string, afterMs: number): Promise<void> => {
+    const spec = smallSpec();
+    const buffers = runBuffers(spec, hostBuffers(spec.hostFrames * PAGE_SIZE));
+    const pool = new ThreadPool(2);
+    const run = runThreads(spec, buffers, pool);
+    const worker = [pool.host, ...pool.cpus].find((w) => w.name === victim);
+    setTimeout(() => void worker?.api.crash().catch(() => undefined), afterMs);
+    await expect(run).rejects.toThrow(new RegExp(`worker '${victim}' died: crashed on request`));
+    await expect(run).rejects.toBeInstanceOf(WorkerDied);
+    await pool.close();
+  };
+
+  test.each(['host', 'cpu0', 'cpu1'])('the death of %s mid-run is reported by name, never a hang', (victim) =>
+    dies(victim, 150),
   );
+
+  test('the same at any moment: before the guest boots, at once, or later', async () => {
+    await fc.assert(fc.asyncProperty(fc.constantFrom('host', 'cpu0', 'cpu1'), fc.nat({ max: 600 }), dies), {
+      numRuns: 8,
+      seed: 20_261_122,
+      examples: [
+        ['host', 0],
+        ['cpu1', 0],
+      ],
+    });
+  });
 
   test('a VM killed in the middle of a device wait ends the run at once, in threads too: its siblings are not waited for', async () => {
     // The balloon inflates into memory that the host does not have: vCPU 0 dies holding the balloon mutex.
