@@ -44,9 +44,22 @@ export function sourcesHash(): string {
   return hash.digest('hex');
 }
 
+/** Copies in use: an interrupt stops what runs in them and removes them. */
+const inUse = new Set<Scratch>();
+
+function removeOnSignal(signal: 'SIGINT' | 'SIGTERM', code: number): void {
+  if (process.listenerCount(signal) > 0) return;
+  process.once(signal, () => {
+    for (const scratch of inUse) scratch.remove();
+    process.exit(code);
+  });
+}
+
 export class Scratch {
   readonly folder: string;
   readonly #core: number | undefined;
+  /** Process group of what runs in the copy. */
+  #group: number | undefined;
 
   /** `core`: where searches in this copy run, if the platform can pin. */
   constructor(core?: number) {
@@ -54,6 +67,9 @@ export class Scratch {
     if (!existsSync(join(ROOT, 'packages/harness/src')) || !existsSync(join(ROOT, 'node_modules')))
       throw new UserError('mutants: needs a checkout of the sources with its dependencies installed');
     this.folder = mkdtempSync(join(tmpdir(), 'ebb-mutants-'));
+    inUse.add(this);
+    removeOnSignal('SIGINT', 130);
+    removeOnSignal('SIGTERM', 143);
     for (const name of COPIED)
       cpSync(join(ROOT, name), join(this.folder, name), {
         recursive: true,
@@ -95,6 +111,7 @@ export class Scratch {
         stdio: ['ignore', 'pipe', 'pipe'],
         detached: true,
       });
+      this.#group = child.pid;
       let output = '';
       let stopped = false;
       const keep = (text: Buffer): void => {
@@ -104,18 +121,28 @@ export class Scratch {
       child.stderr.on('data', keep);
       const timer = setTimeout(() => {
         stopped = true;
-        // The whole group: campaigns and test workers too.
-        if (child.pid !== undefined) process.kill(-child.pid, 'SIGKILL');
+        this.#stop();
       }, milliseconds);
       child.on('close', (code) => {
         clearTimeout(timer);
+        this.#group = undefined;
         resolve({ code: code ?? -1, output, stopped });
       });
     });
   }
 
+  /** Stops what runs: the whole group, campaigns and test workers too. */
+  #stop(): void {
+    if (this.#group !== undefined) process.kill(-this.#group, 'SIGKILL');
+    this.#group = undefined;
+  }
+
+  /** Stops what runs and removes the copy. */
   remove(): void {
-    rmSync(this.folder, { recursive: true, force: true });
+    this.#stop();
+    inUse.delete(this);
+    // What was stopped may still be about to end.
+    rmSync(this.folder, { recursive: true, force: true, maxRetries: 5, retryDelay: 100 });
   }
 }
 

@@ -12,6 +12,7 @@ import {
   keepReserve,
   type BalloonPolicy,
   type BlockStorage,
+  type RebootPolicy,
   type TaskYield,
 } from '@ebb/host-kvm';
 import {
@@ -39,15 +40,7 @@ import {
   type RunResult,
   type Sample,
 } from './run-result.ts';
-import {
-  RC_VM,
-  RC_VM_BOOTS,
-  RC_VM_EVENTS,
-  VM_FAILED,
-  type RebootPolicy,
-  type RunBuffers,
-  type RunSpec,
-} from './spec.ts';
+import { RC_VM, RC_VM_BOOTS, RC_VM_EVENTS, VM_FAILED, type RunBuffers, type RunSpec } from './spec.ts';
 
 /** Longest window while vCPUs that may interact have something to do. */
 const WINDOW_NS: number = 10 * NS_PER_MS;

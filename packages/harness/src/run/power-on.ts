@@ -28,7 +28,7 @@ import {
   type UserMemoryRegion,
 } from '@ebb/host-kvm';
 import { assert, HUGE_PAGES, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
-import { MemFile } from '@ebb/memfs';
+import { MemFile, type FrameSource } from '@ebb/memfs';
 import type { MmioTransport, VirtioDevice } from '@ebb/virtio/device';
 import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
 import type { RunningVm } from './run-result.ts';
@@ -83,8 +83,10 @@ export function powerOn(options: PowerOn): RunningVm {
     frameFlags: options.frameFlags,
   });
   const huge = backing === 'thp' ? 'always' : backing === 'hugetlb' ? 'hugetlb' : 'never';
+  const files: MemFile[] = [];
+  const frames = spec.populateLimit === undefined ? pool : atMost(spec.populateLimit, pool, files);
   const newFile = (name: string, nrBlocks: number): MemFile =>
-    new MemFile({ name: `vm${id}/${name}`, nrBlocks, vm: id, frames: pool, huge });
+    new MemFile({ name: `vm${id}/${name}`, nrBlocks, vm: id, frames, huge });
   const addSlot = (slot: number, file: MemFile, gfn: number, first: number, count: number): void => {
     const region = {
       slot,
@@ -133,7 +135,7 @@ export function powerOn(options: PowerOn): RunningVm {
     block = new BlockDevice(options.storage(id, spec.diskBytes), port);
     attach(LINE_BLK, block);
   }
-  const files = [file];
+  files.push(file);
   const assigned = spec.assigned === undefined ? null : new AssignedDevice(vm, pool);
   if (assigned !== null) {
     // All of boot memory at once; from then on nobody may take any of it away unheard.
@@ -176,6 +178,17 @@ export function powerOn(options: PowerOn): RunningVm {
       { at: stop, start: false },
     ]),
     hintedPages: 0,
+  };
+}
+
+/** Frames of `pool`, as long as all `files` together have no more than `limit`. */
+function atMost(limit: number, pool: FramePool, files: readonly MemFile[]): FrameSource {
+  return {
+    allocZeroed: (order, owner) => {
+      const assigned = files.reduce((sum, file) => sum + file.assigned, 0);
+      return assigned + (1 << order) > limit ? -1 : pool.allocZeroed(order, owner);
+    },
+    free: (first, count) => pool.free(first, count),
   };
 }
 

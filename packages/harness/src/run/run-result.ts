@@ -10,6 +10,7 @@ import type {
   FramePool,
   MemoryDevice,
   MemoryDeviceCounters,
+  RebootPolicy,
   Vm,
 } from '@ebb/host-kvm';
 import {
@@ -25,7 +26,7 @@ import {
 } from '@ebb/machine';
 import type { MemFile } from '@ebb/memfs';
 import type { MmioTransport } from '@ebb/virtio/device';
-import { VM_FAILED, VM_KILLED, type DimmOrder, type RebootPolicy, type VmSpec } from './spec.ts';
+import { VM_FAILED, VM_KILLED, type DimmOrder, type VmSpec } from './spec.ts';
 
 /** One point of the timeline: bytes. */
 export interface Sample {

@@ -1,6 +1,6 @@
 /** What a run is: plain data that every worker gets. */
 import type { GuestConfig } from '@ebb/guest-kernel';
-import type { Dimm, MemoryProfile } from '@ebb/host-kvm';
+import type { Dimm, MemoryProfile, RebootPolicy } from '@ebb/host-kvm';
 import type { ReplayPlan } from '../trace/replay-plan.ts';
 
 export type Backing = 'thp' | '4k' | 'hugetlb';
@@ -60,9 +60,6 @@ export type ProgramSpec =
   /** Writes to pages the balloon or reporting holds (H33). */
   | { readonly kind: 'hostile-reuse'; readonly afterNs: number };
 
-/** `virtio-1.2`: all is unplugged, then what is requested is plugged again. `rfc-2017`: what was plugged stays. */
-export type RebootPolicy = 'virtio-1.2' | 'rfc-2017';
-
 export type DimmOrder = { readonly plug: Dimm } | { readonly unplug: string };
 
 /** A memory device of a VM. Sizes in bytes. */
@@ -100,6 +97,11 @@ export interface VmSpec {
   };
   /** System resets at given times, and what becomes of plugged memory. */
   readonly resets?: readonly (readonly [number, RebootPolicy])[];
+  /**
+   * Frames that the host gives the VM at most, as a Xen domain that populates on demand: one that touches more is
+   * killed (H60). As many as it has RAM without it.
+   */
+  readonly populateLimit?: number;
   /** The kernel that is booted after a reset; the same again without it. */
   readonly guestAfterReset?: GuestConfig;
   /** Sizes to request at given times: `[atNs, device, bytes]`. */

@@ -14,6 +14,7 @@ import {
 } from '@ebb/virtio/uapi';
 import { DIMM_SCENARIOS } from './dimms.ts';
 import { MEMORY_DEVICE_SCENARIOS } from './memory-device.ts';
+import { REBOOT_SCENARIOS } from './reboot-elsewhere.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
 import { UNPLUGGED_MEMORY_SCENARIOS } from './unplugged-memory.ts';
 
@@ -291,6 +292,7 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   },
   ...MEMORY_DEVICE_SCENARIOS,
+  ...REBOOT_SCENARIOS,
   ...UNPLUGGED_MEMORY_SCENARIOS,
   ...DIMM_SCENARIOS,
 ];

@@ -420,6 +420,7 @@ describe('system reset', () => {
   test.each([
     ['virtio-1.2: all blocks are unplugged', 'virtio-1.2', '0000000000000000', REGION],
     ['rfc-2017: as many blocks as before, without holes', 'rfc-2017', '1111100000000000', 5 * BLOCK],
+    ['hyper-v: each block where it was, for whoever boots next', 'hyper-v', '1100011100000000', REGION],
   ] as const)('%s', (_what, policy, blocks, requested) => {
     const { device, request, host, plugged } = bench('a VM of this host');
     request(VIRTIO_MEM_REQ_PLUG, at(0), 8);

@@ -44,6 +44,9 @@ import { UnpluggedMemory, type MemoryProfile, type Refusals } from './unplugged-
 /** By how much the usable region exceeds the request: twice Linux's memory block on x86. */
 const USABLE_EXTENT_BYTES: number = 2 * 0x800_0000;
 
+/** What becomes of plugged memory when the machine is reset; see `MemoryDevice.systemReset`. */
+export type RebootPolicy = 'virtio-1.2' | 'rfc-2017' | 'hyper-v';
+
 /** The platform's end of a region: pages of its backing go and come. Counts are 4 KiB pages from a guest frame number. */
 export interface RegionPort {
   /** Largest page of the backing in bytes: a block is at least that (H40). */
@@ -469,17 +472,24 @@ export class MemoryDevice implements VirtioDevice {
     this.counters.discardedPages += yield* this.#region.discard(addr / PAGE_SIZE, pages);
   }
 
+  /** Runs of plugged blocks: the first of each and how many. */
+  #runs(): (readonly [first: number, count: number])[] {
+    const runs: (readonly [number, number])[] = [];
+    for (let b = 0; b < this.plugged.length; b++) {
+      if (!this.plugged.has(b)) continue;
+      const first = b;
+      while (b < this.plugged.length && this.plugged.has(b)) b++;
+      runs.push([first, b - first]);
+    }
+    return runs;
+  }
+
   /** Tells whoever holds pages of plugged blocks, run by run; false: it does not let some of them go. */
   #tellUnplugAll(): boolean {
     const pages = this.blockBytes / PAGE_SIZE;
-    for (let b = 0; b < this.plugged.length; b++) {
-      if (!this.plugged.has(b)) continue;
-      let end = b + 1;
-      while (end < this.plugged.length && this.plugged.has(end)) end++;
-      if (this.#region.notifyUnplug?.(this.baseGfn + b * pages, (end - b) * pages) === false) return false;
-      b = end;
-    }
-    return true;
+    return this.#runs().every(
+      ([first, count]) => this.#region.notifyUnplug?.(this.baseGfn + first * pages, count * pages) !== false,
+    );
   }
 
   /** Unplugs every block and lets the usable region shrink: UNPLUG_ALL, and system reset. Holders have been told. */
@@ -499,19 +509,22 @@ export class MemoryDevice implements VirtioDevice {
   /**
    * System reset. `virtio-1.2`: all blocks are unplugged, and the driver plugs what is requested again. `rfc-2017`: the
    * region shrinks to what was plugged, without holes, and stays (H9); the content is gone. It shrinks to nothing if
-   * somebody who holds pages of its own cannot have them again.
+   * somebody who holds pages of its own cannot have them again. `hyper-v`, for comparison: each block stays where it is,
+   * so that the next kernel is told of memory that it has no driver for (H60).
    */
-  *systemReset(policy: 'virtio-1.2' | 'rfc-2017'): Generator<TaskYield, void, void> {
+  *systemReset(policy: RebootPolicy): Generator<TaskYield, void, void> {
     // What a request began before the reset is carried out first, so that it is undone with the rest.
     if (!this.idle) yield () => this.idle;
+    const runs = this.#runs();
     const blocks = this.plugged.count();
     // Nobody is asked, but everybody told.
     this.#tellUnplugAll();
     yield* this.#unplugAll();
     if (policy === 'virtio-1.2') return;
-    this.requestedBytes = blocks * this.blockBytes;
+    if (policy === 'rfc-2017') this.requestedBytes = blocks * this.blockBytes;
     this.#resizeUsable(true);
-    if (blocks > 0) yield* this.#populate(0, blocks);
+    const kept = policy === 'hyper-v' ? runs : blocks > 0 ? [[0, blocks] as const] : [];
+    for (const [first, count] of kept) yield* this.#populate(first, count);
   }
 
   #sizeIs(bytes: number): void {

@@ -120,8 +120,8 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'reset-replugs-untold',
     MEMORY_DEVICE,
-    '    if (blocks > 0) yield* this.#populate(0, blocks);\n',
-    '    for (let b = 0; b < blocks; b++) this.plugged.add(b);\n    this.#sizeIs(blocks * this.blockBytes);\n',
+    '    for (const [first, count] of kept) yield* this.#populate(first, count);\n',
+    '    for (const [first, count] of kept) for (let b = first; b < first + count; b++) this.plugged.add(b);\n    this.#sizeIs(blocks * this.blockBytes);\n',
     'Y19, H9: what a system reset keeps is memory that a device with pinned pages cannot reach',
     test('host-kvm/src/devices/assigned-device.test.ts'),
   ),

@@ -114,8 +114,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'reset-leaves-holes',
     DEVICE,
-    '    if (blocks > 0) yield* this.#populate(0, blocks);\n',
-    '    if (blocks > 0) yield* this.#populate(1, blocks);\n',
+    'of kept) yield* this.#populate(first, count);\n',
+    'of kept) yield* this.#populate(first + 1, count);\n',
     'I10: no holes after a system reset (H9)',
     props('hostile-memory'),
   ),
