@@ -18,6 +18,8 @@ import {
   BlockDevice,
   DimmSlots,
   MemoryDevice,
+  RegionSlots,
+  slotPagesFor,
   Vm,
   type BlockStorage,
   type DevicePort,
@@ -37,6 +39,9 @@ import type { Backing, MemoryDeviceSpec, VmSpec } from './spec.ts';
 /** First slot of the memory devices' regions, and of DIMMs. */
 const REGION_SLOT = 16;
 const DIMM_SLOT = 32;
+/** First slot of regions whose slots come and go, and how many each may have. */
+const DYNAMIC_SLOT = 1024;
+const SLOTS_PER_REGION = 1024;
 
 export interface PowerOn {
   readonly spec: VmSpec;
@@ -146,8 +151,17 @@ export function powerOn(options: PowerOn): RunningVm {
   const memory = (spec.memoryDevices ?? []).map((region, i) => {
     const regionFile = newFile(region.id, region.regionBytes / PAGE_SIZE);
     files.push(regionFile);
-    addSlot(REGION_SLOT + i, regionFile, region.addr / PAGE_SIZE, 0, regionFile.nrBlocks);
-    const device = memoryDevice(region, vm, port, regionFile, assigned, tracing, options.watch);
+    const baseGfn = region.addr / PAGE_SIZE;
+    const nrPages = regionFile.nrBlocks;
+    let slots: RegionSlots | null = null;
+    if (region.profile === 'inaccessible') {
+      const firstSlot = DYNAMIC_SLOT + i * SLOTS_PER_REGION;
+      const slotPages = slotPagesFor(region.blockBytes);
+      slots = new RegionSlots({ vm, file: regionFile, firstSlot, baseGfn, nrPages, slotPages });
+      const plugged = (region.pluggedBytes ?? 0) / PAGE_SIZE;
+      if (plugged > 0) runToEnd(slots.activate(baseGfn, plugged));
+    } else addSlot(REGION_SLOT + i, regionFile, baseGfn, 0, nrPages);
+    const device = memoryDevice(region, vm, port, regionFile, slots, assigned, tracing, options.watch);
     attach(LINE_MEM + i, device);
     return device;
   });
@@ -240,6 +254,7 @@ function memoryDevice(
   vm: Vm,
   port: DevicePort,
   file: MemFile,
+  slots: RegionSlots | null,
   assigned: AssignedDevice | null,
   tracing: { readonly trace?: (line: string) => void },
   watch: MemoryWatch | undefined,
@@ -249,8 +264,15 @@ function memoryDevice(
     port,
     region: {
       pageBytes: file.granularity * PAGE_SIZE,
-      discard: (gfn, count) => vm.discard(Int32Array.of(gfn, count), 1),
+      discard: (gfn, count) =>
+        slots === null ? vm.discard(Int32Array.of(gfn, count), 1) : slots.discard(gfn, count),
       unmap: (gfn, count) => vm.unmap(gfn, count),
+      ...(slots === null
+        ? {}
+        : {
+            activate: (gfn: number, count: number) => slots.activate(gfn, count),
+            deactivate: (...pages: Parameters<RegionSlots['deactivate']>) => slots.deactivate(...pages),
+          }),
       notifyPlug: (gfn, count) => assigned?.map(gfn, count) ?? true,
       notifyUnplug: (gfn, count) => {
         assigned?.unmap(gfn, count);

@@ -13,13 +13,8 @@ import {
   PAGE_SIZE,
   type GuestMemory,
 } from '@ebb/machine';
-import { MmioTransport } from '@ebb/virtio/device';
-import { MmioDriver } from '@ebb/virtio/driver';
-import { RawRing } from '@ebb/virtio/testing';
 import {
-  EBB_MEM_F_MORE,
   EBB_MEM_REQ_MORE,
-  Features,
   INTERRUPT_CONFIG_CHANGE,
   MEM_CFG_ADDR,
   MEM_CFG_BLOCK_SIZE,
@@ -29,8 +24,6 @@ import {
   MEM_CFG_REQUESTED_SIZE,
   MEM_CFG_USABLE_REGION_SIZE,
   STATUS_DEVICE_NEEDS_RESET,
-  VIRTIO_F_VERSION_1,
-  VIRTIO_ID_MEM,
   VIRTIO_MEM_REQ_PLUG,
   VIRTIO_MEM_REQ_STATE,
   VIRTIO_MEM_REQ_UNPLUG,
@@ -49,37 +42,31 @@ import { HostTasks, type TaskYield } from '../host-tasks.ts';
 import { testHost, type TestHost } from '../kvm/testing-host.ts';
 import { MemoryDevice, type MemoryDeviceOptions } from './memory-device.ts';
 import { judgeMemoryDevice } from './memory-figures.ts';
+import {
+  memoryGuest,
+  REQUEST,
+  RESPONSE,
+  type MemoryAnswer,
+  type MemoryGuest,
+} from './testing-memory-device.ts';
 import type { MemoryProfile } from './unplugged-memory.ts';
 
 const ADDR: number = 32 * MiB;
 const REGION: number = 16 * MiB;
 const BLOCK: number = 1 * MiB;
 const BLOCKS: number = REGION / BLOCK;
-const RINGS = { desc: 0x100000, driver: 0x101000, device: 0x102000 };
-const REQUEST = 0x200000;
-const RESPONSE = 0x201000;
 const worlds = ['a VM of this host', 'a plain buffer'] as const;
 type World = (typeof worlds)[number];
 
-interface Answer {
-  readonly type: number;
-  readonly state: number;
-}
-
-interface Bench {
+interface Bench extends MemoryGuest {
   readonly memory: GuestMemory;
   readonly device: MemoryDevice;
-  readonly transport: MmioTransport;
-  readonly driver: MmioDriver;
-  readonly ring: RawRing;
   readonly host: TestHost | null;
   readonly discards: [number, number][];
   /** The queue's used index at the end of each discard. */
   readonly usedAtEnd: number[];
   /** Lets the device work. */
   readonly pump: () => void;
-  /** Sends one request and returns the answer. `padding` fills every padding field. */
-  readonly request: (type: number, addr: number, nrBlocks: number, padding?: number) => Answer;
   readonly plugged: () => boolean[];
 }
 
@@ -89,7 +76,6 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
   const memory = host?.vm.memory ?? new FlatGuestMemory(new ArrayBuffer(48 * MiB));
   const discards: [number, number][] = [];
   const usedAtEnd: number[] = [];
-  const ring = new RawRing(memory, 64, RINGS);
   const device = new MemoryDevice({
     port: { spawn: (name, body) => void tasks.spawn(name, body), now: () => 0, costs: COST_TABLE },
     region: {
@@ -98,7 +84,7 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
         discards.push([first, count]);
         yield undefined;
         const freed = host === null ? count : yield* host.vm.discard(Int32Array.of(first, count), 1);
-        usedAtEnd.push(ring.usedIdx);
+        usedAtEnd.push(guest.ring.usedIdx);
         return freed;
       },
       *unmap(first: number, count: number): Generator<TaskYield, void, void> {
@@ -114,44 +100,18 @@ function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
     ...over,
   });
   host?.vm.addGate(device.unplugged);
-  const transport = new MmioTransport({ device, memory, interrupt: () => undefined });
-  const driver = new MmioDriver(transport);
-  const bringUp = (): void => {
-    driver.begin(VIRTIO_ID_MEM);
-    const features = Features.of(VIRTIO_F_VERSION_1, EBB_MEM_F_MORE).and(device.offered);
-    driver.writeFeatures(features);
-    driver.acceptFeatures(features);
-    driver.setupQueue(0, 64, RINGS);
-    driver.driverOk();
-  };
-  bringUp();
   const pump = (): void => {
     while (host === null ? tasks.step() : host.poll());
   };
+  const guest = memoryGuest(device, memory, pump);
   return {
+    ...guest,
     pump,
     memory,
     device,
-    transport,
-    driver,
-    ring,
     host,
     discards,
     usedAtEnd,
-    request(type, addr, nrBlocks, padding = 0) {
-      for (let at = 0; at < 24; at += 4) ring.u32(REQUEST + at, padding);
-      ring.u16(REQUEST, type);
-      ring.u32(REQUEST + 8, (addr % 2 ** 32) | 0);
-      ring.u32(REQUEST + 12, Math.floor(addr / 2 ** 32));
-      ring.u16(REQUEST + 16, nrBlocks);
-      for (let at = 0; at < 12; at += 4) ring.u32(RESPONSE + at, 0x5a5a5a5a);
-      ring.desc(0, REQUEST, 24, VIRTQ_DESC_F_NEXT, 1);
-      ring.desc(1, RESPONSE, 10, VIRTQ_DESC_F_WRITE);
-      ring.avail(0);
-      transport.write(0x50, 4, 0);
-      pump();
-      return { type: ring.readU16(RESPONSE), state: ring.readU16(RESPONSE + 8) };
-    },
     plugged: () => Array.from({ length: device.plugged.length }, (_, b) => device.plugged.has(b)),
   };
 }
@@ -292,7 +252,7 @@ describe.each(worlds)('over %s', (world) => {
   test('5.15.6.8: The device MUST set the state to PLUGGED, UNPLUGGED, otherwise MIXED', () => {
     const { request } = bench(world);
     request(VIRTIO_MEM_REQ_PLUG, at(2), 2);
-    const state = (first: number, n: number): Answer => request(VIRTIO_MEM_REQ_STATE, at(first), n);
+    const state = (first: number, n: number): MemoryAnswer => request(VIRTIO_MEM_REQ_STATE, at(first), n);
     expect(state(2, 2)).toEqual({ type: VIRTIO_MEM_RESP_ACK, state: VIRTIO_MEM_STATE_PLUGGED });
     expect(state(0, 2)).toEqual({ type: VIRTIO_MEM_RESP_ACK, state: VIRTIO_MEM_STATE_UNPLUGGED });
     expect(state(1, 2)).toEqual({ type: VIRTIO_MEM_RESP_ACK, state: VIRTIO_MEM_STATE_MIXED });

@@ -55,6 +55,14 @@ export interface RegionPort {
   discard(gfn: number, count: number): Generator<TaskYield, number, void>;
   /** Drops every mapping of the pages, so that the next access asks `UnpluggedMemory.verdict` again. */
   unmap(gfn: number, count: number): Generator<TaskYield, void, void>;
+  /** Before pages are plugged: what the VM needs to reach them. */
+  activate?(gfn: number, count: number): Generator<TaskYield, void, void>;
+  /** After pages were unplugged: what of it is needed no more. `anyPlugged`: whether one of some pages is. */
+  deactivate?(
+    gfn: number,
+    count: number,
+    anyPlugged: (gfn: number, count: number) => boolean,
+  ): Generator<TaskYield, void, void>;
   /** Tells whoever holds pages of its own (a device with pinned memory) that they are there; false: it cannot have them. */
   notifyPlug?(gfn: number, count: number): boolean;
   /** Tells it before they go; false: it does not let them go. */
@@ -439,10 +447,12 @@ export class MemoryDevice implements VirtioDevice {
   *#populate(first: number, nrBlocks: number): Generator<TaskYield, boolean, void> {
     const gfn = this.baseGfn + (first * this.blockBytes) / PAGE_SIZE;
     const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
+    if (this.#region.activate !== undefined) yield* this.#region.activate(gfn, pages);
     for (let b = first; b < first + nrBlocks; b++) this.plugged.add(b);
     if (this.#region.notifyPlug?.(gfn, pages) === false) {
       for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
       yield* this.#discard(gfn * PAGE_SIZE, pages);
+      yield* this.#deactivate(gfn, pages);
       return false;
     }
     this.#sizeIs(this.#size + nrBlocks * this.blockBytes);
@@ -463,9 +473,19 @@ export class MemoryDevice implements VirtioDevice {
     if (this.profile !== 'qemu') close();
     yield* this.#discard(addr, pages);
     close();
+    yield* this.#deactivate(addr / PAGE_SIZE, pages);
     this.counters.unpluggedBlocks += nrBlocks;
     this.#sizeIs(this.#size - nrBlocks * this.blockBytes);
     return VIRTIO_MEM_RESP_ACK;
+  }
+
+  *#deactivate(gfn: number, pages: number): Generator<TaskYield, void, void> {
+    const perBlock = this.blockBytes / PAGE_SIZE;
+    yield* this.#region.deactivate?.(gfn, pages, (from, count) => {
+      for (let b = (from - this.baseGfn) / perBlock; b * perBlock < from + count - this.baseGfn; b++)
+        if (this.plugged.has(b)) return true;
+      return false;
+    }) ?? [];
   }
 
   *#discard(addr: number, pages: number): Generator<TaskYield, void, void> {
@@ -499,6 +519,7 @@ export class MemoryDevice implements VirtioDevice {
       if (this.profile !== 'qemu') this.plugged.clear();
       yield* this.#discard(this.addr, this.regionBytes / PAGE_SIZE);
       this.plugged.clear();
+      yield* this.#deactivate(this.baseGfn, this.regionBytes / PAGE_SIZE);
       this.counters.unpluggedBlocks += blocks;
       this.#sizeIs(0);
     }

@@ -8,6 +8,7 @@ import { LINE_MEM, MMIO_BASE, MMIO_STRIDE } from '@ebb/guest-kernel';
 import {
   MEMORY_PROFILES,
   MemoryDevice,
+  RegionSlots,
   type DevicePort,
   type MemoryRequest,
   type TaskBody,
@@ -329,6 +330,23 @@ function verdict(lab: HostLab, device: MemoryDevice, bitmap: BitmapModel): strin
   return found;
 }
 
+/** Boot memory alone in the lab's slot, and a slot for each block of the region, which comes and goes with it. */
+function slotPerBlock(lab: HostLab): RegionSlots {
+  const [{ vm, file }] = lab.vms;
+  const boot = { slot: 0, flags: 0, guestPhysAddr: 0, file, fileOffset: 0 };
+  for (const memorySize of [0, REGION * PAGE_SIZE])
+    for (const set = vm.setUserMemoryRegion({ ...boot, memorySize }); set.next().done !== true; );
+  return new RegionSlots({
+    vm,
+    file,
+    fileOffset: REGION,
+    firstSlot: 1,
+    baseGfn: REGION,
+    nrPages: BLOCKS * BLOCK,
+    slotPages: BLOCK,
+  });
+}
+
 export const hostileMemory: Property = {
   name: 'hostile-memory',
   about: 'a hostile guest on a memory device that the host resizes, with resets of device and system',
@@ -353,7 +371,9 @@ export const hostileMemory: Property = {
       costs: vm.costs,
     };
     const bitmap = new BitmapModel();
-    const [profile, ...ops] = program.host;
+    const [first, ...ops] = program.host;
+    const profile = MEMORY_PROFILES[first?.a ?? 0];
+    const slots = profile === 'inaccessible' ? slotPerBlock(lab) : null;
     const device = new MemoryDevice({
       port,
       id: 'vm0',
@@ -362,12 +382,19 @@ export const hostileMemory: Property = {
       blockBytes: BLOCK * PAGE_SIZE,
       node: 0,
       requestedBytes: BLOCKS * BLOCK * PAGE_SIZE,
-      profile: MEMORY_PROFILES[profile?.a ?? 0],
+      profile,
       onRequest: (request) => bitmap.answered(request),
       region: {
         pageBytes: PAGE_SIZE,
-        discard: (first, count) => vm.discard(Int32Array.of(first, count), 1),
-        unmap: (first, count) => vm.unmap(first, count),
+        discard: (gfn, count) =>
+          slots === null ? vm.discard(Int32Array.of(gfn, count), 1) : slots.discard(gfn, count),
+        unmap: (gfn, count) => vm.unmap(gfn, count),
+        ...(slots === null
+          ? {}
+          : {
+              activate: (gfn: number, count: number) => slots.activate(gfn, count),
+              deactivate: (...pages: Parameters<RegionSlots['deactivate']>) => slots.deactivate(...pages),
+            }),
       },
     });
     vm.addGate(device.unplugged);

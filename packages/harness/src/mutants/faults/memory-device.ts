@@ -350,4 +350,20 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'I20: pages that come back are checked for poison that went with their content',
     HOTPLUG_TEST,
   ),
+  fault(
+    'slot-stays',
+    DEVICE,
+    '    yield* this.#deactivate(addr / PAGE_SIZE, pages);\n',
+    '',
+    'H32: where nothing is plugged any more there is a memory slot still',
+    test('host-kvm/src/devices/region-slots.test.ts'),
+  ),
+  fault(
+    'slot-goes-too-soon',
+    'packages/host-kvm/src/devices/region-slots.ts',
+    'if (!this.#open.has(n) || anyPlugged(from, to - from)) continue;',
+    'if (!this.#open.has(n)) continue;',
+    'I20: plugged memory loses its slot with the first block that goes',
+    test('host-kvm/src/devices/region-slots.test.ts'),
+  ),
 ];
