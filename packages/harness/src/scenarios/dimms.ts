@@ -1,5 +1,16 @@
 /** Scenarios of plain memory hotplug: DIMMs in slots, and why virtio-mem was made (H58). */
-import { eventSum, LINUX_HOTPLUG, type GuestConfig, type HotplugConfig } from '@ebb/guest-kernel';
+import {
+  eventSum,
+  LINUX_HOTPLUG,
+  Z_FREE,
+  Z_TYPE,
+  ZONE_DMA32,
+  ZONE_MOVABLE,
+  zoneBases,
+  type Arena,
+  type GuestConfig,
+  type HotplugConfig,
+} from '@ebb/guest-kernel';
 import type { Dimm } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
@@ -20,11 +31,17 @@ function guestWithSlots(bytes: number, over: Partial<HotplugConfig> = {}): Guest
   };
 }
 
+/** Free bytes in a guest's Movable zones. */
+function freeMovable({ w }: Arena): number {
+  const zones = zoneBases(w).filter((z) => w[z + Z_TYPE] === ZONE_MOVABLE);
+  return zones.reduce((sum, z) => sum + w[z + Z_FREE] * PAGE_SIZE, 0);
+}
+
 export const DIMM_SCENARIOS: readonly Scenario[] = [
   {
     name: 'dimm-hotplug',
     about:
-      'DIMMs in two slots: a size the guest cannot take, a slot too few, memory in use that blocks a whole DIMM, requests that fail without a word and are made again; and a DIMM beside virtio-mem, and beside a balloon whose pages lie in it',
+      'DIMMs in two slots: a size the guest cannot take, a slot too few, memory in use that blocks a whole DIMM, kernel memory that Movable cannot give, requests that fail without a word and are made again; and a DIMM beside virtio-mem, and beside a balloon whose pages lie in it',
     rows: 'H22, H58; I4, I9, I20',
     spec: () => {
       const region = {
@@ -97,12 +114,26 @@ export const DIMM_SCENARIOS: readonly Scenario[] = [
               diskBytes: 0,
             }),
           ),
+          {
+            bootAtNs: 0,
+            // What is added is Movable, so that it can go again; what the kernel needs comes from boot memory alone.
+            guest: guestWithSlots(48 * MiB, { policy: 'online_movable', memmapZone: ZONE_DMA32 }),
+            program: holds(64, second(4), second(1)),
+            dimms: {
+              slots: 2,
+              orders: [
+                [second(1), { plug: dimm('d0', 0, 1 * GiB) }],
+                [second(3), { plug: dimm('d1', 1 * GiB, 1 * GiB) }],
+              ],
+            },
+            diskBytes: 0,
+          },
         ],
         { graceNs: second(5) },
       );
     },
     checks: (outcome) => {
-      const [plain, region, balloon, compacting] = outcome.result.vms;
+      const [plain, region, balloon, compacting, ratio] = outcome.result.vms;
       const said = plain.dimms?.refusals.join('; ') ?? '';
       const added = outcome.arenas.map((arena) => eventSum(arena, 'memory_added'));
       return [
@@ -122,6 +153,18 @@ export const DIMM_SCENARIOS: readonly Scenario[] = [
         exactly('with balloon compaction: requests that fail', compacting.dimms?.counters.failures ?? 0, 0),
         atLeast('with balloon compaction: pages moved', eventSum(outcome.arenas[3], 'balloon_migrate'), 1),
         exactly('with balloon compaction: pages left in it', compacting.balloonPages, 0),
+        // A sixty-fourth of what is added is kernel memory for its memmap: a gigabyte is free, and of no use for that.
+        exactly(
+          '48 MiB and a gigabyte of Movable: blocks added, and no more',
+          added[4] - eventSum(outcome.arenas[4], 'memory_removed'),
+          8,
+        ),
+        exactly('48 MiB and a gigabyte of Movable: failures', ratio.dimms?.counters.failures ?? 0, 1),
+        atLeast(
+          '48 MiB and a gigabyte of Movable: bytes free there',
+          freeMovable(outcome.arenas[4]),
+          900 * MiB,
+        ),
       ];
     },
   },
