@@ -279,10 +279,10 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
           guest: hotplugGuest(128 * MiB, devices, { policy: 'online_movable' }),
           program: {
             kind: 'processes',
-            operations: 60_000,
+            operations: 30_000,
             processes: 5,
             pages: 512,
-            pauseNs: 20_000,
+            pauseNs: 70_000,
             seed,
           },
           memoryDevices: devices,
