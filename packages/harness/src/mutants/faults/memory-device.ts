@@ -324,7 +324,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     "          if (why === '') device.setRequested(value);",
     '          device.setRequested(value);',
     'a refused size changes nothing',
-    SESSION,
+    MONITOR,
   ),
   fault(
     'big-block-not-put-back',

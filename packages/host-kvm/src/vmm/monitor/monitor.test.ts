@@ -1,8 +1,11 @@
 /** Parts of the monitors by themselves; whole conversations are in the harness. */
 import { expect, test } from 'vitest';
-import { NS_PER_S } from '@ebb/machine';
+import { COST_TABLE, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
+import { MemoryDevice } from '../../devices/memory-device.ts';
 import { MonitorEvents } from './events.ts';
 import { JsonStream } from './json-stream.ts';
+import type { Machine } from './machine.ts';
+import { qomGet, qomSet } from './qom.ts';
 
 test('a stream is cut into values wherever they end; brackets in strings do not count', () => {
   const stream = new JsonStream();
@@ -37,3 +40,51 @@ test('events of one device are at most one a second: the first at once, then the
   changed(4, 2.5);
   expect(sent).toEqual([1, 3, 4]);
 });
+
+/** A machine with one memory device of 64 MiB, of which 8 are asked for, and nothing else. */
+function machine(): Machine {
+  const device = new MemoryDevice({
+    port: { spawn: () => undefined, now: () => 0, costs: COST_TABLE },
+    region: {
+      pageBytes: PAGE_SIZE,
+      discard: function* () {
+        yield undefined;
+        return 0;
+      },
+      unmap: function* () {
+        yield undefined;
+      },
+    },
+    id: 'vm0',
+    addr: 0,
+    regionBytes: 64 * MiB,
+    blockBytes: 2 * MiB,
+    node: 0,
+    requestedBytes: 8 * MiB,
+  });
+  return {
+    name: 'one',
+    nodes: [],
+    backends: [],
+    ramBlocks: [],
+    memoryDevices: [{ device, memdev: 'mem0' }],
+    balloon: null,
+    flatView: [],
+    running: true,
+    settled: true,
+    systemReset: () => undefined,
+    quit: () => undefined,
+  };
+}
+
+test.each([3 * MiB, 66 * MiB, -2 * MiB, 'much'])(
+  'a requested size of %s is refused and changes nothing',
+  (value) => {
+    const one = machine();
+    const path = '/machine/peripheral/vm0';
+    expect(qomSet(one, path, 'requested-size', value).ok).toBe(false);
+    expect(qomGet(one, path, 'requested-size')).toEqual({ ok: true, value: 8 * MiB });
+    expect(qomSet(one, path, 'requested-size', 6 * MiB).ok).toBe(true);
+    expect(qomGet(one, path, 'requested-size')).toEqual({ ok: true, value: 6 * MiB });
+  },
+);
