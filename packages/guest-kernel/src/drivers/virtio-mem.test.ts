@@ -35,7 +35,7 @@ const BIG = 16 * MiB;
 class Willing implements VirtioDevice {
   readonly deviceId = VIRTIO_ID_MEM;
   readonly configBytes = 56;
-  readonly queueMax = [128];
+  readonly queueMax: readonly number[];
   readonly offered: Features = Features.of(EBB_MEM_F_MORE, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1);
   readonly idle = true;
   readonly config = new DataView(new ArrayBuffer(56));
@@ -46,7 +46,8 @@ class Willing implements VirtioDevice {
   #kicked = false;
   readonly #block: number;
 
-  constructor(requested: number, block: number = BLOCK, plugged = 0) {
+  constructor(requested: number, block: number = BLOCK, plugged = 0, queueMax = 128) {
+    this.queueMax = [queueMax];
     this.#block = block;
     const sizes: [number, number][] = [
       [MEM_CFG_PLUGGED_SIZE, plugged],
@@ -197,4 +198,12 @@ test('a big block of which one memory block cannot go stays in use, all of it', 
   mem[0].interrupt();
   seconds(kernel, 5);
   expect([device.plugged, free()]).toEqual([BIG, before]);
+});
+
+test('a queue too short for a request is no device: the guest does without, and waits for nothing', () => {
+  const guest = bring(new Willing(32 * MiB, BLOCK, 0, 1));
+  const [kernel] = guest.kernels;
+  kernel.enter();
+  seconds(kernel, 2);
+  expect([kernel.booted, kernel.parts.mem[0].ready]).toEqual([true, false]);
 });

@@ -138,7 +138,8 @@ export class VirtioMemDriver {
     for (let i = 0; i < 3; i++) w[base + M_RINGS + i] = pages[i];
     w[base + M_REQUEST_PAGE] = pages[3];
     const max = driver.queueMax(MEM_QUEUE_REQUEST);
-    if (!max.ok) return false;
+    // A request has two parts, and no chain may be longer than the queue (§ 2.7.5.3.1), though Linux makes one.
+    if (!max.ok || max.value < 2) return false;
     w[base + M_SIZE] = Math.min(128, max.value);
     const { queue } = region;
     queue.reset(this.#vcpu);
