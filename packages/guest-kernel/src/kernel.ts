@@ -221,11 +221,6 @@ export class GuestKernel {
     return due;
   }
 
-  /** Takes a page that a capture found in the page cache out of it. True if there was one. */
-  dropStartFilePage(pfn: number): boolean {
-    return this.parts.cache.dropStartPage(pfn);
-  }
-
   /** Adds to one of this CPU's event counters. */
   count(event: keyof typeof EV, by: number): void {
     this.arena.w[eventRow(this.vcpu.id) + EV[event]] += by;

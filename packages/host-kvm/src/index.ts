@@ -6,7 +6,7 @@ export * from './devices/device-port.ts';
 export * from './devices/dimm-slots.ts';
 export * from './devices/memory-device.ts';
 export * from './devices/memory-figures.ts';
-export * from './devices/region-slots.ts';
+export * from './devices/region.ts';
 export * from './devices/unplugged-memory.ts';
 export * from './devices/virtio-mmio.ts';
 export * from './host-tasks.ts';

@@ -34,6 +34,7 @@ const OTHER: number = CONTROL + CONTROL_UNITS * UNIT_WORDS;
 const WATCHED: number = OTHER + OTHER_UNITS * UNIT_WORDS;
 const WATCHED_WORDS: number = UNITS_PER_FRAME * UNIT_WORDS;
 
+/** Size of its memory, in bytes. */
 export const RACE_BYTES: number = (WATCHED + MAX_WATCHED * WATCHED_WORDS) * 4;
 
 /** Empties it between executions. */

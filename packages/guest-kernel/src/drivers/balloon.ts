@@ -265,8 +265,9 @@ export class BalloonDriver {
     if ((status & INTERRUPT_CONFIG_CHANGE) !== 0) this.#w[T_BALLOON + V_WORK] = 1;
     const stats = this.queue(Q_STATS);
     if (stats !== null) {
-      do while (stats.popUsed(this.#vcpu) >= 0) this.#sendStats();
-      while (stats.enableInterrupts(this.#vcpu));
+      do {
+        while (stats.popUsed(this.#vcpu) >= 0) this.#sendStats();
+      } while (stats.enableInterrupts(this.#vcpu));
     }
   }
 

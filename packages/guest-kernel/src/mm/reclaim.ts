@@ -65,7 +65,8 @@ export class Reclaim {
 
   /**
    * Marks kswapd of the zone's node to run, for a request that zones up to type `highest` can serve; it does at the next
-   * step of a vCPU of that node.
+   * step of a vCPU of that node. The highest is stored first: `kswapd` takes the wake, then it. Of two CPUs that raise it
+   * at once the lower may win; who still lacks pages wakes kswapd again.
    */
   wakeKswapd(zone: number, highest: number): void {
     const at = T_KSWAPD + this.#w[zone + Z_NODE] * 16;

@@ -2,7 +2,7 @@
 import { MMIO_BASE, MMIO_STRIDE } from '@ebb/guest-kernel';
 import { attachVirtio, type Vm } from '@ebb/host-kvm';
 import type { MmioTransport, VirtioDevice } from '@ebb/virtio/device';
-import type { HostLab } from './lab.ts';
+import type { HostLab } from './host-lab.ts';
 
 /** `line`: which device it is, by address and interrupt. A lease that the model breaks is a finding. */
 export function attachDevice(lab: HostLab, vm: Vm, line: number, device: VirtioDevice): MmioTransport {

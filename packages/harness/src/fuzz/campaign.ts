@@ -2,8 +2,7 @@
  * One campaign: a process of its own, pinned to a core where the platform can, that searches its share of the runs.
  * Its parent gives it the work as an argument and hears of progress and failures by messages.
  */
-import { assert } from '@ebb/machine';
-import { execute, executeSeries, exhaustive, Runs, shrink, type SearchOptions } from './explore.ts';
+import { exhaustive, planned, Runs, shrink, type SearchOptions } from './explore.ts';
 import type { FuzzCase } from './case-file.ts';
 import { Stage, type Outcome } from './stage.ts';
 
@@ -113,11 +112,11 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
         const turn = Array.from({ length: TURN }, (_, i) => first + i * options.of).filter(
           (n) => options.runs === 0 || n < options.runs,
         );
-        while (turn.length > 0 && !spent()) {
-          open++;
+        next.set(name, first + TURN * options.of);
+        if (turn.length > 0) open++;
+        for (let at = 0; at < turn.length && !spent(); at++) {
+          const n = turn[at];
           if (options.strategy === 'exhaustive') {
-            const n = turn.shift() ?? 0;
-            next.set(name, n + options.of);
             for await (const { outcome } of exhaustive(stage, draw.get(n), options.preemptions)) {
               note(outcome);
               if (await over(stage, draw, n, outcome)) break search;
@@ -125,20 +124,13 @@ async function campaign(options: CampaignOptions, tell: (message: CampaignMessag
             }
             continue;
           }
-          const held = await executeSeries(
-            stage,
-            turn.map((n) => draw.get(n)),
-          );
+          const ahead = turn.slice(at).map((m) => planned(stage, draw.get(m)));
+          const { held, last } = await stage.runSeries(ahead);
           for (const outcome of held) note(outcome);
-          turn.splice(0, held.length);
-          const n = turn.shift();
-          next.set(name, (n ?? first + (held.length - 1) * options.of) + options.of);
-          if (n === undefined) continue;
-          // One does not hold. Once more by itself, for all there is to know of it: the same seed is the same execution.
-          const outcome = await execute(stage, draw.get(n));
-          note(outcome);
-          assert(outcome.found.length > 0, `run ${n + 1} of ${name} fails again`);
-          if (await over(stage, draw, n, outcome)) break search;
+          at += held.length;
+          if (at === turn.length) break;
+          note(last);
+          if (await over(stage, draw, turn[at], last)) break search;
         }
       }
     }

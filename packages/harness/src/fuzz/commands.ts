@@ -211,7 +211,8 @@ function addReplay(program: Command): void {
 type Replayed = { readonly program: FuzzCase['program']; readonly outcome: Outcome };
 
 async function byCase(stage: Stage, c: FuzzCase): Promise<Replayed> {
-  const outcome = await stage.run(c.program, {
+  const outcome = await stage.run({
+    program: c.program,
     strategy: 'none',
     seed: 1,
     depth: 0,

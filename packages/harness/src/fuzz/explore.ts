@@ -5,7 +5,7 @@
 import * as fc from 'fast-check';
 import type { Strategy } from '@ebb/machine';
 import type { FuzzProgram, Property } from './property.ts';
-import { Stage, type Outcome } from './stage.ts';
+import type { Outcome, Planned, Stage } from './stage.ts';
 
 export const SEARCHES = ['random', 'pct', 'mixed', 'exhaustive'] as const;
 type Search = (typeof SEARCHES)[number];
@@ -66,23 +66,12 @@ export class Runs {
 
 /** Executes run `n`: its outcome under the strategy's schedule. */
 export function execute(stage: Stage, run: Run, choices: readonly number[] = []): Promise<Outcome> {
-  return stage.run(run.program, startOf(stage, run, choices));
+  return stage.run(planned(stage, run, choices));
 }
 
-/** Executes runs one after another, up to the first that does not hold: how those before it went. */
-export function executeSeries(stage: Stage, runs: readonly Run[]): ReturnType<Stage['runSeries']> {
-  return stage.runSeries(runs.map((run) => ({ program: run.program, ...startOf(stage, run, []) })));
-}
-
-function startOf(stage: Stage, run: Run, choices: readonly number[]): Parameters<Stage['run']>[1] {
-  return {
-    strategy: run.strategy,
-    seed: run.seed,
-    depth: run.depth,
-    length: stage.property.steps,
-    choices,
-    observe: run.observe,
-  };
+/** A run as the stage is to execute it; `choices` to make first. */
+export function planned(stage: Stage, run: Run, choices: readonly number[] = []): Planned {
+  return { ...run, length: stage.property.steps, choices };
 }
 
 /**
@@ -154,7 +143,7 @@ export async function shrink(
   let best = { program, choices: [...outcome.choices], found: outcome.found };
   if (milliseconds === 0) return best;
   const replayed = async (p: FuzzProgram, choices: readonly number[]): Promise<Outcome> =>
-    stage.run(p, { strategy: 'none', seed: 1, depth: 0, length: 1, choices, observe });
+    stage.run({ program: p, strategy: 'none', seed: 1, depth: 0, length: 1, choices, observe });
   const first = await replayed(program, best.choices);
   if (first.found.length === 0) return best;
   const until = performance.now() + milliseconds;

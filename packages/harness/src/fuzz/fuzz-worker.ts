@@ -1,8 +1,6 @@
 /** One thread of a controlled execution: the host, or a vCPU. Lives through many executions; told of each by Comlink. */
 import {
   ControlledSchedule,
-  resetRaces,
-  ScheduleBuffer,
   LockOrder,
   observedAtomics,
   observeLocks,
@@ -10,36 +8,40 @@ import {
   plainView,
   RaceDetector,
   regionOf,
+  resetRaces,
   ScheduleAborted,
+  ScheduleBuffer,
+  type ScheduleOutcome,
   type ScheduleStart,
 } from '@ebb/machine';
 import { exposeToParent } from '../run/worker-port.ts';
-import { HostLab, resetLab, VcpuLab, type LabBuffers } from './lab.ts';
-import { Series } from './series.ts';
+import { HostLab } from './host-lab.ts';
+import { VcpuLab } from './vcpu-lab.ts';
+import { resetLab, type LabBuffers } from './lab.ts';
 import { findProperty } from './properties.ts';
 import { describeRace, racyByDesign } from './racy.ts';
+import { Series } from './series.ts';
 import type { FuzzProgram } from './property.ts';
 
-/** What a thread found: violations in words, and a crash if it had one. */
-export interface ThreadResult {
+/** One execution: what runs, under which schedule, and whether races are looked for: slower by a factor of a few. */
+export interface Execution {
+  readonly program: FuzzProgram;
+  readonly start: ScheduleStart;
+  readonly observe: boolean;
+}
+
+/** What a thread found in one execution: violations in words, and a crash if it had one. */
+interface ThreadResult {
   readonly found: readonly string[];
   readonly crash: string;
   /** Switches by pair of points; see `ControlledSchedule.switched`. */
   readonly switched: Int32Array;
 }
 
-/** One execution of a series: what runs, under which schedule, and whether races are looked for. */
-export interface SeriesRun {
-  readonly program: FuzzProgram;
-  readonly start: ScheduleStart;
-  readonly observe: boolean;
-}
-
-/** What a thread tells of a series. */
-export interface SeriesResult {
-  readonly switched: Int32Array;
-  /** Of thread 0: the executions in which nothing was found, in order. The series ends at the first other. */
-  readonly held: readonly { readonly steps: number; readonly switches: number; readonly hash: number }[];
+/** The same of a series: what its last execution found, and the switches of all. */
+export interface SeriesResult extends ThreadResult {
+  /** Of thread 0: the executions in which nothing was found, in order. The series ends with the first other. */
+  readonly held: readonly Pick<ScheduleOutcome, 'steps' | 'hash'>[];
 }
 
 let schedule: ControlledSchedule | null = null;
@@ -48,9 +50,7 @@ globalThis.Atomics = observedAtomics(
   () => schedule,
   (words, index) => (regionOf(words.buffer) << 24) | ((words.byteOffset / 4 + index) & 0xff_ffff),
   plainView,
-  {
-    atomic: (view, index, id, reads, writes) => races?.atomic(view, index, id, reads, writes),
-  },
+  { atomic: (view, index, id, reads, writes) => races?.atomic(view, index, id, reads, writes) },
 );
 observeViews((region, view) => (races === null ? view : races.observe(region, view)));
 
@@ -67,41 +67,35 @@ export class FuzzWorker {
   }
 
   /** Runs this thread's part of one execution after another, until one finds something. */
-  runSeries(runs: readonly SeriesRun[]): SeriesResult {
+  runSeries(executions: readonly Execution[]): SeriesResult {
     const lab = this.#lab as LabBuffers;
     const series = new Series(lab.series, 1 + lab.shape.vms * lab.shape.vcpus);
     const switched = new Int32Array(1024);
-    const part = ({ program, observe }: SeriesRun): void => {
-      const result = this.run(program, observe);
-      for (let i = 0; i < 1024; i++) switched[i] += result.switched[i];
-      series.end(result.crash !== '' || result.found.length > 0);
-    };
-    const held: { steps: number; switches: number; hash: number }[] = [];
-    if (this.#thread !== 0) {
-      for (const [i, run] of runs.entries()) {
-        if (!series.awaitBegin(i + 1)) break;
-        part(run);
-      }
-      return { switched, held };
-    }
+    const held: { steps: number; hash: number }[] = [];
     const buffer = new ScheduleBuffer(lab.schedule);
-    for (const [i, run] of runs.entries()) {
-      resetLab(lab);
-      if (run.observe) resetRaces(lab.races);
-      buffer.prepare(run.start);
-      series.begin(i + 1);
-      part(run);
+    let last: ThreadResult = { found: [], crash: '', switched };
+    for (const [i, { program, start, observe }] of executions.entries()) {
+      if (this.#thread === 0) {
+        resetLab(lab);
+        if (observe) resetRaces(lab.races);
+        buffer.prepare(start);
+        series.begin(i + 1);
+      } else if (!series.awaitBegin(i + 1)) break;
+      last = this.#run(program, observe);
+      for (let pair = 0; pair < 1024; pair++) switched[pair] += last.switched[pair];
+      series.end(last.crash !== '' || last.found.length > 0);
+      if (this.#thread !== 0) continue;
       const found = series.awaitEnd(i + 1);
-      const { failure, steps, switches, hash } = buffer.summary();
+      const { failure, steps, hash } = buffer.summary();
       if (found || failure !== '') break;
-      held.push({ steps, switches, hash });
+      held.push({ steps, hash });
     }
-    series.over();
-    return { switched, held };
+    if (this.#thread === 0) series.over();
+    return { ...last, switched, held };
   }
 
-  /** Runs this thread's part of one program under the schedule prepared in the lab's buffer. `observe`: look for races. */
-  run(program: FuzzProgram, observe: boolean): ThreadResult {
+  /** Runs this thread's part of one program under the schedule prepared in the lab's buffer. */
+  #run(program: FuzzProgram, observe: boolean): ThreadResult {
     const lab = this.#lab as LabBuffers;
     const property = findProperty(this.#property);
     const control = new ControlledSchedule(lab.schedule, this.#thread);

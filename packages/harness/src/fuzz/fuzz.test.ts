@@ -1,6 +1,7 @@
 /** The controlled schedule on real workers: deterministic, replayable, exhaustive where asked. */
 import { afterAll, beforeAll, describe, expect, test } from 'vitest';
 import { execute, exhaustive, Runs, SEARCHES } from './explore.ts';
+import { fuzz } from './fuzz.ts';
 import { PROPERTIES } from './properties.ts';
 import { Stage } from './stage.ts';
 import { describeEvent, perfetto, story } from './story.ts';
@@ -77,6 +78,22 @@ describe('invalidation', () => {
     const trace = JSON.parse(perfetto(events, [], stage.threads)) as { traceEvents: unknown[] };
     expect(trace.traceEvents.length).toBe(events.length + stage.threads);
   });
+});
+
+test('as many runs as asked for, each once, whatever is left of the last turn', async () => {
+  const result = await fuzz(
+    {
+      ...options,
+      properties: ['queue'],
+      runs: 37,
+      milliseconds: 60_000,
+      workers: 2,
+      keepGoing: true,
+      shrinkMilliseconds: 0,
+    },
+    () => undefined,
+  );
+  expect([result.runs, result.violations]).toEqual([37, 0]);
 });
 
 describe.each(PROPERTIES.map((p) => [p.name]))('%s', (name) => {

@@ -3,7 +3,9 @@
  * (0) and one per vCPU. A program is plain data: it shrinks, and it is saved with a failing case.
  */
 import type * as fc from 'fast-check';
-import type { HostLab, LabShape, VcpuLab } from './lab.ts';
+import type { HostLab } from './host-lab.ts';
+import type { VcpuLab } from './vcpu-lab.ts';
+import type { LabShape } from './lab.ts';
 
 /** One operation; what `a` and `b` mean is the property's. */
 export interface Op {

@@ -1,18 +1,21 @@
 /**
  * Runs executions of one property: real workers, one per thread of the property, kept from one execution to the next.
  */
-import { resetRaces, ScheduleBuffer, type ScheduleOutcome, type ScheduleStart } from '@ebb/machine';
+import { ScheduleBuffer, type ScheduleOutcome, type ScheduleStart } from '@ebb/machine';
 import { spawnWorker, type SpawnedWorker } from '../run/worker-endpoint.ts';
-import type { FuzzWorker, SeriesResult, SeriesRun } from './fuzz-worker.ts';
-import { labBuffers, resetLab, type LabBuffers } from './lab.ts';
+import type { Execution, FuzzWorker, SeriesResult } from './fuzz-worker.ts';
+import { labBuffers, type LabBuffers } from './lab.ts';
 import { findProperty } from './properties.ts';
 import { Series } from './series.ts';
-import type { FuzzProgram, Property } from './property.ts';
+import type { Property } from './property.ts';
 
 export interface Outcome extends ScheduleOutcome {
   /** What went wrong, in words; empty: the property held. */
   readonly found: readonly string[];
 }
+
+/** An execution as those who search plan it: threads and limit are the stage's. */
+export type Planned = Omit<Execution, 'start'> & Omit<ScheduleStart, 'threads' | 'limit'>;
 
 /** Steps after which an execution is a livelock. */
 const STEP_LIMIT = 200_000;
@@ -46,19 +49,27 @@ export class Stage {
   }
 
   /** One execution. */
-  async run(
-    program: FuzzProgram,
-    start: Pick<ScheduleStart, 'strategy' | 'seed' | 'depth' | 'length' | 'choices'> & {
-      /** Look for races too: slower by a factor of a few. */
-      readonly observe: boolean;
-    },
-  ): Promise<Outcome> {
-    resetLab(this.#lab);
-    if (start.observe) resetRaces(this.#lab.races);
-    this.buffer.prepare({ ...start, threads: this.threads, limit: STEP_LIMIT });
-    const results = await this.#race(
-      Promise.all(this.#workers.map((w) => w.api.run(program, start.observe))),
-    );
+  async run(execution: Planned): Promise<Outcome> {
+    return (await this.runSeries([execution])).last;
+  }
+
+  /** Executions one after another, until one finds something: how those before it went, and all of the last. */
+  async runSeries(
+    executions: readonly Planned[],
+  ): Promise<{ readonly held: SeriesResult['held']; readonly last: Outcome }> {
+    new Series(this.#lab.series, this.threads).reset();
+    const series: Execution[] = executions.map(({ program, observe, ...start }) => ({
+      program,
+      observe,
+      start: { ...start, threads: this.threads, limit: STEP_LIMIT },
+    }));
+    const results = await this.#race(Promise.all(this.#workers.map((w) => w.api.runSeries(series))));
+    for (const { switched } of results) for (let i = 0; i < 1024; i++) this.switched[i] += switched[i];
+    return { held: results[0].held, last: this.#outcome(results) };
+  }
+
+  /** What became of the last execution. */
+  #outcome(results: readonly SeriesResult[]): Outcome {
     const outcome = this.buffer.outcome();
     const found: string[] = [];
     if (outcome.failure === 'deadlock' || outcome.failure === 'livelock') {
@@ -72,24 +83,8 @@ export class Stage {
     for (const [t, r] of results.entries()) {
       if (r.crash !== '') found.unshift(`${this.#workers[t].name} crashed: ${r.crash.split('\n')[0]}`);
       found.push(...r.found);
-      for (let i = 0; i < 1024; i++) this.switched[i] += r.switched[i];
     }
     return { ...outcome, found };
-  }
-
-  /** Executions one after another, up to the first that does not hold: how those before it went. */
-  async runSeries(
-    runs: readonly (Parameters<Stage['run']>[1] & { readonly program: FuzzProgram })[],
-  ): Promise<SeriesResult['held']> {
-    new Series(this.#lab.series, this.threads).reset();
-    const series: SeriesRun[] = runs.map(({ program, observe, ...start }) => ({
-      program,
-      observe,
-      start: { ...start, threads: this.threads, limit: STEP_LIMIT },
-    }));
-    const results = await this.#race(Promise.all(this.#workers.map((w) => w.api.runSeries(series))));
-    for (const { switched } of results) for (let i = 0; i < 1024; i++) this.switched[i] += switched[i];
-    return results[0].held;
   }
 
   async close(): Promise<void> {

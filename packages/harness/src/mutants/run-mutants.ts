@@ -193,8 +193,16 @@ export async function runMutants(
     return false;
   });
   const cores = allowedCores();
+  const scratches = new Set<Scratch>();
+  // An interrupt leaves nothing running and no copies behind.
+  const interrupted = (_signal: string, code: number): void => {
+    for (const scratch of scratches) scratch.remove();
+    process.exit(128 + code);
+  };
+  process.once('SIGINT', interrupted).once('SIGTERM', interrupted);
   const worker = async (_: unknown, number: number): Promise<void> => {
     const scratch = new Scratch(cores[number % cores.length]);
+    scratches.add(scratch);
     try {
       for (let next = waiting.shift(); next !== undefined; next = waiting.shift()) {
         const began = performance.now();
@@ -209,10 +217,12 @@ export async function runMutants(
         settle(result);
       }
     } finally {
+      scratches.delete(scratch);
       scratch.remove();
     }
   };
   await Promise.all(Array.from({ length: Math.min(availableParallelism(), waiting.length) }, worker));
+  process.off('SIGINT', interrupted).off('SIGTERM', interrupted);
   mkdirSync(join(ROOT, 'node_modules/.cache'), { recursive: true });
   writeFileSync(CACHE, JSON.stringify(cache));
   return results;

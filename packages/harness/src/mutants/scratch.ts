@@ -44,17 +44,6 @@ export function sourcesHash(): string {
   return hash.digest('hex');
 }
 
-/** Copies in use: an interrupt stops what runs in them and removes them. */
-const inUse = new Set<Scratch>();
-
-function removeOnSignal(signal: 'SIGINT' | 'SIGTERM', code: number): void {
-  if (process.listenerCount(signal) > 0) return;
-  process.once(signal, () => {
-    for (const scratch of inUse) scratch.remove();
-    process.exit(code);
-  });
-}
-
 export class Scratch {
   readonly folder: string;
   readonly #core: number | undefined;
@@ -67,9 +56,6 @@ export class Scratch {
     if (!existsSync(join(ROOT, 'packages/harness/src')) || !existsSync(join(ROOT, 'node_modules')))
       throw new UserError('mutants: needs a checkout of the sources with its dependencies installed');
     this.folder = mkdtempSync(join(tmpdir(), 'ebb-mutants-'));
-    inUse.add(this);
-    removeOnSignal('SIGINT', 130);
-    removeOnSignal('SIGTERM', 143);
     for (const name of COPIED)
       cpSync(join(ROOT, name), join(this.folder, name), {
         recursive: true,
@@ -140,7 +126,6 @@ export class Scratch {
   /** Stops what runs and removes the copy. */
   remove(): void {
     this.#stop();
-    inUse.delete(this);
     // What was stopped may still be about to end.
     rmSync(this.folder, { recursive: true, force: true, maxRetries: 5, retryDelay: 100 });
   }

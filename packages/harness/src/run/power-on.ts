@@ -21,12 +21,14 @@ import {
   RegionSlots,
   slotPagesFor,
   Vm,
+  wholeRegion,
   type BlockStorage,
   type DevicePort,
   type FramePool,
   type HostTasks,
   type Dimm,
   type MemoryRequest,
+  type RegionPort,
   type UserMemoryRegion,
 } from '@ebb/host-kvm';
 import { assert, HUGE_PAGES, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
@@ -148,20 +150,33 @@ export function powerOn(options: PowerOn): RunningVm {
       if (!assigned.map(from, to - from)) vm.killed = true;
     if (balloon !== null) balloon.inhibited = true;
   }
+  /** In a slot that is always there, or in slots that come and go with what is plugged. */
+  const regionPort = (region: MemoryDeviceSpec, i: number, regionFile: MemFile): RegionPort => {
+    const baseGfn = region.addr / PAGE_SIZE;
+    const nrPages = regionFile.nrBlocks;
+    if (region.profile !== 'inaccessible') {
+      addSlot(REGION_SLOT + i, regionFile, baseGfn, 0, nrPages);
+      return wholeRegion(vm, regionFile.granularity * PAGE_SIZE);
+    }
+    const firstSlot = DYNAMIC_SLOT + i * SLOTS_PER_REGION;
+    const slotPages = slotPagesFor(region.blockBytes);
+    const slots = new RegionSlots({ vm, file: regionFile, firstSlot, baseGfn, nrPages, slotPages });
+    const plugged = (region.pluggedBytes ?? 0) / PAGE_SIZE;
+    if (plugged > 0) runToEnd(slots.activate(baseGfn, plugged));
+    return slots;
+  };
   const memory = (spec.memoryDevices ?? []).map((region, i) => {
     const regionFile = newFile(region.id, region.regionBytes / PAGE_SIZE);
     files.push(regionFile);
-    const baseGfn = region.addr / PAGE_SIZE;
-    const nrPages = regionFile.nrBlocks;
-    let slots: RegionSlots | null = null;
-    if (region.profile === 'inaccessible') {
-      const firstSlot = DYNAMIC_SLOT + i * SLOTS_PER_REGION;
-      const slotPages = slotPagesFor(region.blockBytes);
-      slots = new RegionSlots({ vm, file: regionFile, firstSlot, baseGfn, nrPages, slotPages });
-      const plugged = (region.pluggedBytes ?? 0) / PAGE_SIZE;
-      if (plugged > 0) runToEnd(slots.activate(baseGfn, plugged));
-    } else addSlot(REGION_SLOT + i, regionFile, baseGfn, 0, nrPages);
-    const device = memoryDevice(region, vm, port, regionFile, slots, assigned, tracing, options.watch);
+    const device = memoryDevice(
+      region,
+      vm,
+      port,
+      regionPort(region, i, regionFile),
+      assigned,
+      tracing,
+      options.watch,
+    );
     attach(LINE_MEM + i, device);
     return device;
   });
@@ -253,8 +268,7 @@ function memoryDevice(
   spec: MemoryDeviceSpec,
   vm: Vm,
   port: DevicePort,
-  file: MemFile,
-  slots: RegionSlots | null,
+  region: RegionPort,
   assigned: AssignedDevice | null,
   tracing: { readonly trace?: (line: string) => void },
   watch: MemoryWatch | undefined,
@@ -262,23 +276,8 @@ function memoryDevice(
   const device = new MemoryDevice({
     ...spec,
     port,
-    region: {
-      pageBytes: file.granularity * PAGE_SIZE,
-      discard: (gfn, count) =>
-        slots === null ? vm.discard(Int32Array.of(gfn, count), 1) : slots.discard(gfn, count),
-      unmap: (gfn, count) => vm.unmap(gfn, count),
-      ...(slots === null
-        ? {}
-        : {
-            activate: (gfn: number, count: number) => slots.activate(gfn, count),
-            deactivate: (...pages: Parameters<RegionSlots['deactivate']>) => slots.deactivate(...pages),
-          }),
-      notifyPlug: (gfn, count) => assigned?.map(gfn, count) ?? true,
-      notifyUnplug: (gfn, count) => {
-        assigned?.unmap(gfn, count);
-        return true;
-      },
-    },
+    region,
+    ...(assigned === null ? {} : { holder: assigned }),
     ...(spec.grants === true ? { grant: (bytes: number) => bytes } : {}),
     ...tracing,
     onRequest: (request) => watch?.request?.(spec.id, request),

@@ -154,7 +154,7 @@ export class ReplayProgram implements Program {
         this.#freeStart(plan.handle[row], plan.order[row]);
         break;
       case PLAN_DELETE_START:
-        this.#kernel.dropStartFilePage(plan.handle[row]);
+        this.#kernel.parts.cache.dropStartPage(plan.handle[row]);
         break;
     }
     if (isShared) Atomics.store(this.#handles, at + 2, plan.ordinal[row] + 1);
@@ -274,7 +274,7 @@ export class ReplayProgram implements Program {
 
   #freeStart(pfn: number, order: number): void {
     const { alloc } = this.#kernel.parts;
-    this.#kernel.dropStartFilePage(pfn);
+    this.#kernel.parts.cache.dropStartPage(pfn);
     alloc.free(pfn, order);
   }
 }

@@ -13,9 +13,9 @@ import {
   type GuestConfig,
   type HotplugConfig,
 } from '@ebb/guest-kernel';
+import type { RebootPolicy } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
-import type { RebootPolicy } from '@ebb/host-kvm';
 import type { VmSpec } from '../run/spec.ts';
 import { device, hotplugGuest, REGION_ADDR } from './hotplug-guest.ts';
 import { atLeast, clean, exactly, freshGuest, holds, second, spec, type Scenario } from './scenario.ts';

@@ -4,6 +4,7 @@ import { COST_TABLE, gfn, MiB, PAGE_SIZE } from '@ebb/machine';
 import { testHost, type TestHost } from '../kvm/testing-host.ts';
 import { AssignedDevice } from './assigned-device.ts';
 import { MemoryDevice } from './memory-device.ts';
+import { wholeRegion } from './region.ts';
 
 const small = (): TestHost => testHost({ ramBytes: 16 * MiB, huge: 'never' });
 
@@ -54,18 +55,13 @@ function memoryBesideAssigned(meanwhile: (host: TestHost) => void = () => undefi
   const assigned = new AssignedDevice(host.vm, host.pool);
   const device = new MemoryDevice({
     port: { spawn: (name, body) => void host.tasks.spawn(name, body), now: () => 0, costs: COST_TABLE },
-    region: {
-      pageBytes: PAGE_SIZE,
-      discard: (first, count) => host.vm.discard(Int32Array.of(first, count), 1),
-      unmap: (first, count) => host.vm.unmap(first, count),
-      notifyPlug: (first, count) => {
+    region: wholeRegion(host.vm, PAGE_SIZE),
+    holder: {
+      map: (first, count) => {
         meanwhile(host);
         return assigned.map(first, count);
       },
-      notifyUnplug: (first, count) => {
-        assigned.unmap(first, count);
-        return true;
-      },
+      unmap: (first, count) => assigned.unmap(first, count),
     },
     id: 'vm0',
     addr: 32 * MiB,

@@ -6,6 +6,7 @@
 import { hfn } from '@ebb/machine';
 import type { Vm } from '../kvm/vm.ts';
 import type { FramePool } from '../mm/frame-pool.ts';
+import type { PageHolder } from './memory-device.ts';
 
 export interface AssignedDeviceCounters {
   mappedPages: number;
@@ -15,7 +16,7 @@ export interface AssignedDeviceCounters {
   iommuFaults: number;
 }
 
-export class AssignedDevice {
+export class AssignedDevice implements PageHolder {
   readonly counters: AssignedDeviceCounters = { mappedPages: 0, unmappedPages: 0, reads: 0, iommuFaults: 0 };
   readonly #vm: Vm;
   readonly #pool: FramePool;
@@ -49,8 +50,8 @@ export class AssignedDevice {
     return true;
   }
 
-  /** Unmaps guest pages: their pins go, and DMA to them is refused from here on. */
-  unmap(gfn: number, count: number): void {
+  /** Unmaps guest pages: their pins go, and DMA to them is refused from here on. It always lets go: true. */
+  unmap(gfn: number, count: number): boolean {
     for (let page = gfn; page < gfn + count; page++) {
       const frame = this.#iommu.get(page);
       if (frame === undefined) continue;
@@ -58,6 +59,7 @@ export class AssignedDevice {
       this.#pool.unpin(hfn(frame));
       this.counters.unmappedPages++;
     }
+    return true;
   }
 
   /** Reads a word by DMA; undefined where the IOMMU refuses. The frame must be the VM's still. */

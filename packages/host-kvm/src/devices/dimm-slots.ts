@@ -17,8 +17,8 @@ import {
   ACPI_MEM_SIZE_HIGH,
   ACPI_MEM_SIZE_LOW,
   ACPI_OST_SUCCESS,
-  MiB,
   assert,
+  MiB,
 } from '@ebb/machine';
 import type { TaskBody, TaskYield } from '../host-tasks.ts';
 import type { MmioRegion } from '../kvm/vm.ts';

@@ -25,7 +25,8 @@ import { testHost, type TestHost } from '../kvm/testing-host.ts';
 import { BalloonDevice } from './balloon.ts';
 import { BlockDevice, type BlockStorage } from './block.ts';
 import type { DevicePort } from './device-port.ts';
-import { MemoryDevice } from './memory-device.ts';
+import { MemoryDevice, type PageHolder } from './memory-device.ts';
+import { wholeRegion } from './region.ts';
 import type { MemoryProfile } from './unplugged-memory.ts';
 import { virtioRegion } from './virtio-mmio.ts';
 
@@ -424,10 +425,7 @@ interface Plugged extends Attached {
 }
 
 /** 16 blocks of 1 MiB above 32 MiB, none of them plugged. */
-function memoryOn(
-  host: TestHost,
-  options: { profile?: MemoryProfile; notifyPlug?: () => boolean; notifyUnplug?: () => boolean } = {},
-): Plugged {
+function memoryOn(host: TestHost, options: { profile?: MemoryProfile; holder?: PageHolder } = {}): Plugged {
   const device = new MemoryDevice({
     port: portOf(host),
     id: 'vm0',
@@ -436,14 +434,8 @@ function memoryOn(
     blockBytes: MiB,
     node: 0,
     requestedBytes: 16 * MiB,
-    ...(options.profile === undefined ? {} : { profile: options.profile }),
-    region: {
-      pageBytes: PAGE_SIZE,
-      discard: (first, count) => host.vm.discard(Int32Array.of(first, count), 1),
-      unmap: (first, count) => host.vm.unmap(first, count),
-      ...(options.notifyPlug === undefined ? {} : { notifyPlug: options.notifyPlug }),
-      ...(options.notifyUnplug === undefined ? {} : { notifyUnplug: options.notifyUnplug }),
-    },
+    ...options,
+    region: wholeRegion(host.vm, PAGE_SIZE),
   });
   host.vm.addGate(device.unplugged);
   const attached = attach(host, device, []);
@@ -525,7 +517,7 @@ test.each([VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_REQ_UNPLUG])(
 test('UNPLUG_ALL asks who holds pages, as UNPLUG does', () => {
   const host = big();
   let refuses = false;
-  const m = memoryOn(host, { notifyUnplug: () => !refuses });
+  const m = memoryOn(host, { holder: { map: () => true, unmap: () => !refuses } });
   m.send(VIRTIO_MEM_REQ_PLUG, 0, 4);
   settle(host);
   refuses = true;
@@ -541,7 +533,7 @@ test('UNPLUG_ALL asks who holds pages, as UNPLUG does', () => {
 test('a block that a device with pinned memory cannot have is not plugged: BUSY', () => {
   const host = big();
   let told = 0;
-  const m = memoryOn(host, { notifyPlug: () => ++told > 1 });
+  const m = memoryOn(host, { holder: { map: () => ++told > 1, unmap: () => true } });
   m.send(VIRTIO_MEM_REQ_PLUG, 0, 4);
   settle(host);
   expect([m.answer(), m.device.pluggedBytes, m.device.plugged.count()]).toEqual([VIRTIO_MEM_RESP_BUSY, 0, 0]);

@@ -39,6 +39,7 @@ import type { DescriptorChain, DeviceHost, SplitDeviceQueue, VirtioDevice } from
 import type { TaskYield } from '../host-tasks.ts';
 import { DeviceTimeline, QueueRunner, type DevicePort } from './device-port.ts';
 import { judgeMemoryDevice } from './memory-figures.ts';
+import type { RegionPort } from './region.ts';
 import { UnpluggedMemory, type MemoryProfile, type Refusals } from './unplugged-memory.ts';
 
 /** By how much the usable region exceeds the request: twice Linux's memory block on x86. */
@@ -47,31 +48,19 @@ const USABLE_EXTENT_BYTES: number = 2 * 0x800_0000;
 /** What becomes of plugged memory when the machine is reset; see `MemoryDevice.systemReset`. */
 export type RebootPolicy = 'virtio-1.2' | 'rfc-2017' | 'hyper-v';
 
-/** The platform's end of a region: pages of its backing go and come. Counts are 4 KiB pages from a guest frame number. */
-export interface RegionPort {
-  /** Largest page of the backing in bytes: a block is at least that (H40). */
-  readonly pageBytes: number;
-  /** Gives pages back: zapped, flushed and free when it returns. Returns the pages freed. */
-  discard(gfn: number, count: number): Generator<TaskYield, number, void>;
-  /** Drops every mapping of the pages, so that the next access asks `UnpluggedMemory.verdict` again. */
-  unmap(gfn: number, count: number): Generator<TaskYield, void, void>;
-  /** Before pages are plugged: what the VM needs to reach them. */
-  activate?(gfn: number, count: number): Generator<TaskYield, void, void>;
-  /** After pages were unplugged: what of it is needed no more. `anyPlugged`: whether one of some pages is. */
-  deactivate?(
-    gfn: number,
-    count: number,
-    anyPlugged: (gfn: number, count: number) => boolean,
-  ): Generator<TaskYield, void, void>;
-  /** Tells whoever holds pages of its own (a device with pinned memory) that they are there; false: it cannot have them. */
-  notifyPlug?(gfn: number, count: number): boolean;
-  /** Tells it before they go; false: it does not let them go. */
-  notifyUnplug?(gfn: number, count: number): boolean;
+/** Whoever holds pages of its own: a device with pinned memory. Counts are 4 KiB pages from a guest frame number. */
+export interface PageHolder {
+  /** Pages are plugged; false: it cannot have them. */
+  map(gfn: number, count: number): boolean;
+  /** Pages are about to go; false: it does not let them go. */
+  unmap(gfn: number, count: number): boolean;
 }
 
 export interface MemoryDeviceOptions {
   readonly port: DevicePort;
   readonly region: RegionPort;
+  /** Told of blocks that come and go; may refuse. */
+  readonly holder?: PageHolder;
   /** How a profile that enforces does it; see `UnpluggedMemory.vmas`. Userfaultfd without it. */
   readonly protection?: 'mprotect' | 'userfaultfd';
   /** Most mappings that the VMM's address space may have for the region (`vm.max_map_count`); Linux's default without it. */
@@ -165,6 +154,7 @@ export class MemoryDevice implements VirtioDevice {
   lastAnswer: number = VIRTIO_MEM_RESP_ACK;
   #size = 0;
   readonly #region: RegionPort;
+  readonly #holder: PageHolder | undefined;
   readonly #port: DevicePort;
   readonly #runner: QueueRunner;
   readonly #timeline = new DeviceTimeline();
@@ -200,6 +190,7 @@ export class MemoryDevice implements VirtioDevice {
     this.plugged = new Bitmap(options.regionBytes / options.blockBytes);
     this.unplugged = new UnpluggedMemory({ ...options, profile: this.profile }, this.plugged, this.counters);
     this.#region = options.region;
+    this.#holder = options.holder;
     this.#port = options.port;
     this.#trace = options.trace;
     this.#onSize = options.onSize ?? (() => undefined);
@@ -449,7 +440,7 @@ export class MemoryDevice implements VirtioDevice {
     const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
     if (this.#region.activate !== undefined) yield* this.#region.activate(gfn, pages);
     for (let b = first; b < first + nrBlocks; b++) this.plugged.add(b);
-    if (this.#region.notifyPlug?.(gfn, pages) === false) {
+    if (this.#holder?.map(gfn, pages) === false) {
       for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
       yield* this.#discard(gfn * PAGE_SIZE, pages);
       yield* this.#deactivate(gfn, pages);
@@ -464,7 +455,7 @@ export class MemoryDevice implements VirtioDevice {
     if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED) return VIRTIO_MEM_RESP_ERROR;
     const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
     if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, false)) return VIRTIO_MEM_RESP_BUSY;
-    if (this.#region.notifyUnplug?.(addr / PAGE_SIZE, pages) === false) return VIRTIO_MEM_RESP_BUSY;
+    if (this.#holder?.unmap(addr / PAGE_SIZE, pages) === false) return VIRTIO_MEM_RESP_BUSY;
     const first = this.#first(addr);
     const close = (): void => {
       for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
@@ -479,13 +470,14 @@ export class MemoryDevice implements VirtioDevice {
     return VIRTIO_MEM_RESP_ACK;
   }
 
+  /** After blocks were unplugged. */
   *#deactivate(gfn: number, pages: number): Generator<TaskYield, void, void> {
-    const perBlock = this.blockBytes / PAGE_SIZE;
-    yield* this.#region.deactivate?.(gfn, pages, (from, count) => {
-      for (let b = (from - this.baseGfn) / perBlock; b * perBlock < from + count - this.baseGfn; b++)
-        if (this.plugged.has(b)) return true;
+    const blockOf = (page: number): number => ((page - this.baseGfn) * PAGE_SIZE) / this.blockBytes;
+    const anyPlugged = (from: number, count: number): boolean => {
+      for (let b = blockOf(from); b < blockOf(from + count); b++) if (this.plugged.has(b)) return true;
       return false;
-    }) ?? [];
+    };
+    if (this.#region.deactivate !== undefined) yield* this.#region.deactivate(gfn, pages, anyPlugged);
   }
 
   *#discard(addr: number, pages: number): Generator<TaskYield, void, void> {
@@ -508,7 +500,7 @@ export class MemoryDevice implements VirtioDevice {
   #tellUnplugAll(): boolean {
     const pages = this.blockBytes / PAGE_SIZE;
     return this.#runs().every(
-      ([first, count]) => this.#region.notifyUnplug?.(this.baseGfn + first * pages, count * pages) !== false,
+      ([first, count]) => this.#holder?.unmap(this.baseGfn + first * pages, count * pages) !== false,
     );
   }
 

@@ -5,7 +5,7 @@
  * | profile | reads of unplugged memory | writes |
  * | --- | --- | --- |
  * | `qemu` | memory, until the next discard | land, and vanish with the next discard |
- * | `inaccessible` | nothing there: all ones, counted; no slot where nothing is plugged (`region-slots.ts`) | dropped, counted |
+ * | `inaccessible` | nothing there: all ones, counted; no slot where nothing is plugged (`region.ts`) | dropped, counted |
  * | `rfc-write-protect` | zeros; no frame is taken | dropped, counted |
  * | `scribble` | whatever the device likes | may land, and are overwritten |
  */

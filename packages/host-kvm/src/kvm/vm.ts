@@ -551,7 +551,7 @@ export class Vm implements InvalidationListener {
 
 const EMPTY = new Int32Array(0);
 /** What a device of the profile `scribble` leaves in unplugged memory. */
-const SCRIBBLE = 0x5c21_bb1e;
+export const SCRIBBLE = 0x5c21_bb1e;
 
 /** Whether the aligned 2 MiB around `gfn` lies in the slot and is aligned alike in the file. */
 function hugeFits(slot: Memslot, gfn: number): boolean {

@@ -16,6 +16,7 @@ import {
   BlockDevice,
   MemoryDevice,
   type DevicePort,
+  wholeRegion,
   type MemoryProfile,
   type TaskBody,
   type Vm,
@@ -30,7 +31,7 @@ import {
   pageInUse,
   pagesInUseWithin,
 } from '../guest-audit.ts';
-import type { HostLab } from '../lab.ts';
+import type { HostLab } from '../host-lab.ts';
 import type { FuzzProgram, Op, Verdict } from '../property.ts';
 import {
   ALLOCATED_AT_START,
@@ -105,6 +106,7 @@ export function guestHost(kind: GuestKind, lab: HostLab, program: FuzzProgram): 
 /** A memory device behind boot memory. What it takes away must be nobody's in the guest (I20). */
 function attachMemory(lab: HostLab, vm: Vm, port: DevicePort, profile: MemoryProfile): MemoryDevice {
   const arena = new Arena(lab.arena(0), PAGES + REGION_PAGES);
+  const whole = wholeRegion(vm, PAGE_SIZE);
   const device = new MemoryDevice({
     port,
     id: 'vm0',
@@ -116,14 +118,13 @@ function attachMemory(lab: HostLab, vm: Vm, port: DevicePort, profile: MemoryPro
     requestedBytes: REGION_PAGES * PAGE_SIZE,
     profile,
     region: {
-      pageBytes: PAGE_SIZE,
+      ...whole,
       discard: (first, count) => {
         const user = pageInUse(arena, first, count);
         if (user >= 0)
           lab.found.push(`unplugged: page ${user} goes while the guest has it on a list or in use (I20)`);
-        return vm.discard(Int32Array.of(first, count), 1);
+        return whole.discard(first, count);
       },
-      unmap: (first, count) => vm.unmap(first, count),
     },
   });
   vm.addGate(device.unplugged);

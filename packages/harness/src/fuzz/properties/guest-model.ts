@@ -70,7 +70,7 @@ export const HELD_AT_END = 11;
 export const COMMANDS = 9;
 /** 1 once there is a process that both vCPUs run in. */
 export const PROCESSES_ON = 13;
-/** 1 once vCPU 0 has booted the guest and set it up. */
+/** 1 once vCPU 0 has booted the guest and set it up: its atomic store pairs with the other vCPU's load. */
 export const SET_UP = 14;
 export const ALL_DONE = 1 << 20;
 

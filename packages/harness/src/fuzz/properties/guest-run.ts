@@ -2,7 +2,7 @@
 import { GuestKernel, Z_FREE } from '@ebb/guest-kernel';
 import { gfn, NS_PER_MS, NS_PER_S, VmKilled } from '@ebb/machine';
 import { allocatedPages } from '../guest-audit.ts';
-import type { VcpuLab } from '../lab.ts';
+import type { VcpuLab } from '../vcpu-lab.ts';
 import type { Op } from '../property.ts';
 import {
   ALL_DONE,

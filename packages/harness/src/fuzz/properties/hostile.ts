@@ -21,7 +21,8 @@ import {
 } from '@ebb/virtio/uapi';
 import * as fc from 'fast-check';
 import { attachDevice } from '../attach-device.ts';
-import type { LabShape, VcpuLab } from '../lab.ts';
+import type { VcpuLab } from '../vcpu-lab.ts';
+import type { LabShape } from '../lab.ts';
 import type { Op, Property } from '../property.ts';
 import { memoryOps, runMemoryOps } from './memory.ts';
 

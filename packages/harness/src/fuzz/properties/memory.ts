@@ -7,7 +7,9 @@
 import type { TaskBody, Vm } from '@ebb/host-kvm';
 import { gfn, PAGE_SIZE, VmKilled } from '@ebb/machine';
 import * as fc from 'fast-check';
-import type { HostLab, LabShape, VcpuLab } from '../lab.ts';
+import type { HostLab } from '../host-lab.ts';
+import type { VcpuLab } from '../vcpu-lab.ts';
+import type { LabShape } from '../lab.ts';
 import type { FuzzProgram, Op, Property } from '../property.ts';
 
 const PAGES = 6;

@@ -11,7 +11,8 @@ import { driverQueueWords, MmioDriver, SplitDriverQueue } from '@ebb/virtio/driv
 import { Features, VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, VIRTIO_F_VERSION_1 } from '@ebb/virtio/uapi';
 import * as fc from 'fast-check';
 import { attachDevice } from '../attach-device.ts';
-import type { LabShape, VcpuLab } from '../lab.ts';
+import type { VcpuLab } from '../vcpu-lab.ts';
+import type { LabShape } from '../lab.ts';
 import type { Op, Property } from '../property.ts';
 
 const SIZE = 8;

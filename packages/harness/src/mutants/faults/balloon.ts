@@ -128,8 +128,8 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
   fault(
     'stats-rearmed-blindly',
     BALLOON,
-    '      while (stats.enableInterrupts(this.#vcpu));\n',
-    '      while (stats.enableInterrupts(this.#vcpu) && false);\n',
+    '      } while (stats.enableInterrupts(this.#vcpu));\n',
+    '      } while (stats.enableInterrupts(this.#vcpu) && false);\n',
     'I24: statistics asked for while the interrupt is armed never come',
     DRIVER_TEST,
   ),

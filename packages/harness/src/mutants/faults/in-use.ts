@@ -104,7 +104,7 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'plug-untold',
     MEMORY_DEVICE,
-    '    if (this.#region.notifyPlug?.(gfn, pages) === false) {\n',
+    '    if (this.#holder?.map(gfn, pages) === false) {\n',
     '    if (false as boolean) {\n',
     'Y19: a device with pinned memory does not hear of a block that comes',
     TIMING,
