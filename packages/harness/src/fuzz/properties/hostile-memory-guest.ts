@@ -34,7 +34,7 @@ import type { Op } from '../property.ts';
 export const BLOCK = 256;
 export const BLOCKS = 3;
 /** First page of the region. */
-export const REGION = BLOCK;
+export const REGION = 256;
 const RING_PAGE = 8;
 const DATA_PAGE = 21;
 const QUEUE_SIZE = 16;
