@@ -1,14 +1,16 @@
 /**
- * A guest's own translation: x86-64 page tables in guest memory, walked through the EPT like any other guest access, and a
- * TLB of guest-virtual pages per vCPU (SDM Vol. 3A § 4.5, 4.10).
+ * A guest's own translation: x86-64 page tables in guest memory, walked through the EPT like any other guest access, and
+ * accesses by guest-virtual address (SDM vol. 3A, § 4.5, 4.10; vol. 3C, § 29.4).
  *
- * The TLB is tagged by address space and page, and holds guest-physical pages; the host's translation of those is in the
- * vCPU's other TLB with its own rules. Hardware keeps one combined entry; both invalidations reach both here, so what a
- * guest can observe is the same. Nothing invalidates an entry but its guest (`flush`): a kernel that forgets to tell
- * another vCPU leaves it a stale page, as it would on hardware.
+ * The TLB keeps combined mappings, as hardware does: from a page of an address space straight to the host's frame, tagged
+ * with address space, page and the epoch of the EPT. The host's flush voids it by epoch, the guest's by `flush`; either is
+ * enough. Nothing else does: a kernel that forgets to tell another vCPU leaves it a stale page, and a host that forgets is
+ * met by the ledger's gate at each access.
  *
  * Four levels, 4 KiB pages. Addresses are page numbers below 2²⁷ (512 GiB), so the top level has one entry.
  */
+import { gfn } from './address.ts';
+import { COMBINED_ENTRIES } from './tlb.ts';
 import type { Vcpu } from './vcpu.ts';
 
 export const PTE_P = 1;
@@ -37,16 +39,16 @@ export function ptIndex(vpn: number, level: number): number {
   return Math.floor(vpn / 2 ** (9 * (level - 1))) & 511;
 }
 
-const TLB_ENTRIES = 256;
-/** Words of an entry: tag, page, whether stores may use it. */
-const ENTRY_WORDS = 4;
 const ASID_SHIFT = 27;
+/** Instead of a frame. */
+const PAGE_FAULT = -2;
 
 export class GuestMmu {
   readonly #vcpu: Vcpu;
-  readonly #tlb: Int32Array = new Int32Array(TLB_ENTRIES * ENTRY_WORDS).fill(-1);
   /** Translations that missed, and page faults. */
   misses = 0;
+  /** What the last load found. */
+  value = 0;
 
   constructor(vcpu: Vcpu) {
     this.#vcpu = vcpu;
@@ -54,29 +56,47 @@ export class GuestMmu {
 
   /** Forgets every translation (a write to CR3, or an IPI that asks for it). */
   flush(): void {
-    this.#tlb.fill(-1);
+    this.#vcpu.dropCombined();
   }
 
   /**
-   * The guest-physical page behind `vpn` of the address space `asid` (below 16) whose root table is page `root`; −1 is a
-   * page fault: not present, or a store to a page that is read-only. Sets A, and D for a store.
+   * Loads word `word` of page `vpn` of the address space `asid` (below 16) whose root table is page `root`, into `value`.
+   * False is a page fault: not present. Sets A.
    */
-  translate(root: number, asid: number, vpn: number, write: boolean): number {
-    const tag = (asid << ASID_SHIFT) | vpn;
-    const at = (vpn & (TLB_ENTRIES - 1)) * ENTRY_WORDS;
-    const tlb = this.#tlb;
-    if (tlb[at] === tag && (!write || tlb[at + 2] === 1)) return tlb[at + 1];
-    this.misses++;
-    const pfn = this.#walk(root, vpn, write);
-    if (pfn >= 0) {
-      tlb[at] = tag;
-      tlb[at + 1] = pfn;
-      // Only a store has shown that the page is writable and its D bit set.
-      tlb[at + 2] = write ? 1 : 0;
-    }
-    return pfn;
+  load32(root: number, asid: number, vpn: number, word: number): boolean {
+    const frame = this.#frame(root, asid, vpn, false);
+    if (frame === PAGE_FAULT) return false;
+    this.value = frame < 0 ? this.#absent() : this.#vcpu.loadFrame(frame, word);
+    return true;
   }
 
+  /** Stores a word, as `load32` loads one. False is a page fault: not present, or read-only. Sets A and D. */
+  store32(root: number, asid: number, vpn: number, word: number, value: number): boolean {
+    const frame = this.#frame(root, asid, vpn, true);
+    if (frame === PAGE_FAULT) return false;
+    if (frame < 0) this.#absent();
+    else this.#vcpu.storeFrame(frame, word, value);
+    return true;
+  }
+
+  /** No RAM behind a page that the guest has mapped: what the host answered. */
+  #absent(): number {
+    this.#vcpu.counters.unmappedAccesses++;
+    return this.#vcpu.exitData;
+  }
+
+  /** The frame behind a page, valid in the section that runs; −1 is not RAM. */
+  #frame(root: number, asid: number, vpn: number, write: boolean): number {
+    const tag = (asid << ASID_SHIFT) | vpn;
+    const slot = vpn & (COMBINED_ENTRIES - 1);
+    const hit = this.#vcpu.combinedFrame(slot, tag, write);
+    if (hit >= 0) return hit;
+    this.misses++;
+    const pfn = this.#walk(root, vpn, write);
+    return pfn < 0 ? PAGE_FAULT : this.#vcpu.combine(slot, tag, gfn(pfn), write);
+  }
+
+  /** The guest-physical page by the guest's tables; −1 is a page fault. */
   #walk(root: number, vpn: number, write: boolean): number {
     const vcpu = this.#vcpu;
     let table = root;

@@ -9,7 +9,8 @@
  * **TLB.** Two direct-mapped tables, for 4 KiB pages and for 2 MiB blocks (a 1 GiB leaf fills it block by block), and the
  * page of the last load and of the last store before both. An entry is `[read tag, write tag, frame, generation]`, a tag
  * being page or block number and epoch in one word; the write tag is set only if the leaf is writable and its D bit known
- * set. A flush moves the epoch, so it costs one store; the tables are swept once in 256 flushes.
+ * set. A flush moves the epoch, so it costs one store; the tables are swept once in 256 flushes. Guest-virtual accesses
+ * use a third table, of combined mappings (`guest-mmu.ts`).
  */
 import { gfn as toGfn, type Gfn, type Hfn } from './address.ts';
 import { COST_TABLE, type CostTable } from './cost-table.ts';
@@ -53,10 +54,21 @@ import type { ViolationLog } from './violations.ts';
 
 // A module's own constants are folded into machine code, imported ones are read at each use.
 const {
+  CM_EPOCH,
+  CM_EPOCH_SHIFT,
+  CM_FRAME,
+  CM_GENERATION,
+  CM_GFN,
+  CM_LARGE,
+  CM_TAG,
+  CM_WRITE,
+  COMBINED_ENTRIES,
+  COMBINED_WORDS,
   EPOCH_SHIFT,
   HUGE_TLB_ENTRIES,
   TLB_BASE,
   TLB_CHECKED,
+  TLB_COMBINED_BASE,
   TLB_EPOCH,
   TLB_GIGA_TABLE,
   TLB_HUGE_BASE,
@@ -167,6 +179,7 @@ export class Vcpu implements GuestMemory {
   readonly #tlb: Int32Array;
   readonly #mask: number;
   readonly #hugeTlb: Int32Array;
+  readonly #combined: Int32Array;
   /** The kept TLB's words that are not entries; null when nobody looks. */
   readonly #kept: Int32Array | null = null;
   /** The last page loaded from and stored to: gfn (−1: none), its first word in DRAM, gate and generation held. */
@@ -225,11 +238,17 @@ export class Vcpu implements GuestMemory {
     if (options.tlb === undefined) {
       this.#tlb = new Int32Array(4 << bits).fill(-1);
       this.#hugeTlb = new Int32Array(4 * HUGE_TLB_ENTRIES).fill(-1);
+      this.#combined = new Int32Array(COMBINED_WORDS * COMBINED_ENTRIES).fill(-1);
     } else {
       this.#kept = new Int32Array(options.tlb, 0, TLB_HUGE_BASE)
         .fill(0)
         .fill(-1, TLB_GIGA_TABLE, TLB_HUGE_TABLE + 1);
       this.#hugeTlb = new Int32Array(options.tlb, TLB_HUGE_BASE * 4, 4 * HUGE_TLB_ENTRIES).fill(-1);
+      this.#combined = new Int32Array(
+        options.tlb,
+        TLB_COMBINED_BASE * 4,
+        COMBINED_WORDS * COMBINED_ENTRIES,
+      ).fill(-1);
       this.#tlb = new Int32Array(options.tlb, TLB_BASE * 4, 4 << bits).fill(-1);
     }
     this.#mask = (1 << bits) - 1;
@@ -281,6 +300,7 @@ export class Vcpu implements GuestMemory {
     if (this.#epochNumber === MAX_EPOCH) {
       this.#tlb.fill(-1);
       this.#hugeTlb.fill(-1);
+      this.#combined.fill(-1);
       this.#epochNumber = 0;
     }
     this.#epoch = this.#epochNumber << EPOCH_SHIFT;
@@ -461,6 +481,56 @@ export class Vcpu implements GuestMemory {
     return frame < 0 ? -1 : (frame << 10) + (word & 1023);
   }
 
+  // ── Combined mappings ────────────────────────────────────────────────────────────────────────────────────────────
+
+  /**
+   * Frame of the combined mapping in `slot` for one access, in the section that runs if it has accesses left; −1 if there
+   * is none with this tag, from before a flush, or for loads only. Valid in this section only.
+   */
+  combinedFrame(slot: number, tag: number, write: boolean): number {
+    if (--this.#left < 0) this.beginSection();
+    const combined = this.#combined;
+    const at = slot * COMBINED_WORDS;
+    const bits = combined[at + CM_EPOCH];
+    if (combined[at + CM_TAG] !== tag || bits >> CM_EPOCH_SHIFT !== this.#epochNumber) return -1;
+    if (write && (bits & CM_WRITE) === 0) return -1;
+    const frame = combined[at + CM_FRAME];
+    const gate = (bits & CM_LARGE) === 0 ? frame : this.#memory.frames + (frame >>> 9);
+    return this.#pass(combined[at + CM_GFN], frame, gate, combined[at + CM_GENERATION]);
+  }
+
+  /**
+   * Begins a section, translates the page `gfn` that the guest's tables give, and keeps the whole way as combined mapping;
+   * −1 if it is not RAM. Valid in this section only.
+   */
+  combine(slot: number, tag: number, gfn: Gfn, write: boolean): number {
+    const frame = this.runFrame(gfn, write);
+    if (frame < 0) return -1;
+    const combined = this.#combined;
+    const at = slot * COMBINED_WORDS;
+    combined[at + CM_TAG] = tag;
+    combined[at + CM_FRAME] = frame;
+    combined[at + CM_GENERATION] = this.#held;
+    // Only a store has shown that both leaves are writable and both D bits set.
+    const large = this.#gate === frame ? 0 : CM_LARGE;
+    combined[at + CM_EPOCH] = (this.#epochNumber << CM_EPOCH_SHIFT) | large | (write ? CM_WRITE : 0);
+    combined[at + CM_GFN] = gfn;
+    return frame;
+  }
+
+  /** Drops every combined mapping: the guest's own invalidation (CR3, an IPI that asks for it). */
+  dropCombined(): void {
+    this.#combined.fill(-1);
+  }
+
+  /** Loads and stores a word of a frame that this section has translated. */
+  loadFrame(frame: number, word: number): number {
+    return this.#dram[(frame << 10) + word];
+  }
+  storeFrame(frame: number, word: number, value: number): void {
+    this.#dram[(frame << 10) + word] = value;
+  }
+
   // ── Windows and page runs ────────────────────────────────────────────────────────────────────────────────────────
 
   window(gpa: number, length: number, write: boolean): boolean {
@@ -525,7 +595,7 @@ export class Vcpu implements GuestMemory {
   }
 
   /** The gate: the generation held for the translation must still be the ledger's. */
-  #pass(gfn: Gfn, frame: number, gate: number, held: number): number {
+  #pass(gfn: number, frame: number, gate: number, held: number): number {
     if (this.#generation[gate] !== held) this.#stale(gfn, frame, gate, held);
     this.#gate = gate;
     this.#held = held;

@@ -227,28 +227,18 @@ export class Processes {
 
   // ── Access ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** Loads a word of a process's memory; undefined when there is no memory for it. */
+  /** Loads a word of a process's memory, after as many page faults as it takes; undefined when there is no memory for it. */
   load32(id: number, vpn: number, word: number): number | undefined {
-    const pfn = this.#touch(id, vpn, false);
-    return pfn < 0 ? undefined : this.#vcpu.load32(gfn(pfn), word);
+    const root = this.#w[this.#slot(id) + X_ROOT];
+    while (!this.mmu.load32(root, id, vpn, word)) if (!this.#fault(id, vpn, false)) return undefined;
+    return this.mmu.value;
   }
 
   /** Stores a word; false when there is no memory for it. */
   store32(id: number, vpn: number, word: number, value: number): boolean {
-    const pfn = this.#touch(id, vpn, true);
-    if (pfn < 0) return false;
-    this.#vcpu.store32(gfn(pfn), word, value);
-    return true;
-  }
-
-  /** The page behind an access, after as many page faults as it takes; −1 without memory. */
-  #touch(id: number, vpn: number, write: boolean): number {
     const root = this.#w[this.#slot(id) + X_ROOT];
-    for (;;) {
-      const pfn = this.mmu.translate(root, id, vpn, write);
-      if (pfn >= 0) return pfn;
-      if (!this.#fault(id, vpn, write)) return -1;
-    }
+    while (!this.mmu.store32(root, id, vpn, word, value)) if (!this.#fault(id, vpn, true)) return false;
+    return true;
   }
 
   /** The page mapped at `vpn`, without touching it; −1 if none is. */

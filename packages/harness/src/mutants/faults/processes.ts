@@ -5,8 +5,10 @@ const PROCESS = 'packages/guest-kernel/src/mm/process.ts';
 const SHOOTDOWN = 'packages/guest-kernel/src/mm/shootdown.ts';
 const KERNEL = 'packages/guest-kernel/src/kernel.ts';
 const GUEST_MMU = 'packages/machine/src/guest-mmu.ts';
+const VCPU = 'packages/machine/src/vcpu.ts';
 
 const PROCESSES = props('processes');
+const GUEST_MMU_TEST = test('machine/src/guest-mmu.test.ts');
 const PROCESS_TEST = test('guest-kernel/src/mm/process.test.ts');
 const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
 
@@ -105,7 +107,39 @@ export const PROCESSES_FAULTS: readonly Mutant[] = [
     '      if (Atomics.compareExchange(i32, word, low, set) === low) return ptePfn(low, high);',
     '      Atomics.store(i32, word, set);\n      return ptePfn(low, high);',
     'setting A and D revives an entry that was taken away',
-    test('machine/src/guest-mmu.test.ts'),
+    GUEST_MMU_TEST,
+  ),
+  fault(
+    'combined-survives-host-flush',
+    VCPU,
+    ' || bits >> CM_EPOCH_SHIFT !== this.#epochNumber) return -1;',
+    ') return -1;',
+    'I17: a combined mapping outlives the flush that the host waited for',
+    GUEST_MMU_TEST,
+  ),
+  fault(
+    'combined-survives-guest-flush',
+    VCPU,
+    '  dropCombined(): void {\n    this.#combined.fill(-1);',
+    '  dropCombined(): void {\n    this.#combined.fill(-1, 0, COMBINED_WORDS);',
+    'I22: the guest flushes, and all entries but one stay',
+    PROCESSES,
+  ),
+  fault(
+    'combined-load-grants-store',
+    VCPU,
+    '    if (write && (bits & CM_WRITE) === 0) return -1;\n',
+    '',
+    'a store goes through what only a load has checked',
+    GUEST_MMU_TEST,
+  ),
+  fault(
+    'combined-without-space',
+    GUEST_MMU,
+    'const tag = (asid << ASID_SHIFT) | vpn;',
+    'const tag = vpn;',
+    'I1: a process reads through the translation of another',
+    PROCESSES,
   ),
   fault(
     'process-page-not-zeroed',
