@@ -22,6 +22,14 @@ import {
   versionWord,
 } from './guest-model.ts';
 
+interface Process {
+  readonly id: number;
+  /** What its pages hold; a page without an entry holds zeros. */
+  readonly values: Map<number, number>;
+  /** Pages that the other vCPU's thread may have been storing into during a fork: the first look tells what they hold. */
+  readonly unknown: Set<number>;
+}
+
 interface Held {
   readonly pfn: number;
   readonly order: number;
@@ -35,10 +43,8 @@ class GuestRun {
   readonly #held: Held[] = [];
   readonly #buffer = new Int32Array(1024);
   #sequence = 0;
-  /** Processes of this vCPU, and what their pages hold; the first is shared, with every other page its own. */
-  readonly #processes: { readonly id: number; readonly values: Map<number, number> }[] = [
-    { id: SHARED_PROCESS, values: new Map() },
-  ];
+  /** Processes of this vCPU; the first is shared, with every other page its own. */
+  readonly #processes: Process[] = [{ id: SHARED_PROCESS, values: new Map(), unknown: new Set() }];
 
   constructor(kernel: GuestKernel, lab: VcpuLab, id: number) {
     this.#kernel = kernel;
@@ -102,7 +108,7 @@ class GuestRun {
         this.#discard(a, b);
         break;
       case 'fork':
-        this.#fork(a);
+        this.#fork(a, b);
         break;
       case 'exit':
         this.#exit(a);
@@ -184,7 +190,7 @@ class GuestRun {
 
   // ── Processes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  #process(which: number): { readonly id: number; readonly values: Map<number, number> } {
+  #process(which: number): Process {
     return this.#processes[which % this.#processes.length];
   }
 
@@ -195,36 +201,56 @@ class GuestRun {
   }
 
   #store(a: number, b: number): void {
-    const { id, values } = this.#process(a);
+    const { id, values, unknown } = this.#process(a);
     const vpn = this.#page(id, b);
     const value = ((this.#id + 1) << 28) | ++this.#sequence;
-    if (this.#kernel.parts.processes.store32(id, vpn, 9, value)) values.set(vpn, value);
+    if (!this.#kernel.parts.processes.store32(id, vpn, 9, value)) return;
+    values.set(vpn, value);
+    unknown.delete(vpn);
   }
 
   #load(a: number, b: number): void {
-    const { id, values } = this.#process(a);
+    const { id, values, unknown } = this.#process(a);
     const vpn = this.#page(id, b);
     const found = this.#kernel.parts.processes.load32(id, vpn, 9);
+    if (found === undefined) return;
+    // From now on it must stay what it is: the parent's stores are not the child's.
+    if (unknown.delete(vpn) && (found === 0 || found >>> 28 === 2 - this.#id)) values.set(vpn, found);
     const want = values.get(vpn) ?? 0;
-    if (found !== undefined && found !== want)
+    if (found !== want)
       this.#complain(
         `page ${vpn} of process ${id} holds 0x${(found >>> 0).toString(16)}, its last store was 0x${(want >>> 0).toString(16)} (I22)`,
       );
   }
 
   #discard(a: number, b: number): void {
-    const { id, values } = this.#process(a);
+    const { id, values, unknown } = this.#process(a);
     const vpn = this.#page(id, b);
     this.#kernel.parts.processes.discard(id, vpn);
     values.delete(vpn);
+    unknown.delete(vpn);
   }
 
-  #fork(a: number): void {
-    const parent = this.#processes[1 + (a % Math.max(1, this.#processes.length - 1))];
+  /** A process, or a copy of one, with a store of the parent before and after and a look from the child, as `b` says. */
+  #fork(a: number, b: number): void {
     const { processes } = this.#kernel.parts;
     if (this.#processes.length > 4) return;
-    const id = parent === undefined ? processes.create(AREA_PAGES) : processes.fork(parent.id);
-    if (id >= 0) this.#processes.push({ id, values: new Map(parent?.values) });
+    if (this.#processes.length === 1 && (a & 1) === 0) {
+      const id = processes.create(AREA_PAGES);
+      if (id >= 0) this.#processes.push({ id, values: new Map(), unknown: new Set() });
+      return;
+    }
+    const parent = this.#process(a);
+    if ((b & 1) !== 0) this.#store(a, b);
+    const id = processes.fork(parent.id);
+    if (id < 0) return;
+    const unknown = new Set(parent.unknown);
+    if (parent.id === SHARED_PROCESS)
+      for (let vpn = 1 - this.#id; vpn < AREA_PAGES; vpn += 2) unknown.add(vpn);
+    const values = new Map(parent.values);
+    if ((b & 2) !== 0) this.#store(this.#processes.indexOf(parent), b);
+    this.#processes.push({ id, values, unknown });
+    if ((b & 4) !== 0) this.#load(this.#processes.length - 1, this.#page(parent.id, b));
   }
 
   #exit(a: number): void {
@@ -235,8 +261,8 @@ class GuestRun {
 
   /** Reads everything back and ends the vCPU's own processes. */
   endProcesses(): void {
-    this.#processes.forEach(({ values }, which) => {
-      for (const vpn of values.keys()) this.#load(which, vpn);
+    this.#processes.forEach(({ values, unknown }, which) => {
+      for (const vpn of [...values.keys(), ...unknown]) this.#load(which, vpn);
     });
     while (this.#processes.length > 1) this.#exit(0);
   }
