@@ -107,9 +107,12 @@ export interface HotplugConfig {
   readonly devices: number;
   /** Slots for DIMMs behind `LINE_ACPI`; none without it. */
   readonly dimms?: number;
-  readonly policy: 'online' | 'online_movable' | 'auto-movable';
+  /** `offline`: an administrator puts each block online (`memhp_default_state=offline`). */
+  readonly policy: 'online' | 'online_movable' | 'auto-movable' | 'offline';
   /** `auto_movable_ratio`, in percent. */
   readonly autoMovableRatio: number;
+  /** Pages that may be added and not online, or two units (`VIRTIO_MEM_DEFAULT_OFFLINE_THRESHOLD`: 1 GiB). */
+  readonly offlinePages: number;
   /** Pages of a memory block: `SECTION_PAGES` for Linux on x86, 512 for a guest that adds 2 MiB at a time. */
   readonly sectionPages: number;
   /** Highest zone type for the memmap of added memory: Normal in Linux, DMA32 keeps it in boot memory. */
@@ -124,6 +127,7 @@ export interface HotplugConfig {
 export const LINUX_HOTPLUG: Omit<HotplugConfig, 'devices'> = {
   policy: 'online',
   autoMovableRatio: 301,
+  offlinePages: 262144,
   sectionPages: SECTION_PAGES,
   memmapZone: ZONE_NORMAL,
   adopts: 'no',

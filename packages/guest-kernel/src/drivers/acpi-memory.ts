@@ -102,7 +102,7 @@ export class AcpiMemory {
       for (let p = first; p < pfn; p += sectionPages) this.#hotplug.remove(p, group);
       return false;
     }
-    for (let pfn = first; pfn < first + pages; pfn += sectionPages)
+    for (let pfn = first; this.#hotplug.autoOnline && pfn < first + pages; pfn += sectionPages)
       this.#hotplug.online(pfn, group, () => true);
     return true;
   }
@@ -112,8 +112,8 @@ export class AcpiMemory {
     const { first, pages } = this.#extent();
     const { sectionPages } = this.#hotplug;
     // Added in vain, there is nothing to take out of use.
-    if (pages === 0 || !this.#hotplug.isOnline(first)) return true;
-    for (let pfn = first; pfn < first + pages; pfn += sectionPages) {
+    if (pages === 0 || !this.#hotplug.isAdded(first)) return true;
+    for (let pfn = first; this.#hotplug.isOnline(first) && pfn < first + pages; pfn += sectionPages) {
       if (this.#hotplug.fakeOffline(pfn, sectionPages, false)) continue;
       for (let p = first; p < pfn; p += sectionPages) this.#hotplug.fakeOnline(p, sectionPages);
       return false;

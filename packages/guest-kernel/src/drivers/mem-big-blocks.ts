@@ -21,7 +21,7 @@ export class BigBlocks {
     for (let left = Math.floor(diff / r.unit); left > 0; left--) {
       let b = r.firstBlock;
       while (b < r.nextBlock && r.state(b) !== UNUSED) b++;
-      if (b >= r.usableEnd) return 'ENOSPC';
+      if (b >= r.usableEnd || !r.mayAdd) return 'ENOSPC';
       r.nextBlock = Math.max(r.nextBlock, b + 1);
       const outcome = this.#plugBlock(b);
       if (outcome !== 'ok') return outcome;
@@ -62,15 +62,18 @@ export class BigBlocks {
     const first = block * r.unit;
     const end = first + r.unit;
     const { sectionPages } = this.#hotplug;
+    const backInUse = (p: number): void => {
+      if (this.#hotplug.isOnline(p)) this.#hotplug.fakeOnline(p, sectionPages);
+    };
     for (let pfn = first; pfn < end; pfn += sectionPages) {
-      if (this.#hotplug.fakeOffline(pfn, sectionPages, true)) continue;
-      for (let p = first; p < pfn; p += sectionPages) this.#hotplug.fakeOnline(p, sectionPages);
+      if (!this.#hotplug.isOnline(pfn) || this.#hotplug.fakeOffline(pfn, sectionPages, true)) continue;
+      for (let p = first; p < pfn; p += sectionPages) backInUse(p);
       return 'EBUSY';
     }
     const outcome = r.request(VIRTIO_MEM_REQ_UNPLUG, first, r.unit);
     for (let pfn = first; pfn < end; pfn += sectionPages) {
       if (outcome === 'ok') this.#hotplug.remove(pfn, r.index);
-      else this.#hotplug.fakeOnline(pfn, sectionPages);
+      else backInUse(pfn);
     }
     if (outcome === 'ok') r.setState(block, UNUSED);
     return outcome;

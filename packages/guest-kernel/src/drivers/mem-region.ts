@@ -192,12 +192,14 @@ export class MemRegion {
     this.w[this.#hotplug.section(block * this.unit) + S_DRIVER] = state;
   }
 
-  /** Sets a block's state from what is plugged of it and where it is online. */
+  /** Sets a block's state from what is plugged of it and where it is online; one memory block online is enough. */
   settle(block: number): void {
-    const first = block * this.unit;
     const whole = this.pluggedIn(block) === this.unit / this.sub;
-    if (!this.#hotplug.isOnline(first)) this.setState(block, whole ? OFFLINE : OFFLINE_PARTIAL);
-    else if (this.#hotplug.zoneTypeOf(first) === ZONE_MOVABLE)
+    let pfn = block * this.unit;
+    const end = pfn + this.unit;
+    while (pfn < end && !this.#hotplug.isOnline(pfn)) pfn += this.#hotplug.sectionPages;
+    if (pfn >= end) this.setState(block, whole ? OFFLINE : OFFLINE_PARTIAL);
+    else if (this.#hotplug.zoneTypeOf(pfn) === ZONE_MOVABLE)
       this.setState(block, whole ? MOVABLE : MOVABLE_PARTIAL);
     else this.setState(block, whole ? KERNEL : KERNEL_PARTIAL);
   }
@@ -224,9 +226,37 @@ export class MemRegion {
     return n;
   }
 
+  /** Pages of blocks that are added and not online. */
+  get offlinePages(): number {
+    let pages = 0;
+    for (let b = this.firstBlock; b < this.nextBlock; b++)
+      if (this.state(b) === OFFLINE || this.state(b) === OFFLINE_PARTIAL) pages += this.unit;
+    return pages;
+  }
+
   /**
-   * Adds the memory blocks of one unit and puts what is plugged of them to use. All are added before the first is online:
-   * nothing of them is in use if one cannot be. False: no memory for a memmap, and none is added.
+   * Whether one more unit may be added: memory that nobody puts online must not use up its own memmap
+   * (`virtio_mem_could_add_memory`).
+   */
+  get mayAdd(): boolean {
+    return this.offlinePages + this.unit <= this.offlineThreshold;
+  }
+  get offlineThreshold(): number {
+    return Math.max(2 * this.unit, this.#hotplug.config.offlinePages);
+  }
+
+  /** Puts an added memory block online, what is plugged of it. */
+  online(first: number): void {
+    this.#hotplug.online(first, this.index, (p) => this.isPlugged(p));
+  }
+  /** Takes an online memory block out of use. False: some of its pages cannot go. */
+  offline(first: number): boolean {
+    return this.#hotplug.offline(first, this.index, (p) => this.isPlugged(p));
+  }
+
+  /**
+   * Adds the memory blocks of one unit and, but under policy `offline`, puts what is plugged of them to use. All are added
+   * before the first is online: nothing of them is in use if one cannot be. False: no memory for a memmap, and none is added.
    */
   addAndOnline(first: number): boolean {
     const { sectionPages } = this.#hotplug;
@@ -236,8 +266,7 @@ export class MemRegion {
       for (let p = first; p < pfn; p += sectionPages) this.#hotplug.remove(p, this.index);
       return false;
     }
-    for (let pfn = first; pfn < end; pfn += sectionPages)
-      this.#hotplug.online(pfn, this.index, (p) => this.isPlugged(p));
+    for (let pfn = first; this.#hotplug.autoOnline && pfn < end; pfn += sectionPages) this.online(pfn);
     return true;
   }
 

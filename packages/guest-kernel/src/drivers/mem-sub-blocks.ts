@@ -45,6 +45,7 @@ export class SubBlocks {
     }
     for (let b = r.firstBlock; b < r.nextBlock; b++) {
       if (r.state(b) !== UNUSED) continue;
+      if (!r.mayAdd) return 'ENOSPC';
       const outcome = this.#plugAndAdd(b, left);
       if (typeof outcome !== 'number') return outcome;
       left = outcome;
@@ -52,7 +53,7 @@ export class SubBlocks {
     }
     while (left > 0) {
       const b = r.nextBlock;
-      if (b >= r.usableEnd) return 'ENOSPC';
+      if (b >= r.usableEnd || !r.mayAdd) return 'ENOSPC';
       r.nextBlock++;
       const outcome = this.#plugAndAdd(b, left);
       if (typeof outcome !== 'number') return outcome;

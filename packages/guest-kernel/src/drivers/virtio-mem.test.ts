@@ -1,147 +1,17 @@
 /** The virtio-mem driver against a scripted device: what its passes do when two CPUs want something of it at once. */
 import { expect, test } from 'vitest';
-import { MmioTransport, type DeviceHost, type SplitDeviceQueue, type VirtioDevice } from '@ebb/virtio/device';
-import { FlatGuestMemory, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
-import {
-  EBB_MEM_F_MORE,
-  EBB_MEM_REQ_MORE,
-  Features,
-  MEM_CFG_ADDR,
-  MEM_CFG_BLOCK_SIZE,
-  MEM_CFG_PLUGGED_SIZE,
-  MEM_CFG_REGION_SIZE,
-  MEM_CFG_REQUESTED_SIZE,
-  MEM_CFG_USABLE_REGION_SIZE,
-  MEM_REQ_BYTES,
-  MEM_RESP_BYTES,
-  VIRTIO_F_EVENT_IDX,
-  VIRTIO_F_VERSION_1,
-  VIRTIO_ID_MEM,
-  VIRTIO_MEM_REQ_PLUG,
-  VIRTIO_MEM_REQ_UNPLUG,
-} from '@ebb/virtio/uapi';
-import { LINUX_HOTPLUG, type HotplugConfig } from '../boot.ts';
-import type { GuestKernel } from '../kernel.ts';
-import { guestConfig, testGuest, type TestGuest } from '../testing-guest.ts';
+import { MiB, PAGE_SIZE } from '@ebb/machine';
+import { MEM_CFG_REQUESTED_SIZE } from '@ebb/virtio/uapi';
 import { H_TOTAL_PAGES } from '../layout.ts';
-import { Z_FREE, ZONE_DMA32 } from '../mm/zone.ts';
-import { LINE_MEM, MMIO_BASE, MMIO_STRIDE } from './virtio-guest.ts';
+import { Z_FREE } from '../mm/zone.ts';
+import { BLOCK, bring, ScriptedMemory, seconds } from './testing-memory-device.ts';
+import { LINE_MEM } from './virtio-guest.ts';
 
-const BLOCK = 2 * MiB;
 /** Two memory blocks of 8 MiB. */
 const BIG = 16 * MiB;
 
-/** A device that says yes to everything, keeps its configuration, and grants one block more when asked. */
-class Willing implements VirtioDevice {
-  readonly deviceId = VIRTIO_ID_MEM;
-  readonly configBytes = 56;
-  readonly queueMax: readonly number[];
-  readonly offered: Features = Features.of(EBB_MEM_F_MORE, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1);
-  readonly idle = true;
-  readonly config = new DataView(new ArrayBuffer(56));
-  /** Runs once, while the answer to a request for more is not yet back. */
-  meanwhile: () => void = () => undefined;
-  host: DeviceHost | null = null;
-  #queue: SplitDeviceQueue | null = null;
-  #kicked = false;
-  readonly #block: number;
-
-  constructor(requested: number, block: number = BLOCK, plugged = 0, queueMax = 128) {
-    this.queueMax = [queueMax];
-    this.#block = block;
-    const sizes: [number, number][] = [
-      [MEM_CFG_PLUGGED_SIZE, plugged],
-      [MEM_CFG_BLOCK_SIZE, block],
-      [MEM_CFG_ADDR, 64 * MiB],
-      [MEM_CFG_REGION_SIZE, 64 * MiB],
-      [MEM_CFG_USABLE_REGION_SIZE, 64 * MiB],
-      [MEM_CFG_REQUESTED_SIZE, requested],
-    ];
-    for (const [field, bytes] of sizes) this.config.setUint32(field, bytes, true);
-  }
-  get plugged(): number {
-    return this.config.getUint32(MEM_CFG_PLUGGED_SIZE, true);
-  }
-  request(bytes: number): void {
-    this.config.setUint32(MEM_CFG_REQUESTED_SIZE, bytes, true);
-    this.host?.configChanged();
-  }
-  attach(host: DeviceHost): void {
-    this.host = host;
-  }
-  activate(queues: readonly (SplitDeviceQueue | null)[]): void {
-    this.#queue = queues[0];
-  }
-  kick(): void {
-    this.#kicked = true;
-  }
-  reset(): void {
-    this.#queue = null;
-  }
-  readConfig(offset: number): number {
-    return this.config.getUint32(offset, true);
-  }
-  writeConfig(): void {}
-
-  pump(): void {
-    if (!this.#kicked || this.#queue === null) return;
-    this.#kicked = false;
-    for (let chain = this.#queue.pop(); chain !== null; chain = this.#queue.pop()) {
-      const bytes = new Uint8Array(MEM_REQ_BYTES);
-      chain.read(0, bytes);
-      const view = new DataView(bytes.buffer);
-      const type = view.getUint16(0, true);
-      const size = view.getUint16(16, true) * this.#block;
-      if (type === VIRTIO_MEM_REQ_PLUG)
-        this.config.setUint32(MEM_CFG_PLUGGED_SIZE, this.plugged + size, true);
-      if (type === VIRTIO_MEM_REQ_UNPLUG)
-        this.config.setUint32(MEM_CFG_PLUGGED_SIZE, this.plugged - size, true);
-      if (type === EBB_MEM_REQ_MORE)
-        this.request(this.config.getUint32(MEM_CFG_REQUESTED_SIZE, true) + BLOCK);
-      chain.write(0, new Uint8Array(MEM_RESP_BYTES));
-      this.#queue.push(chain, MEM_RESP_BYTES);
-      this.host?.queueInterrupt(0);
-      if (type === EBB_MEM_REQ_MORE) this.meanwhile();
-    }
-    this.#queue.enableKicks();
-  }
-}
-
-function bring(device: Willing, over: Partial<HotplugConfig> = {}): TestGuest {
-  let transport: MmioTransport | null = null;
-  const base = MMIO_BASE + LINE_MEM * MMIO_STRIDE;
-  const boot = (64 * MiB) / PAGE_SIZE;
-  return testGuest(
-    guestConfig(128 * MiB, {
-      e820: [{ start: 0, end: boot }],
-      nodes: [{ start: 0, end: boot }],
-      maxPfn: 2 * boot,
-      hotplug: { ...LINUX_HOTPLUG, devices: 1, sectionPages: 4096, memmapZone: ZONE_DMA32, ...over },
-    }),
-    {
-      read: (gpa, width) => transport?.read(gpa - base, width) ?? 0,
-      write: (gpa, width, value) => transport?.write(gpa - base, width, value),
-      pump: () => device.pump(),
-      onBoot(ram, registers) {
-        transport = new MmioTransport({
-          device,
-          memory: new FlatGuestMemory(ram),
-          interrupt: () => void (registers.lines |= 1 << LINE_MEM),
-        });
-      },
-    },
-  );
-}
-
-function seconds(kernel: GuestKernel, n: number): void {
-  for (let i = 0; i < n; i++) {
-    kernel.vcpu.clock += NS_PER_S;
-    kernel.runDue(kernel.vcpu.clock);
-  }
-}
-
 test('a shrink that the host asked for survives a pass of the OOM notifier, which only plugs', () => {
-  const device = new Willing(32 * MiB);
+  const device = new ScriptedMemory(32 * MiB);
   const guest = bring(device);
   const [a, b] = guest.kernels;
   const [driver] = a.parts.mem;
@@ -166,7 +36,7 @@ test('a shrink that the host asked for survives a pass of the OOM notifier, whic
 });
 
 test('a block of several memory blocks that is plugged at probe is adopted whole', () => {
-  const device = new Willing(2 * BIG, BIG, 2 * BIG);
+  const device = new ScriptedMemory(2 * BIG, BIG, 2 * BIG);
   const guest = bring(device, { sectionPages: 2048, adopts: 'adds' });
   const [kernel] = guest.kernels;
   const total = guest.arena.w[H_TOTAL_PAGES];
@@ -180,7 +50,7 @@ test('a block of several memory blocks that is plugged at probe is adopted whole
 });
 
 test('a big block of which one memory block cannot go stays in use, all of it', () => {
-  const device = new Willing(BIG, BIG);
+  const device = new ScriptedMemory(BIG, BIG);
   const guest = bring(device, { sectionPages: 2048 });
   const [kernel] = guest.kernels;
   const { alloc, pcp, zones, mem } = kernel.parts;
@@ -201,7 +71,7 @@ test('a big block of which one memory block cannot go stays in use, all of it', 
 });
 
 test('a queue too short for a request is no device: the guest does without, and waits for nothing', () => {
-  const guest = bring(new Willing(32 * MiB, BLOCK, 0, 1));
+  const guest = bring(new ScriptedMemory(32 * MiB, BLOCK, 0, 1));
   const [kernel] = guest.kernels;
   kernel.enter();
   seconds(kernel, 2);

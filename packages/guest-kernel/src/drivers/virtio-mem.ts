@@ -9,8 +9,9 @@
  * | --- | --- |
  * | kernel partial, movable partial, offline partial, unused, then new blocks; ascending | offline partial, offline, movable partial, kernel partial, movable, kernel; descending; a full online block first whole, then by sub-blocks from its top |
  *
- * One pass runs to completion on vCPU 0, so its clock may run ahead of the window by what the requests cost. Simplified:
- * added blocks are put online at once (every policy but `offline`), so OFFLINE states arise only when that fails.
+ * Blocks are OFFLINE under policy `offline`, and where an administrator says so (`setBlockOnline`).
+ *
+ * One pass runs to completion on vCPU 0, so its clock may run ahead of the window by what the requests cost.
  */
 import { NS_PER_S, spinLock, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
 import {
@@ -233,6 +234,24 @@ export class VirtioMemDriver {
     const gained = w[base + M_PLUGGED] - before;
     spinUnlock(w, base + M_MUTEX);
     return Math.max(0, gained);
+  }
+
+  /**
+   * What an administrator writes to a memory block's `state` (`/sys/devices/system/memory/memoryN/state`); `pfn` is the
+   * block's first page. False: there is no such block, it is so already, or some of its pages cannot go. Any vCPU.
+   */
+  setBlockOnline(pfn: number, online: boolean): boolean {
+    const region = this.#region;
+    spinLock(this.#w, this.#base + M_MUTEX, this.#vcpu.id, this.#relax);
+    let done = this.#hotplug.isAdded(pfn) && this.#hotplug.isOnline(pfn) !== online;
+    if (done && online) region.online(pfn);
+    else if (done) done = region.offline(pfn);
+    if (done) region.settle(Math.floor(pfn / region.unit));
+    // Half of what may be offline is enough to go on adding.
+    if (done && online && 2 * region.offlinePages <= region.offlineThreshold)
+      Atomics.store(this.#w, this.#base + M_WORK, 1);
+    spinUnlock(this.#w, this.#base + M_MUTEX);
+    return done;
   }
 
   #pass(plugOnly: boolean): void {

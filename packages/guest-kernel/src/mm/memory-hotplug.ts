@@ -104,7 +104,7 @@ export class MemoryHotplug {
   readonly #cache: PageCache;
   readonly #processes: Processes;
   readonly #zones: readonly number[];
-  readonly #config: HotplugConfig;
+  readonly config: HotplugConfig;
   readonly #nrCpus: number;
   readonly #initOnAlloc: boolean;
   readonly #events: number;
@@ -135,7 +135,7 @@ export class MemoryHotplug {
     this.#cache = cache;
     this.#processes = processes;
     this.#zones = zones;
-    this.#config = config;
+    this.config = config;
     this.#nrCpus = nrCpus;
     this.#initOnAlloc = initOnAlloc;
     this.#events = eventRow(vcpu.id);
@@ -148,6 +148,15 @@ export class MemoryHotplug {
   /** First word of the record of the section that holds `pfn`. */
   section(pfn: number): number {
     return this.#sections + Math.floor(pfn / this.sectionPages) * SECTION_WORDS;
+  }
+
+  /** Whether added memory goes online at once. */
+  get autoOnline(): boolean {
+    return this.config.policy !== 'offline';
+  }
+
+  isAdded(pfn: number): boolean {
+    return this.#w[this.section(pfn) + S_STATE] !== ABSENT;
   }
 
   isOnline(pfn: number): boolean {
@@ -180,14 +189,14 @@ export class MemoryHotplug {
 
   /** `add_memory`: charges the block's memmap, on its node if it can. False: the guest has no memory for it. */
   add(first: number, node: number): boolean {
-    if (this.#config.adopts === 'in-place') {
+    if (this.config.adopts === 'in-place') {
       this.#w[this.section(first) + S_STATE] = ADDED;
       this.#w[this.section(first) + S_MEMMAP] = PAGE_LIST_END;
       return true;
     }
     const pages = Math.max(1, this.sectionPages / PAGES_PER_MEMMAP_PAGE);
     const order = Math.log2(pages);
-    const gfp = this.#config.memmapZone | GFP_NORETRY;
+    const gfp = this.config.memmapZone | GFP_NORETRY;
     let memmap = this.#alloc.alloc(order, MIGRATE_UNMOVABLE, gfp | GFP_NOWAIT, node);
     if (memmap < 0) memmap = this.#singlePages(pages, gfp, node);
     else this.#w[this.#memmap + (memmap << 4) + P_NEXT] = PAGE_LIST_END;
@@ -237,8 +246,8 @@ export class MemoryHotplug {
 
   /** The kind of zone that the policy puts an added block into. Needs the hotplug lock. */
   #zoneTypeFor(first: number, group: number): number {
-    const { policy } = this.#config;
-    if (policy !== 'auto-movable') return policy === 'online' ? ZONE_NORMAL : ZONE_MOVABLE;
+    const { policy } = this.config;
+    if (policy !== 'auto-movable') return policy === 'online_movable' ? ZONE_MOVABLE : ZONE_NORMAL;
     const w = this.#w;
     const unit = w[GROUP_BASE + group * GROUP_WORDS + G_UNIT];
     // A unit is of one kind: what is online of it decides, and room is asked for all the rest at once.
@@ -261,7 +270,7 @@ export class MemoryHotplug {
    */
   #movableFits(node: number, group: number, pages: number): boolean {
     const w = this.#w;
-    const { autoMovableRatio } = this.#config;
+    const { autoMovableRatio } = this.config;
     let movable = pages;
     let kernel = 0;
     for (const zone of this.#zones) {
@@ -323,6 +332,22 @@ export class MemoryHotplug {
     w[record + S_STATE] = ONLINE;
     w[record + S_ZONE] = index;
     this.#newTotals();
+  }
+
+  /**
+   * Takes an online block out of use, but keeps it (`offline_pages`): what is `plugged` of it must go. False: some page
+   * cannot, and all is as before.
+   */
+  offline(first: number, group: number, plugged: (pfn: number) => boolean): boolean {
+    const end = first + this.sectionPages;
+    for (let pfn = first; pfn < end; pfn += PAGEBLOCK_PAGES) {
+      if (!plugged(pfn) || this.fakeOffline(pfn, PAGEBLOCK_PAGES, false)) continue;
+      for (let p = first; p < pfn; p += PAGEBLOCK_PAGES) if (plugged(p)) this.fakeOnline(p, PAGEBLOCK_PAGES);
+      return false;
+    }
+    this.#offline(first, group);
+    this.#w[this.section(first) + S_STATE] = ADDED;
+    return true;
   }
 
   /** Everything in it is out of use: the zone forgets it. Its span shrinks only when nothing is left. */

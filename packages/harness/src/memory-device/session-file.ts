@@ -39,7 +39,7 @@ const sessionSchema = z.object({
   boot: z.array(z.object({ node: z.int().min(0).max(1), size: z.int().positive() })).min(1),
   vcpus: z.int().min(1).max(8),
   linuxMemoryBlockSize: z.int().positive(),
-  onlinePolicy: z.enum(['online', 'online_movable', 'auto-movable']),
+  onlinePolicy: z.enum(['online', 'online_movable', 'auto-movable', 'offline']),
   initOnAlloc: z.boolean(),
   devices: z
     .array(

@@ -17,6 +17,7 @@ const QOM = 'packages/host-kvm/src/vmm/monitor/qom.ts';
 
 const DEVICE_TEST = test('host-kvm/src/devices/memory-device.test.ts');
 const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
+const DRIVER_MODEL = test('guest-kernel/src/drivers/virtio-mem.property.test.ts');
 const FIDELITY = test('harness/src/memory-device/fidelity.test.ts');
 const SESSION = test('harness/src/vm/vm.test.ts');
 const MONITOR = test('host-kvm/src/vmm/monitor/monitor.test.ts');
@@ -365,5 +366,39 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'if (this.#isThere(n)) yield*',
     'I20: plugged memory loses its slot with the first block that goes',
     test('host-kvm/src/devices/region.test.ts'),
+  ),
+
+  // ── The driver against its model ──
+  fault(
+    'offline-without-limit',
+    REGION,
+    'return this.offlinePages + this.unit <= this.offlineThreshold;',
+    'return this.unit <= this.offlineThreshold;',
+    'memory that nobody puts online is added without end',
+    DRIVER_MODEL,
+  ),
+  fault(
+    'administrator-unheard',
+    DRIVER,
+    '    if (done) region.settle(Math.floor(pfn / region.unit));\n',
+    '',
+    'the driver does not know that a block went offline',
+    DRIVER_MODEL,
+  ),
+  fault(
+    'offline-half-undone',
+    HOTPLUG,
+    '      for (let p = first; p < pfn; p += PAGEBLOCK_PAGES) if (plugged(p)) this.fakeOnline(p, PAGEBLOCK_PAGES);\n',
+    '',
+    'what could go of a block that could not is lost',
+    DRIVER_MODEL,
+  ),
+  fault(
+    'full-blocks-first',
+    SUB_BLOCKS,
+    '[OFFLINE_PARTIAL, OFFLINE, MOVABLE_PARTIAL, KERNEL_PARTIAL, MOVABLE, KERNEL]',
+    '[OFFLINE_PARTIAL, OFFLINE, MOVABLE, KERNEL, MOVABLE_PARTIAL, KERNEL_PARTIAL]',
+    'formats 4.10: partial blocks go before full ones',
+    DRIVER_MODEL,
   ),
 ];
