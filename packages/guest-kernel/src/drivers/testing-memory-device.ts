@@ -30,7 +30,7 @@ import { LINE_MEM, MMIO_BASE, MMIO_STRIDE } from './virtio-guest.ts';
 export const BLOCK: number = 2 * MiB;
 /** Boot memory ends and the region begins. */
 export const REGION_ADDR: number = 64 * MiB;
-export const REGION_BYTES: number = 64 * MiB;
+const REGION_BYTES: number = 64 * MiB;
 
 /** One request as the device saw it; pages of the region in blocks. */
 export interface SeenRequest {

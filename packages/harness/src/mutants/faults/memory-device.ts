@@ -330,7 +330,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'big-block-not-put-back',
     'packages/guest-kernel/src/drivers/mem-big-blocks.ts',
-    '      for (let p = first; p < pfn; p += sectionPages) this.#hotplug.fakeOnline(p, sectionPages);\n',
+    '      for (let p = first; p < pfn; p += sectionPages) backInUse(p);\n',
     '',
     'I20: an unplug that fails halfway keeps the first half offline',
     test('guest-kernel/src/drivers/virtio-mem.test.ts'),
