@@ -67,6 +67,7 @@ export class GuestKernel {
     if (this.config.blk) parts.blk.probe(takePages(4));
     if (this.config.balloon && parts.balloon.probe(takePages(BALLOON_PAGES))) parts.reporting.notifyFree();
     for (const driver of parts.mem) driver.probe(takePages(MEM_DRIVER_PAGES));
+    parts.acpi?.probe();
     parts.pcp.leave();
     // Publishes the booted arena. Pairs with the load in `booted`.
     Atomics.store(this.arena.w, H_BOOTED, 1);

@@ -72,7 +72,7 @@ export const T_MEM: number = T_BALLOON + 5 * THREAD_WORDS;
  * Memory groups: what a driver added, by kind of zone. One per memory device, whose memory comes and goes (dynamic), then
  * one per DIMM (static). Guarded by `H_HOTPLUG_LOCK`.
  */
-export const MAX_DIMMS = 4;
+export const MAX_DIMMS = 32;
 export const NR_GROUPS: number = MAX_MEM_DEVICES + MAX_DIMMS;
 /** First of the DIMMs' groups. */
 export const DIMM_GROUPS: number = NR_GROUPS - MAX_DIMMS;

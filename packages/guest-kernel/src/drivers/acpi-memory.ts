@@ -32,8 +32,11 @@ import { DIMM_GROUPS, T_ACPI } from '../layout.ts';
 import type { MemoryHotplug } from '../mm/memory-hotplug.ts';
 import { LINE_ACPI, MMIO_BASE, MMIO_STRIDE } from './virtio-guest.ts';
 
-/** 1 while an event has not been looked at. vCPU 0's alone. */
+/** What has not been looked at. vCPU 0's alone. */
 const A_WORK = 0;
+const EVENT = 1;
+/** The first look: DIMMs that were there before the kernel. */
+const BOOT = 2;
 
 export class AcpiMemory {
   readonly #w: Int32Array;
@@ -52,7 +55,11 @@ export class AcpiMemory {
 
   /** The general-purpose event: something about a slot has changed. */
   interrupt(): void {
-    this.#w[T_ACPI + A_WORK] = 1;
+    this.#w[T_ACPI + A_WORK] |= EVENT;
+  }
+  /** The kernel is up: looks for DIMMs that are in already (`acpi_bus_scan`). */
+  probe(): void {
+    if (this.#slots > 0) this.#w[T_ACPI + A_WORK] = BOOT;
   }
 
   get pending(): boolean {
@@ -61,6 +68,7 @@ export class AcpiMemory {
 
   /** Looks at every slot (`\_SB.MHPC.MSCN`), memory that comes before memory that goes. */
   work(): void {
+    const isFirst = (this.#w[T_ACPI + A_WORK] & BOOT) !== 0;
     this.#w[T_ACPI + A_WORK] = 0;
     for (let slot = 0; slot < this.#slots; slot++) {
       this.#write(ACPI_MEM_SELECTOR, slot);
@@ -69,7 +77,8 @@ export class AcpiMemory {
       if ((flags & ACPI_MEM_INSERTING) !== 0) {
         this.#write(ACPI_MEM_FLAGS, ACPI_MEM_INSERTING);
         this.#report(ACPI_OST_INSERT, this.#add(slot) ? ACPI_OST_SUCCESS : ACPI_OST_FAILURE);
-      } else if ((flags & ACPI_MEM_REMOVING) !== 0) {
+      } else if (isFirst) this.#add(slot);
+      else if ((flags & ACPI_MEM_REMOVING) !== 0) {
         this.#write(ACPI_MEM_FLAGS, ACPI_MEM_REMOVING);
         if (this.#remove(slot)) this.#write(ACPI_MEM_FLAGS, ACPI_MEM_EJECT);
         else this.#report(ACPI_OST_EJECT, ACPI_OST_BUSY);

@@ -27,6 +27,7 @@ import {
   type FramePool,
   type HostTasks,
   type Dimm,
+  type DimmNews,
   type MemoryRequest,
   type RegionPort,
   type UserMemoryRegion,
@@ -67,10 +68,11 @@ export interface PowerOn {
   readonly watch?: MemoryWatch;
 }
 
-/** Hears what memory devices and the balloon do. */
+/** Hears what memory devices, DIMMs and the balloon do. */
 export interface MemoryWatch {
   readonly request?: (device: string, request: MemoryRequest) => void;
   readonly size?: (device: string, bytes: number) => void;
+  readonly dimm?: (news: DimmNews) => void;
   /** The guest says that its balloon leaves it this many bytes. */
   readonly balloon?: (bytes: number) => void;
 }
@@ -180,9 +182,9 @@ export function powerOn(options: PowerOn): RunningVm {
     attach(LINE_MEM + i, device);
     return device;
   });
-  const dimms =
-    spec.dimms === undefined ? null : dimmSlots(spec.dimms.slots, vm, options.tasks, newFile, files);
+  const dimms = spec.dimms === undefined ? null : dimmSlots(spec.dimms.slots, vm, options, newFile, files);
   if (dimms !== null) vm.addMmio(dimms);
+  for (const dimm of spec.dimms?.plugged ?? []) if (dimms !== null) runToEnd(dimms.coldPlug(dimm));
   return {
     spec,
     vm,
@@ -225,7 +227,7 @@ function atMost(limit: number, pool: FramePool, files: readonly MemFile[]): Fram
 function dimmSlots(
   slots: number,
   vm: Vm,
-  tasks: HostTasks,
+  options: Pick<PowerOn, 'tasks' | 'watch'>,
   newFile: (name: string, nrBlocks: number) => MemFile,
   files: MemFile[],
 ): DimmSlots {
@@ -239,8 +241,9 @@ function dimmSlots(
     fileOffset: 0,
   });
   return new DimmSlots(MMIO_BASE + LINE_ACPI * MMIO_STRIDE, slots, {
-    spawn: (name, body) => void tasks.spawn(`vm${vm.id}/${name}`, body),
+    spawn: (name, body) => void options.tasks.spawn(`vm${vm.id}/${name}`, body),
     interrupt: () => vm.vcpus.interrupt(LINE_ACPI),
+    news: (news) => options.watch?.dimm?.(news),
     *attach(dimm) {
       const file = newFile(dimm.id, dimm.bytes / PAGE_SIZE);
       let slot = DIMM_SLOT;

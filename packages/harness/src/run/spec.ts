@@ -90,9 +90,10 @@ export interface VmSpec {
   readonly memoryDevices?: readonly MemoryDeviceSpec[];
   /** A device with all guest memory mapped and pinned (VFIO), which reads it every so often. */
   readonly assigned?: { readonly everyNs: number };
-  /** Slots for DIMMs, and when one is plugged or asked to go. */
+  /** Slots for DIMMs, those that are in from the start, and when one is plugged or asked to go. */
   readonly dimms?: {
     readonly slots: number;
+    readonly plugged?: readonly Dimm[];
     readonly orders: readonly (readonly [atNs: number, order: DimmOrder])[];
   };
   /** System resets at given times, and what becomes of plugged memory. */

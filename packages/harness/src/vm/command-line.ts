@@ -2,13 +2,15 @@
  * A machine as QEMU's command line describes it, in upstream's dialect and in that of the 2017 RFC. Options that mean
  * nothing here (accelerators, kernels, displays) are accepted and named once.
  */
-import { LINUX_HOTPLUG, ZONE_DMA32, type GuestConfig } from '@ebb/guest-kernel';
-import { judgeMemoryDevice, type Dialect, type MemoryProfile, type MonitoredNode } from '@ebb/host-kvm';
-import { GiB, MiB, PAGE_SIZE, parseSize } from '@ebb/machine';
+import { LINUX_HOTPLUG, MAX_DIMMS, ZONE_DMA32, type GuestConfig } from '@ebb/guest-kernel';
+import type { Dialect, Dimm, Extent, MonitoredNode } from '@ebb/host-kvm';
+import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_STATS_VQ } from '@ebb/virtio/uapi';
 import { pcMemory } from '../memory-device/pc-memory.ts';
 import type { MemoryDeviceSpec, VmSpec } from '../run/spec.ts';
 import { UserError } from '../trace/trace.ts';
+import { fields, size, whole, type Fields } from './option-fields.ts';
+import { placeDevices, placeDimms, placeNodes } from './place-memory.ts';
 
 /** Where a monitor listens. */
 interface MonitorPlace {
@@ -23,6 +25,10 @@ export interface VmDescription {
   readonly nodes: readonly MonitoredNode[];
   readonly backends: readonly { readonly id: string; readonly bytes: number }[];
   readonly devices: readonly (MemoryDeviceSpec & { readonly memdev: string })[];
+  /** Slots for DIMMs, those that are in from the start, and addresses for memory devices. */
+  readonly slots: number;
+  readonly dimms: readonly { readonly dimm: Dimm; readonly memdev: string }[];
+  readonly deviceRange: Extent;
   readonly balloon: string | null;
   readonly monitors: readonly MonitorPlace[];
   /** Standard input is nobody's: `-monitor none`. */
@@ -67,40 +73,11 @@ const IGNORED: Readonly<Record<string, 0 | 1>> = {
   vga: 1,
 };
 
+/** DIMMs are plugged no higher than this above the first memory device: the guest's books are made for it at boot. */
+const HOTPLUG_WINDOW: number = 16 * GiB;
+
 /** What the guest kernel and its books need to boot at all. */
 const MIN_BOOT: number = 64 * MiB;
-
-type Fields = ReadonlyMap<string, string>;
-
-/** `a=b,c=d`; a first word without `=` is the value of `first`. A name without a value is `on`. */
-function fields(text: string, first: string): Fields {
-  const map = new Map<string, string>();
-  text.split(',').forEach((part, i) => {
-    const at = part.indexOf('=');
-    if (at < 0 && i === 0) map.set(first, part);
-    else if (at < 0) map.set(part, 'on');
-    // Several `cpus=` of one node add up.
-    else {
-      const key = part.slice(0, at);
-      const had = map.get(key);
-      map.set(key, had === undefined || key !== 'cpus' ? part.slice(at + 1) : `${had},${part.slice(at + 1)}`);
-    }
-  });
-  return map;
-}
-
-function size(option: string, text: string | undefined, fallbackMiB = false): number {
-  const parsed = parseSize(fallbackMiB && /^\d+$/.test(text ?? '') ? `${text}M` : (text ?? ''));
-  if (!parsed.ok) throw new UserError(`-${option}: ${parsed.error}`);
-  return parsed.value;
-}
-
-function whole(option: string, text: string | undefined): number {
-  const value = Number(text);
-  if (text === undefined || !Number.isInteger(value) || value < 0)
-    throw new UserError(`-${option}: '${text ?? ''}' is not a whole number`);
-  return value;
-}
 
 /** Reads the options after `ebb vm`. */
 export function parseCommandLine(args: readonly string[]): VmDescription {
@@ -125,10 +102,12 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
   let name = 'ebb';
   let bootBytes = 1024 * MiB;
   let maxBytes = 0;
+  let slots = 0;
   let vcpus = 1;
   const numa: Fields[] = [];
   const backends: { id: string; bytes: number; isResizable: boolean; boot: number }[] = [];
   const memDevices: Fields[] = [];
+  const dimmDevices: Fields[] = [];
   let balloon: string | null = null;
   const chardevs = new Map<string, Fields>();
   const monitors: MonitorPlace[] = [];
@@ -147,6 +126,8 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
         if (bootBytes < MIN_BOOT || bootBytes % (2 * MiB) !== 0)
           throw new UserError(`-m ${value}: give 64M or more, in steps of 2 MiB`);
         if (f.has('maxmem')) maxBytes = size('m maxmem', f.get('maxmem'), true);
+        if (f.has('slots')) slots = whole('m slots', f.get('slots'));
+        if (slots > MAX_DIMMS) throw new UserError(`-m ${value}: give at most ${MAX_DIMMS} slots`);
         break;
       }
       case 'smp': {
@@ -186,6 +167,7 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
         const f = fields(value, 'driver');
         const driver = f.get('driver') ?? '';
         if (/^virtio-mem(-pci|-device)?$/.test(driver)) memDevices.push(f);
+        else if (driver === 'pc-dimm') dimmDevices.push(f);
         else if (driver.startsWith('virtio-balloon')) balloon = f.get('id') ?? 'balloon0';
         else ignore(`-device ${driver}`);
         break;
@@ -227,13 +209,18 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
   const nodes = placeNodes(numa, backends, bootBytes, vcpus);
   if (balloon !== null && isRfc) ignore('-device virtio-balloon-pci (the RFC has none)');
   const memory = pcMemory(nodes.map((n) => ({ node: n.id, size: n.bootBytes })));
-  const devices = placeDevices(memDevices, backends, {
-    isRfc,
-    from: Math.max(4 * GiB, Math.ceil((memory.end * PAGE_SIZE) / GiB) * GiB),
-    room: Math.max(0, maxBytes - bootBytes),
+  const from = Math.max(4 * GiB, Math.ceil((memory.end * PAGE_SIZE) / GiB) * GiB);
+  const room = Math.max(0, maxBytes - bootBytes);
+  const devices = placeDevices(memDevices, backends, { isRfc, from, room, nodes: nodes.length });
+  const deviceRange = { addr: from, bytes: Math.min(room, HOTPLUG_WINDOW) };
+  const dimms = placeDimms(dimmDevices, backends, {
+    devices,
+    range: deviceRange,
+    slots,
     nodes: nodes.length,
   });
-  const end = Math.max(memory.end, ...devices.map((d) => (d.addr + d.regionBytes) / PAGE_SIZE));
+  const ends = [...devices.map((d) => d.addr + d.regionBytes), slots > 0 ? from + deviceRange.bytes : 0];
+  const end = Math.max(memory.end, ...ends.map((e) => e / PAGE_SIZE));
   const guest: GuestConfig = {
     e820: memory.e820,
     nodes: memory.nodes,
@@ -247,6 +234,7 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
     hotplug: {
       ...LINUX_HOTPLUG,
       devices: devices.length,
+      dimms: slots,
       adopts: isRfc ? 'adds' : 'no',
       // The RFC's guest keeps what it may not give back apart from where it keeps its books.
       ...(isRfc ? { memmapZone: ZONE_DMA32 } : {}),
@@ -259,6 +247,9 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
     nodes,
     backends: backends.map(({ id, bytes }) => ({ id, bytes })).toReversed(),
     devices,
+    slots,
+    dimms,
+    deviceRange,
     balloon,
     monitors,
     noStdio,
@@ -269,113 +260,11 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
       guest,
       program: { kind: 'agent' },
       memoryDevices: devices,
+      ...(slots === 0 ? {} : { dimms: { slots, plugged: dimms.map((d) => d.dimm), orders: [] } }),
       ...(balloon === null
         ? {}
         : { balloonFeatures: [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_DEFLATE_ON_OOM] }),
       diskBytes: 0,
     },
   };
-}
-
-/** `0`, `0-1`, `0,2`. */
-function cpuList(text: string | undefined, vcpus: number): number[] {
-  if (text === undefined) return [];
-  return text.split(/[,:]/).flatMap((part) => {
-    const [from, to = from] = part.split('-').map((n) => whole('numa cpus', n));
-    if (from > to || to >= vcpus)
-      throw new UserError(`-numa cpus=${text}: CPU index (${to}) should be smaller than maxcpus (${vcpus})`);
-    return Array.from({ length: to - from + 1 }, (_, i) => from + i);
-  });
-}
-
-function placeNodes(
-  numa: readonly Fields[],
-  backends: readonly { readonly id: string; readonly bytes: number }[],
-  bootBytes: number,
-  vcpus: number,
-): MonitoredNode[] {
-  const all = Array.from({ length: vcpus }, (_, cpu) => cpu);
-  if (numa.length === 0) return [{ id: 0, cpus: all, bootBytes }];
-  if (numa.length > 2) throw new UserError(`-numa: ${numa.length} nodes; this guest has at most 2`);
-  const taken = new Set<number>();
-  const nodes = numa.map((f, i): MonitoredNode => {
-    const id = f.has('nodeid') ? whole('numa nodeid', f.get('nodeid')) : i;
-    if (id !== i) throw new UserError(`-numa nodeid=${id}: number the nodes from 0 in order`);
-    const cpus = cpuList(f.get('cpus'), vcpus);
-    for (const cpu of cpus) {
-      if (taken.has(cpu)) throw new UserError(`-numa nodeid=${id}: CPU ${cpu} is on another node already`);
-      taken.add(cpu);
-    }
-    const memdev = f.get('memdev');
-    const backend = backends.find((b) => b.id === memdev);
-    if (memdev !== undefined && backend === undefined)
-      throw new UserError(`-numa memdev=${memdev}: object '${memdev}' not found`);
-    const mem = f.get('mem');
-    const share = mem === undefined ? bootBytes / numa.length : size('numa mem', mem, true);
-    return { id, cpus, bootBytes: backend?.bytes ?? share };
-  });
-  const sum = nodes.reduce((total, n) => total + n.bootBytes, 0);
-  if (sum !== bootBytes)
-    throw new UserError(
-      `-numa: total memory for NUMA nodes (0x${sum.toString(16)}) should equal RAM size (0x${bootBytes.toString(16)})`,
-    );
-  // CPUs that no node names belong to the first.
-  const rest = all.filter((cpu) => !taken.has(cpu));
-  return nodes.map((n, i) => (i === 0 ? { ...n, cpus: [...n.cpus, ...rest].toSorted((a, b) => a - b) } : n));
-}
-
-function placeDevices(
-  given: readonly Fields[],
-  backends: readonly { readonly id: string; readonly bytes: number; readonly boot: number }[],
-  where: { readonly isRfc: boolean; readonly from: number; readonly room: number; readonly nodes: number },
-): (MemoryDeviceSpec & { readonly memdev: string })[] {
-  const used = new Set<string>();
-  let next = where.from;
-  let sum = 0;
-  return given.map((f, i) => {
-    const id = f.get('id') ?? `vm${i}`;
-    const option = `device virtio-mem-pci,id=${id}`;
-    if (used.has(`device ${id}`)) throw new UserError(`-${option}: Duplicate device ID '${id}'`);
-    const memdev = f.get('memdev');
-    if (memdev === undefined) throw new UserError(`-${option}: 'memdev' property is not set`);
-    const backend = backends.find((b) => b.id === memdev);
-    if (backend === undefined) throw new UserError(`-${option}: Device '${memdev}' not found`);
-    if (used.has(`memdev ${memdev}`))
-      throw new UserError(`-${option}: can't use already busy memdev: ${memdev}`);
-    used.add(`device ${id}`);
-    used.add(`memdev ${memdev}`);
-    const node = f.has('node') ? whole(`${option} node`, f.get('node')) : 0;
-    if (node >= where.nodes)
-      throw new UserError(
-        `-${option}: 'node' property has value '${node}', which exceeds the number of numa nodes: ${where.nodes}`,
-      );
-    const blockBytes = f.has('block-size') ? size(`${option} block-size`, f.get('block-size')) : 2 * MiB;
-    const addr = f.has('memaddr') ? Number(f.get('memaddr')) : Math.ceil(next / blockBytes) * blockBytes;
-    if (addr < where.from || addr < next)
-      throw new UserError(
-        `-${option}: address range conflicts with memory that ends at 0x${next.toString(16)}`,
-      );
-    const requestedBytes = where.isRfc
-      ? backend.boot
-      : f.has('requested-size')
-        ? size(`${option} requested-size`, f.get('requested-size'))
-        : 0;
-    const profile: MemoryProfile = where.isRfc
-      ? 'rfc-write-protect'
-      : f.get('unplugged-inaccessible') === 'on'
-        ? 'inaccessible'
-        : 'qemu';
-    const spec = { id, addr, regionBytes: backend.bytes, blockBytes, node, requestedBytes, profile, memdev };
-    const why = judgeMemoryDevice({ ...spec, region: { pageBytes: PAGE_SIZE } });
-    if (why !== '') throw new UserError(`-${option}: ${why}`);
-    sum += backend.bytes;
-    if (where.room > 0 && sum > where.room)
-      throw new UserError(
-        `-${option}: not enough space, currently 0x${(sum - backend.bytes).toString(16)} in use of total space for memory devices 0x${where.room.toString(16)}`,
-      );
-    if (where.room === 0)
-      throw new UserError(`-${option}: memory devices are not supported without -m …,maxmem=SIZE`);
-    next = addr + backend.bytes;
-    return spec;
-  });
 }

@@ -37,11 +37,12 @@ export function addVmCommand(program: Command): void {
       'after',
       `
 The options of \`ebb vm\` come first; the rest is QEMU's:
-  -m SIZE,maxmem=SIZE   -smp N|sockets=S,cores=C   -numa node,nodeid=N,cpus=A-B[,memdev=ID]
+  -m SIZE,maxmem=SIZE[,slots=N]   -smp N|sockets=S,cores=C   -numa node,nodeid=N,cpus=A-B[,memdev=ID]
   -object memory-backend-ram,id=ID,size=SIZE[,max-size=SIZE]
   -device virtio-mem-pci,id=ID,memdev=ID,node=N[,requested-size=SIZE][,block-size=SIZE][,unplugged-inaccessible=on]
-  -device virtio-balloon-pci,id=ID
+  -device virtio-balloon-pci,id=ID   -device pc-dimm,id=ID,memdev=ID[,node=N]
   -qmp unix:PATH|stdio   -monitor unix:PATH|stdio|none   -chardev socket,id=ID,path=PATH -mon chardev=ID,mode=readline|control
+With slots, DIMMs come and go at run time: object_add, device_add pc-dimm, device_del, object_del.
 A backend with max-size selects the dialect of the 2017 RFC. The human monitor is on standard input unless QMP or none is.
 
 Examples:

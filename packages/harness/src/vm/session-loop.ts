@@ -3,7 +3,7 @@
  * command waits until the guest has done what the one before asked, within patience, so that a script reads what it
  * caused; when nothing is left to do, virtual time follows the clock on the wall, so that timers come due as they would.
  */
-import { Hmp, MonitorEvents, QmpConnection } from '@ebb/host-kvm';
+import { Hmp, MonitorEvents, QmpConnection, type DimmNews } from '@ebb/host-kvm';
 import { NS_PER_MS, NS_PER_S } from '@ebb/machine';
 import type { HostSide } from '../run/host-side.ts';
 import { turn } from '../run/worker-port.ts';
@@ -67,6 +67,11 @@ export class SessionLoop {
       event: 'MEMORY_DEVICE_SIZE_CHANGE',
       data: { id, size, 'qom-path': `/machine/peripheral/${id}` },
     });
+  }
+
+  /** The guest or a slot has news of a DIMM. */
+  dimmNews(news: DimmNews): void {
+    this.machine.dimmNews(news);
   }
 
   /** The balloon has another size, as the guest says. */

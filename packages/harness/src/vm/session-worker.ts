@@ -32,6 +32,7 @@ export class SessionWorker {
     const host = new HostSide(spec, buffers, (_vm, bytes) => fileStorage(bytes), undefined, undefined, {
       size: (id, bytes) => this.#loop?.sizeChanged(id, bytes),
       balloon: (bytes) => this.#loop?.balloonChanged(bytes),
+      dimm: (news) => this.#loop?.dimmNews(news),
     });
     this.#orders = new Int32Array(buffers.handles[0]);
     const windows = new HostWindows(host, spec.workers, buffers, crowded);

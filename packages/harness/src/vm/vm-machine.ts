@@ -1,9 +1,14 @@
 /** The machine that a monitor sees, over the host's side of a run. */
 import {
   MonitorEvents,
+  type Dimm,
+  type DimmNews,
   type FlatRange,
   type Machine,
+  type MonitoredBackend,
+  type MonitoredDimm,
   type MonitoredMemoryDevice,
+  type MonitoredSlots,
   type MonitorEvent,
 } from '@ebb/host-kvm';
 import { PAGE_SIZE } from '@ebb/machine';
@@ -17,22 +22,81 @@ const BOOT_RAM = 'pc.ram';
 export class VmMachine implements Machine {
   readonly name: string;
   readonly nodes: Machine['nodes'];
-  readonly backends: Machine['backends'];
+  readonly slots: MonitoredSlots | null;
   readonly events: MonitorEvents;
   /** Set by whoever drives the session: nothing is left to do. */
   settled = false;
   quitting = false;
   readonly #description: VmDescription;
   readonly #host: HostSide;
+  #backends: readonly MonitoredBackend[];
+  /** Backends of the DIMMs, by id of the DIMM; those of the start are not hotplugged. */
+  readonly #dimms = new Map<string, { readonly memdev: string; readonly hotplugged: boolean }>();
   #running = true;
 
   constructor(description: VmDescription, host: HostSide, events: MonitorEvents) {
     this.name = description.name;
     this.nodes = description.nodes;
-    this.backends = description.backends;
+    this.#backends = description.backends;
     this.events = events;
     this.#description = description;
     this.#host = host;
+    for (const { dimm, memdev } of description.dimms) this.#dimms.set(dimm.id, { memdev, hotplugged: false });
+    this.slots = description.slots === 0 ? null : this.#monitoredSlots();
+  }
+
+  get backends(): Machine['backends'] {
+    return this.#backends;
+  }
+  addBackend(backend: MonitoredBackend): void {
+    this.#backends = [backend, ...this.#backends];
+  }
+  removeBackend(id: string): void {
+    this.#backends = this.#backends.filter((b) => b.id !== id);
+  }
+
+  #monitoredSlots(): MonitoredSlots {
+    // The host's side of the machine is there before anybody asks.
+    const host = this.#host;
+    const known = this.#dimms;
+    const status = (): MonitoredSlots['status'] => host.vms[0].dimms?.status ?? [];
+    return {
+      range: this.#description.deviceRange,
+      get status() {
+        return status();
+      },
+      get dimms() {
+        return status().flatMap(({ slot, dimm }): MonitoredDimm[] => {
+          const entry = dimm === null ? undefined : known.get(dimm.id);
+          return dimm === null || entry === undefined ? [] : [{ dimm, slot, ...entry }];
+        });
+      },
+      plug(dimm: Dimm, memdev: string) {
+        const why = host.vms[0].dimms?.plug(dimm) ?? '';
+        if (why === '') known.set(dimm.id, { memdev, hotplugged: true });
+        return why;
+      },
+      requestUnplug: (id) => host.vms[0].dimms?.requestUnplug(id) ?? '',
+    };
+  }
+
+  /** The guest has said how it went, or a DIMM is gone. */
+  dimmNews({ kind, slot, dimm, ostEvent, ostStatus }: DimmNews): void {
+    if (dimm === null) return;
+    if (kind === 'deleted') {
+      this.#dimms.delete(dimm.id);
+      const data = { device: dimm.id, path: `/machine/peripheral/${dimm.id}` };
+      this.emit({ event: 'DEVICE_DELETED', data });
+      return;
+    }
+    const info = {
+      device: dimm.id,
+      source: ostEvent,
+      status: ostStatus,
+      slot: String(slot),
+      'slot-type': 'DIMM' as const,
+    };
+    this.emit({ event: 'ACPI_DEVICE_OST', data: { info } });
   }
 
   get memoryDevices(): readonly MonitoredMemoryDevice[] {
@@ -51,7 +115,8 @@ export class VmMachine implements Machine {
   get ramBlocks(): Machine['backends'] {
     const bytes = this.nodes.reduce((sum, node) => sum + node.bootBytes, 0);
     const devices = this.#description.devices.map((d) => ({ id: d.memdev, bytes: d.regionBytes }));
-    return [{ id: BOOT_RAM, bytes }, ...devices];
+    const dimms = (this.slots?.dimms ?? []).map(({ dimm, memdev }) => ({ id: memdev, bytes: dimm.bytes }));
+    return [{ id: BOOT_RAM, bytes }, ...devices, ...dimms];
   }
 
   get flatView(): readonly FlatRange[] {
@@ -67,16 +132,20 @@ export class VmMachine implements Machine {
         offset: (start < HIGH_START ? start : start - HIGH_START + low) * PAGE_SIZE,
       }),
     );
-    const regions = this.#description.devices.map(
-      (d): FlatRange => ({
-        start: d.addr,
-        last: d.addr + d.regionBytes - 1,
+    const all = [
+      ...this.#description.devices.map((d) => ({ name: d.memdev, addr: d.addr, bytes: d.regionBytes })),
+      ...(this.slots?.dimms ?? []).map(({ dimm, memdev }) => ({ ...dimm, name: memdev })),
+    ];
+    const regions = all.map(
+      ({ name, addr, bytes }): FlatRange => ({
+        start: addr,
+        last: addr + bytes - 1,
         kind: 'ram',
-        name: d.memdev,
+        name,
         offset: 0,
       }),
     );
-    return [...boot, ...regions];
+    return [...boot, ...regions.toSorted((x, y) => x.start - y.start)];
   }
 
   get running(): boolean {

@@ -11,6 +11,7 @@ import {
   ACPI_MEM_FLAGS,
   ACPI_MEM_INSERTING,
   ACPI_MEM_NODE,
+  ACPI_MEM_OST_EVENT,
   ACPI_MEM_OST_STATUS,
   ACPI_MEM_REMOVING,
   ACPI_MEM_SELECTOR,
@@ -31,6 +32,17 @@ export interface Dimm {
   readonly node: number;
 }
 
+/** A slot with a DIMM: what the guest last said of it by `_OST`. */
+export interface DimmSlotStatus {
+  readonly slot: number;
+  readonly dimm: Dimm | null;
+  readonly ostEvent: number;
+  readonly ostStatus: number;
+}
+
+/** For whoever watches: the guest has said how an insertion or a removal went, or a DIMM is gone. */
+export type DimmNews = { readonly kind: 'ost' | 'deleted' } & DimmSlotStatus;
+
 /** What becomes of a DIMM's memory is the VM's. */
 export interface DimmPort {
   spawn(name: string, body: TaskBody): void;
@@ -40,6 +52,7 @@ export interface DimmPort {
   detach(dimm: Dimm): Generator<TaskYield, void, void>;
   /** The general-purpose event that tells the guest to look (GPE.3). */
   interrupt(): void;
+  news?(news: DimmNews): void;
 }
 
 interface Slot {
@@ -48,6 +61,7 @@ interface Slot {
   inserting: boolean;
   removing: boolean;
   ejecting: boolean;
+  ostEvent: number;
   ostStatus: number;
 }
 
@@ -57,6 +71,7 @@ const empty = (): Slot => ({
   inserting: false,
   removing: false,
   ejecting: false,
+  ostEvent: 0,
   ostStatus: ACPI_OST_SUCCESS,
 });
 
@@ -93,6 +108,16 @@ export class DimmSlots implements MmioRegion {
     return this.#slots.flatMap((s) => (s.dimm === null ? [] : [s.dimm]));
   }
 
+  /** Every slot, with or without a DIMM. */
+  get status(): readonly DimmSlotStatus[] {
+    return this.#slots.map((s, slot) => ({
+      slot,
+      dimm: s.dimm,
+      ostEvent: s.ostEvent,
+      ostStatus: s.ostStatus,
+    }));
+  }
+
   /** Last `_OST` status of a DIMM; 0 is success. */
   ostStatus(id: string): number | undefined {
     return this.#slots.find((s) => s.dimm?.id === id)?.ostStatus;
@@ -111,6 +136,17 @@ export class DimmSlots implements MmioRegion {
     slot.dimm = dimm;
     this.#port.spawn(`dimm/${dimm.id}`, this.#insert(slot, dimm));
     return '';
+  }
+
+  /** A DIMM that is in when the machine is switched on. The guest finds it as it boots. */
+  *coldPlug(dimm: Dimm): Generator<TaskYield, void, void> {
+    assert(this.#judge(dimm) === '', 'a DIMM of the start has a slot and a place');
+    const slot = this.#slots.find((s) => s.dimm === null) as Slot;
+    const attached = yield* this.#port.attach(dimm);
+    assert(attached, 'nothing is in the way of a DIMM of the start');
+    slot.dimm = dimm;
+    slot.enabled = true;
+    this.counters.plugged++;
   }
 
   #judge({ id, addr, bytes }: Dimm): string {
@@ -183,9 +219,13 @@ export class DimmSlots implements MmioRegion {
     }
     const slot = this.#slots[this.#selected];
     switch (offset) {
+      case ACPI_MEM_OST_EVENT:
+        slot.ostEvent = value >>> 0;
+        break;
       case ACPI_MEM_OST_STATUS:
         slot.ostStatus = value >>> 0;
         if (slot.ostStatus !== ACPI_OST_SUCCESS) this.counters.failures++;
+        this.#tell('ost', this.#selected);
         break;
       case ACPI_MEM_FLAGS:
         if ((value & ACPI_MEM_INSERTING) !== 0) slot.inserting = false;
@@ -205,7 +245,12 @@ export class DimmSlots implements MmioRegion {
 
   *#remove(slot: Slot, dimm: Dimm): TaskBody {
     yield* this.#port.detach(dimm);
+    this.#tell('deleted', this.#slots.indexOf(slot));
     Object.assign(slot, empty());
     this.counters.ejected++;
+  }
+
+  #tell(kind: DimmNews['kind'], at: number): void {
+    this.#port.news?.({ kind, ...this.status[at] });
   }
 }

@@ -401,4 +401,30 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'formats 4.10: partial blocks go before full ones',
     DRIVER_MODEL,
   ),
+
+  // ── DIMMs under a monitor ──
+  fault(
+    'dimm-not-found-at-boot',
+    'packages/guest-kernel/src/drivers/acpi-memory.ts',
+    '      } else if (isFirst) this.#add(slot);\n      else if',
+    '      } else if',
+    'G20: the kernel after a reset does without the DIMMs that are in',
+    SESSION,
+  ),
+  fault(
+    'busy-backend-deleted',
+    'packages/host-kvm/src/vmm/monitor/hotplug.ts',
+    "  if (isBusy(machine, id)) return err(generic(`object '${id}' is in use, can not be deleted`));\n",
+    '',
+    'object_del takes the memory of a DIMM that is in',
+    SESSION,
+  ),
+  fault(
+    'dimm-over-device',
+    'packages/host-kvm/src/vmm/monitor/hotplug.ts',
+    '    if (at + bytes <= other.addr) break;\n    at = Math.max(at, Math.ceil((other.addr + other.bytes) / ALIGN) * ALIGN);',
+    '    if (at + ALIGN <= other.addr) break;\n    at = Math.max(at, Math.ceil((other.addr + other.bytes) / ALIGN) * ALIGN);',
+    'a DIMM is put where another device is',
+    MONITOR,
+  ),
 ];

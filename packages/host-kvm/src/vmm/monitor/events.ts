@@ -10,6 +10,13 @@ export type MonitorEvent =
       readonly event: 'MEMORY_DEVICE_SIZE_CHANGE';
       readonly data: { id: string; size: number; 'qom-path': string };
     }
+  | { readonly event: 'DEVICE_DELETED'; readonly data: { device: string; path: string } }
+  | {
+      readonly event: 'ACPI_DEVICE_OST';
+      readonly data: {
+        info: { device: string; source: number; status: number; slot: string; 'slot-type': 'DIMM' };
+      };
+    }
   | { readonly event: 'BALLOON_CHANGE'; readonly data: { actual: number } }
   | { readonly event: 'RESET'; readonly data: { guest: boolean; reason: string } }
   | { readonly event: 'STOP' | 'RESUME' }

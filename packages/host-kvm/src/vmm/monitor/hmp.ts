@@ -2,9 +2,18 @@
  * The human monitor: commands as people type them, answers in the formats QEMU 7.2 prints; and in the dialect of the
  * 2017 RFC (`virtio-mem ID MIB`, `info virtio-mem ID`), which never reached QEMU.
  */
-import { MiB, parseSize } from '@ebb/machine';
+import { MiB, parseSize, type Result } from '@ebb/machine';
 import { setBalloon } from './balloon.ts';
-import { baseMemory, pluggedMemory, pluggedOn, type Machine, type MonitoredMemoryDevice } from './machine.ts';
+import { deviceAdd, deviceDel, objectAdd, objectDel, type Properties } from './hotplug.ts';
+import {
+  baseMemory,
+  byAddress,
+  pluggedMemory,
+  pluggedOn,
+  type Machine,
+  type MonitoredDimm,
+  type MonitoredMemoryDevice,
+} from './machine.ts';
 import { qomGet, qomList, qomSet, type MonitorError, type QomValue } from './qom.ts';
 
 export type Dialect = 'qemu' | 'rfc-2017';
@@ -128,11 +137,32 @@ export class Hmp {
         },
       },
       {
+        name: 'object_add',
+        params: '[qom-type=]type,id=str[,prop=value][,...]',
+        help: 'create QOM object',
+        args: [1, 1],
+        run: ([list]) => outcome(objectAdd(machine, properties(list, 'qom-type'))),
+      },
+      {
+        name: 'object_del',
+        params: 'id',
+        help: 'destroy QOM object',
+        args: [1, 1],
+        run: ([id]) => outcome(objectDel(machine, id)),
+      },
+      {
+        name: 'device_add',
+        params: 'driver[,prop=value][,...]',
+        help: 'add device, like -device on the command line',
+        args: [1, 1],
+        run: ([list]) => outcome(deviceAdd(machine, properties(list, 'driver'))),
+      },
+      {
         name: 'device_del',
         params: 'device',
         help: 'remove device',
         args: [1, 1],
-        run: ([id]) => failed(deviceDel(machine, id)),
+        run: ([id]) => outcome(deviceDel(machine, id)),
       },
       {
         name: 'stop|s',
@@ -203,7 +233,10 @@ export class Hmp {
         params: '',
         help: 'show memory devices',
         args: [0, 0],
-        run: () => machine.memoryDevices.map((d) => this.#device(d)).join(''),
+        run: () =>
+          byAddress(machine)
+            .map((d) => ('dimm' in d ? dimmText(d) : this.#device(d)))
+            .join(''),
       },
       {
         name: 'memory_size_summary',
@@ -362,20 +395,36 @@ const NO_BALLOON: MonitorError = {
   desc: 'No balloon device has been activated',
 };
 
-/** A device with memory in use cannot be pulled out. */
-export function deviceDel(machine: Machine, id: string): MonitorError {
-  const isMemory = machine.memoryDevices.some(({ device }) => device.id === id);
-  if (isMemory) return { class: 'GenericError', desc: 'virtio based memory devices cannot be unplugged.' };
-  if (machine.balloon?.id === id)
-    return {
-      class: 'GenericError',
-      desc: `Device '${id}' can not be removed here: its guest holds its pages`,
-    };
-  return { class: 'DeviceNotFound', desc: `Device '${id}' not found` };
-}
-
 function backend({ id, bytes }: { id: string; bytes: number }): string {
   return `memory backend: ${id}\n  size:  ${bytes}\n  merge: true\n  dump: true\n  prealloc: false\n  share: false\n  reserve: true\n  policy: default\n  host nodes: \n`;
+}
+
+function dimmText({ dimm, slot, memdev, hotplugged }: MonitoredDimm): string {
+  const rows = [
+    ['addr', `0x${dimm.addr.toString(16)}`],
+    ['slot', slot],
+    ['node', dimm.node],
+    ['size', dimm.bytes],
+    ['memdev', `/objects/${memdev}`],
+    ['hotplugged', hotplugged],
+    ['hotpluggable', true],
+  ];
+  return `Memory device [dimm]: "${dimm.id}"\n${rows.map(([k, v]) => `  ${k}: ${v}\n`).join('')}`;
+}
+
+/** `first,a=b,c=d`. */
+function properties(list: string, first: string): Properties {
+  return Object.fromEntries(
+    list.split(',').map((part, i) => {
+      const at = part.indexOf('=');
+      if (at >= 0) return [part.slice(0, at), part.slice(at + 1)];
+      return i === 0 ? [first, part] : [part, 'on'];
+    }),
+  );
+}
+
+function outcome(done: Result<void, MonitorError>): string {
+  return done.ok ? '' : failed(done.error);
 }
 
 function failed(error: MonitorError): string {

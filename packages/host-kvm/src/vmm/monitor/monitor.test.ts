@@ -4,6 +4,7 @@ import { COST_TABLE, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
 import { MemoryDevice } from '../../devices/memory-device.ts';
 import { MonitorEvents } from './events.ts';
 import { JsonStream } from './json-stream.ts';
+import { freeAddress } from './hotplug.ts';
 import type { Machine } from './machine.ts';
 import { qomGet, qomSet } from './qom.ts';
 
@@ -69,6 +70,9 @@ function machine(): Machine {
     ramBlocks: [],
     memoryDevices: [{ device, memdev: 'mem0' }],
     balloon: null,
+    slots: null,
+    addBackend: () => undefined,
+    removeBackend: () => undefined,
     flatView: [],
     running: true,
     settled: true,
@@ -88,3 +92,17 @@ test.each([3 * MiB, 66 * MiB, -2 * MiB, 'much'])(
     expect(qomGet(one, path, 'requested-size')).toEqual({ ok: true, value: 6 * MiB });
   },
 );
+
+test('a DIMM goes to the first gap that is wide enough, aligned', () => {
+  const range = { addr: 1024 * MiB, bytes: 64 * MiB };
+  const at = (mib: number, bytes: number): { addr: number; bytes: number } => ({
+    addr: (1024 + mib) * MiB,
+    bytes,
+  });
+  expect(freeAddress(range, [], 8 * MiB)).toBe(1024 * MiB);
+  const taken = [at(16, 7 * MiB), at(0, 8 * MiB)];
+  expect(freeAddress(range, taken, 8 * MiB)).toBe(1032 * MiB);
+  // What ends at 23 MiB leaves room from 24 on.
+  expect(freeAddress(range, taken, 10 * MiB)).toBe(1048 * MiB);
+  expect(freeAddress(range, taken, 41 * MiB)).toBe(null);
+});

@@ -4,9 +4,17 @@
  */
 import { err, ok, type Result } from '@ebb/machine';
 import { setBalloon } from './balloon.ts';
-import { deviceDel, Hmp, type Dialect } from './hmp.ts';
+import { Hmp, type Dialect } from './hmp.ts';
+import { deviceAdd, deviceDel, objectAdd, objectDel } from './hotplug.ts';
 import { JsonStream } from './json-stream.ts';
-import { baseMemory, pluggedMemory, type Machine } from './machine.ts';
+import {
+  baseMemory,
+  byAddress,
+  pluggedMemory,
+  type Machine,
+  type MonitoredDimm,
+  type MonitoredMemoryDevice,
+} from './machine.ts';
 import { generic, qomGet, qomList, qomSet, type MonitorError, type QomValue } from './qom.ts';
 
 type Args = Readonly<Record<string, unknown>>;
@@ -158,20 +166,18 @@ export class QmpConnection {
       },
       'query-memory-devices': {
         ...none,
+        run: () => ok(byAddress(machine).map((d) => ('dimm' in d ? dimmInfo(d) : memoryDeviceInfo(d)))),
+      },
+      'query-acpi-ospm-status': {
+        ...none,
         run: () =>
           ok(
-            machine.memoryDevices.map(({ device, memdev }) => ({
-              type: 'virtio-mem',
-              data: {
-                memdev: `/objects/${memdev}`,
-                memaddr: device.addr,
-                'block-size': device.blockBytes,
-                size: device.pluggedBytes,
-                node: device.node,
-                'max-size': device.regionBytes,
-                'requested-size': device.requestedBytes,
-                id: device.id,
-              },
+            (machine.slots?.status ?? []).map(({ slot, dimm, ostEvent, ostStatus }) => ({
+              ...(dimm === null ? {} : { device: dimm.id }),
+              slot: String(slot),
+              'slot-type': 'DIMM',
+              source: ostEvent,
+              status: ostStatus,
             })),
           ),
       },
@@ -229,7 +235,21 @@ export class QmpConnection {
       },
       device_del: {
         required: { id: 'string' },
-        run: (args) => err(deviceDel(machine, args['id'] as string)),
+        run: (args) => empty(deviceDel(machine, args['id'] as string)),
+      },
+      device_add: {
+        required: { driver: 'string' },
+        optional: { id: 'string', memdev: 'string', node: 'integer', addr: 'integer', bus: 'string' },
+        run: (args) => empty(deviceAdd(machine, args)),
+      },
+      'object-add': {
+        required: { 'qom-type': 'string', id: 'string' },
+        optional: { size: 'integer', share: 'any', merge: 'any', prealloc: 'any', 'mem-path': 'string' },
+        run: (args) => empty(objectAdd(machine, args)),
+      },
+      'object-del': {
+        required: { id: 'string' },
+        run: (args) => empty(objectDel(machine, args['id'] as string)),
       },
       'human-monitor-command': {
         required: { 'command-line': 'string' },
@@ -238,6 +258,43 @@ export class QmpConnection {
       },
     };
   }
+}
+
+/** QMP's answer to what returns nothing. */
+function empty(done: Result<void, MonitorError>): Answer {
+  return done.ok ? ok({}) : done;
+}
+
+function memoryDeviceInfo({ device, memdev }: MonitoredMemoryDevice): object {
+  return {
+    type: 'virtio-mem',
+    data: {
+      memdev: `/objects/${memdev}`,
+      memaddr: device.addr,
+      'block-size': device.blockBytes,
+      size: device.pluggedBytes,
+      node: device.node,
+      'max-size': device.regionBytes,
+      'requested-size': device.requestedBytes,
+      id: device.id,
+    },
+  };
+}
+
+function dimmInfo({ dimm, slot, memdev, hotplugged }: MonitoredDimm): object {
+  return {
+    type: 'dimm',
+    data: {
+      memdev: `/objects/${memdev}`,
+      hotplugged,
+      addr: dimm.addr,
+      hotpluggable: true,
+      size: dimm.bytes,
+      slot,
+      node: dimm.node,
+      id: dimm.id,
+    },
+  };
 }
 
 /** What is wrong with the arguments, in QEMU's words; null if nothing is. */

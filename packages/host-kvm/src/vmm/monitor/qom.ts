@@ -1,7 +1,7 @@
 /** The object tree as monitors reach it: `/machine/peripheral/ID` and `/objects/ID`, with QEMU's names and errors. */
 import { err, ok, type Result } from '@ebb/machine';
 import { judgeRequested } from '../../devices/memory-figures.ts';
-import type { Machine } from './machine.ts';
+import type { Machine, MonitoredDimm } from './machine.ts';
 
 export interface MonitorError {
   readonly class: 'GenericError' | 'CommandNotFound' | 'DeviceNotActive' | 'DeviceNotFound' | 'KVMMissingCap';
@@ -54,6 +54,8 @@ function objectAt(machine: Machine, path: string): QomObject | null {
   if (root !== 'machine') return null;
   const entry = machine.memoryDevices.find(({ device }) => device.id === id);
   if (entry !== undefined) return memoryDeviceObject(entry.device, entry.memdev);
+  const dimm = machine.slots?.dimms.find((d) => d.dimm.id === id);
+  if (dimm !== undefined) return dimmObject(dimm);
   if (machine.balloon?.id === id) return balloonObject(machine.balloon.device);
   return null;
 }
@@ -87,6 +89,23 @@ function memoryDeviceObject(device: Machine['memoryDevices'][number]['device'], 
           return why;
         },
       },
+    ],
+  };
+}
+
+function dimmObject({ dimm, slot, memdev, hotplugged }: MonitoredDimm): QomObject {
+  return {
+    type: 'pc-dimm',
+    properties: [
+      { name: 'type', type: 'string', get: () => 'pc-dimm' },
+      { name: 'realized', type: 'bool', get: () => true },
+      { name: 'hotplugged', type: 'bool', get: () => hotplugged },
+      { name: 'hotpluggable', type: 'bool', get: () => true },
+      { name: 'addr', type: 'uint64', get: () => dimm.addr },
+      { name: 'slot', type: 'int32', get: () => slot },
+      { name: 'node', type: 'uint32', get: () => dimm.node },
+      { name: 'memdev', type: 'link<memory-backend>', get: () => `/objects/${memdev}` },
+      { name: 'size', type: 'uint64', get: () => dimm.bytes },
     ],
   };
 }
@@ -157,6 +176,7 @@ export function qomList(
     case '/machine/peripheral':
       return ok([
         ...machine.memoryDevices.map(({ device }) => child(device.id, 'virtio-mem-pci')),
+        ...(machine.slots?.dimms ?? []).map(({ dimm }) => child(dimm.id, 'pc-dimm')),
         ...(machine.balloon === null ? [] : [child(machine.balloon.id, 'virtio-balloon-pci')]),
       ]);
     default: {
