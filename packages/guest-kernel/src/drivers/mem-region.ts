@@ -5,6 +5,8 @@
 import type { Vcpu } from '@ebb/machine';
 import type { SplitDriverQueue } from '@ebb/virtio/driver';
 import {
+  EBB_MEM_REQ_EXCHANGE,
+  EBB_MEM_REQ_TO_OFFSET,
   Features,
   INTERRUPT_CONFIG_CHANGE,
   MEM_CFG_PLUGGED_SIZE,
@@ -272,18 +274,30 @@ export class MemRegion {
 
   // ── Requests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** Sends a request and waits for the answer. Bits and sizes follow an ACK. */
-  request(type: number, pfn: number, pages: number): MemOutcome {
+  /** Trades plugged pages for unplugged ones of the region. */
+  exchange(from: number, to: number, pages: number): MemOutcome {
+    const outcome = this.request(EBB_MEM_REQ_EXCHANGE, from, pages, to);
+    if (outcome === 'ok') {
+      this.setPlugged(from, pages, false);
+      this.setPlugged(to, pages, true);
+    }
+    return outcome;
+  }
+
+  /** Sends a request and waits for the answer. Bits and sizes follow an ACK. `to`: what an exchange takes. */
+  request(type: number, pfn: number, pages: number, to = 0): MemOutcome {
     const w = this.w;
     const vcpu = this.#vcpu;
     // The host may have changed its mind: look first.
-    if (type < VIRTIO_MEM_REQ_UNPLUG_ALL && this.#configChanged()) return 'EAGAIN';
+    if ((type < VIRTIO_MEM_REQ_UNPLUG_ALL || to > 0) && this.#configChanged()) return 'EAGAIN';
     const gpa = w[this.base + M_REQUEST_PAGE] * 4096;
     const bytes = new DataView(new ArrayBuffer(MEM_REQ_BYTES));
     bytes.setUint16(0, type, true);
     bytes.setUint32(8, (pfn * 4096) % 0x1_0000_0000, true);
     bytes.setUint32(12, Math.floor((pfn * 4096) / 0x1_0000_0000), true);
     bytes.setUint16(16, pages / w[this.base + M_BLOCK], true);
+    if (to > 0)
+      bytes.setUint32(EBB_MEM_REQ_TO_OFFSET, (to - w[this.base + M_ADDR]) / w[this.base + M_BLOCK], true);
     vcpu.window(gpa, MEM_REQ_BYTES, true);
     vcpu.u8.set(new Uint8Array(bytes.buffer), vcpu.at);
     this.queue.add(vcpu, [{ gpa, length: MEM_REQ_BYTES }], [{ gpa: gpa + 64, length: MEM_RESP_BYTES }], 0);

@@ -154,4 +154,57 @@ export class SubBlocks {
     if (outcome !== 'ok' && online) this.#hotplug.fakeOnline(pfn, pages);
     return outcome;
   }
+
+  /**
+   * Empties sparse blocks into the holes of fuller ones, if the device trades (rows H44, H63): a memory block whose last
+   * sub-block has gone gives its memmap back. Content moves elsewhere in the guest, a whole sub-block at a time: one page
+   * that cannot go keeps all of it, where a balloon would trade page for page.
+   */
+  compact(): MemOutcome {
+    const r = this.#region;
+    const stuck = new Set<number>();
+    for (;;) {
+      const partial = this.#partialBlocks();
+      const donor = partial.find((b) => !stuck.has(b));
+      if (donor === undefined) return stuck.size > 0 ? 'EBUSY' : 'ok';
+      const others = partial.filter((b) => b !== donor && r.state(b) === r.state(donor));
+      const holes = others.reduce((sum, b) => sum + r.unit / r.sub - r.pluggedIn(b), 0);
+      // Fuller ones would find no room either.
+      if (holes < r.pluggedIn(donor)) return stuck.size > 0 ? 'EBUSY' : 'ok';
+      const outcome = this.#empty(donor, others.toReversed());
+      if (outcome === 'EBUSY') stuck.add(donor);
+      else if (outcome !== 'ok') return outcome;
+    }
+  }
+
+  /** Online blocks with holes, the emptiest first. */
+  #partialBlocks(): number[] {
+    const r = this.#region;
+    const blocks = Array.from({ length: r.nextBlock - r.firstBlock }, (_, i) => r.firstBlock + i);
+    return blocks
+      .filter((b) => r.state(b) === KERNEL_PARTIAL || r.state(b) === MOVABLE_PARTIAL)
+      .toSorted((a, b) => r.pluggedIn(a) - r.pluggedIn(b));
+  }
+
+  /** Trades every sub-block of `donor` for a hole in the first of `others` that has one, and removes it. */
+  #empty(donor: number, others: readonly number[]): MemOutcome {
+    const r = this.#region;
+    const { sub, unit } = r;
+    const first = donor * unit;
+    for (let from = first + unit - sub; from >= first; from -= sub) {
+      if (!r.isPlugged(from)) continue;
+      const into = others.find((b) => r.pluggedIn(b) < unit / sub);
+      if (into === undefined) return 'EBUSY';
+      let to = into * unit;
+      while (r.isPlugged(to)) to += sub;
+      if (!this.#hotplug.fakeOffline(from, sub, true)) return 'EBUSY';
+      const outcome = r.exchange(from, to, sub);
+      this.#hotplug.fakeOnline(outcome === 'ok' ? to : from, sub);
+      if (outcome !== 'ok') return outcome;
+      r.settle(into);
+    }
+    this.#hotplug.remove(first, r.index);
+    r.setState(donor, UNUSED);
+    return 'ok';
+  }
 }

@@ -15,6 +15,7 @@
  */
 import { NS_PER_S, spinLock, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
 import {
+  EBB_MEM_F_EXCHANGE,
   EBB_MEM_F_MORE,
   EBB_MEM_REQ_MORE,
   Features,
@@ -127,6 +128,7 @@ export class VirtioMemDriver {
         VIRTIO_MEM_F_ACPI_PXM,
         VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE,
         VIRTIO_MEM_F_PERSISTENT_SUSPEND,
+        EBB_MEM_F_EXCHANGE,
         EBB_MEM_F_MORE,
         VIRTIO_F_INDIRECT_DESC,
         VIRTIO_F_EVENT_IDX,
@@ -279,6 +281,8 @@ export class VirtioMemDriver {
         if (diff > 0) outcome = mode.plug(diff);
         else if (diff < 0 && !plugOnly) outcome = mode.unplug(-diff);
         else leftOver = diff < 0;
+        const trades = region.features.has(EBB_MEM_F_EXCHANGE) && !region.bigBlocks && !plugOnly;
+        if (outcome === 'ok' && trades) outcome = this.#subBlocks.compact();
       }
     } while (outcome === 'EAGAIN');
     // What this pass was not to do is left for the next, on vCPU 0.

@@ -45,20 +45,29 @@ export function ordersDone(words: Int32Array): boolean {
 
 export class AgentProgram implements Program {
   readonly failure = '';
-  readonly ended = true;
   readonly #kernel: GuestKernel;
   readonly #words: Int32Array;
   /** Page held in each sub-block, by the sub-block's first page. */
   readonly #pins = new Map<number, number>();
   #cached = 0;
+  /** Pins of its own that are to come, soonest first. */
+  #planned: readonly (readonly [atNs: number, pfns: readonly number[]])[];
 
-  constructor(kernel: GuestKernel, words: SharedArrayBuffer) {
+  constructor(
+    kernel: GuestKernel,
+    words: SharedArrayBuffer,
+    planned: readonly (readonly [atNs: number, pfns: readonly number[]])[],
+  ) {
     this.#kernel = kernel;
+    this.#planned = kernel.vcpu.id === 0 ? planned : [];
     this.#words = new Int32Array(words);
   }
 
+  get ended(): boolean {
+    return this.#planned.length === 0;
+  }
   nextDue(): number {
-    return Number.POSITIVE_INFINITY;
+    return this.#planned[0]?.[0] ?? Number.POSITIVE_INFINITY;
   }
   takeEvents(): number {
     return 0;
@@ -70,6 +79,11 @@ export class AgentProgram implements Program {
       this.#pin(new Set(this.#words.subarray(LIST, LIST + this.#words[COUNT])));
       this.#cache(this.#words[CACHED]);
       Atomics.store(this.#words, DONE, given);
+    }
+    const [next] = this.#planned;
+    if (next !== undefined && next[0] <= this.#kernel.vcpu.clock) {
+      this.#planned = this.#planned.slice(1);
+      this.#pin(new Set(next[1]));
     }
     idle(this.#kernel, untilNs);
   }

@@ -172,7 +172,7 @@ export class CpuSide {
       case 'processes':
         return new ProcessProgram(seat.kernel, program, this.#buffers.handles[seat.vm]);
       case 'agent':
-        return new AgentProgram(seat.kernel, this.#buffers.handles[seat.vm]);
+        return new AgentProgram(seat.kernel, this.#buffers.handles[seat.vm], program.pins ?? []);
       case 'hostile-reuse':
         return new HostileProgram(seat.kernel, program);
     }

@@ -281,6 +281,7 @@ function memoryDevice(
     port,
     region,
     ...(assigned === null ? {} : { holder: assigned }),
+    exchanges: spec.exchanges === true,
     ...(spec.grants === true ? { grant: (bytes: number) => bytes } : {}),
     ...tracing,
     onRequest: (request) => watch?.request?.(spec.id, request),

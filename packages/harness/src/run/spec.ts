@@ -56,7 +56,11 @@ export type ProgramSpec =
       readonly seed: number;
     }
   /** Does what it is told from outside, by the words of `agent.ts`; idle otherwise. */
-  | { readonly kind: 'agent' }
+  | {
+      readonly kind: 'agent';
+      /** Sub-blocks of 2 MiB, by first page, that hold unmovable memory from a time on; the newest list counts. */
+      readonly pins?: readonly (readonly [atNs: number, pfns: readonly number[]])[];
+    }
   /** Writes to pages the balloon or reporting holds (H33). */
   | { readonly kind: 'hostile-reuse'; readonly afterNs: number };
 
@@ -74,6 +78,8 @@ export interface MemoryDeviceSpec {
   readonly pluggedBytes?: number;
   /** The guest may ask for more, and gets it as far as the region goes (row H37). */
   readonly grants?: boolean;
+  /** The guest may trade blocks (row H44). */
+  readonly exchanges?: boolean;
   readonly profile: MemoryProfile;
 }
 

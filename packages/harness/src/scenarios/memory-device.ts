@@ -356,4 +356,51 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
       ];
     },
   },
+  {
+    name: 'virtio-mem-exchange',
+    about:
+      'a shrink leaves one sub-block in each of four memory blocks: guests that trade it for a hole elsewhere give three memmaps back, one page that cannot move forbids it for its block, and without the request nothing happens',
+    rows: 'H24, H31, H44, H63; I9, I20',
+    spec: () => {
+      const sub = (block: number): number => (REGION_ADDR + block * 128 * MiB + 40 * MiB) / PAGE_SIZE;
+      const blocks = [0, 1, 2, 3].map(sub);
+      const vm = (exchanges: boolean, stays: readonly number[]): VmSpec => ({
+        bootAtNs: 0,
+        guest: hotplugGuest(256 * MiB, [device()], { memmapZone: ZONE_DMA32 }),
+        program: {
+          kind: 'agent',
+          pins: [
+            [second(1), blocks],
+            [second(3), stays],
+          ],
+        },
+        memoryDevices: [device({ exchanges })],
+        memoryTargets: [
+          [second(0), 0, 512 * MiB],
+          [second(2), 0, 8 * MiB],
+        ],
+        diskBytes: 0,
+      });
+      return spec(1 * GiB, [vm(false, []), vm(true, []), vm(true, [sub(1), sub(2)])], {
+        graceNs: second(120),
+      });
+    },
+    checks: (outcome) => {
+      const [without, trades, pinned] = outcome.result.vms.map((vm) => vm.memoryDevices[0]);
+      const kept = outcome.arenas.map(
+        (arena) => eventSum(arena, 'memory_added') - eventSum(arena, 'memory_removed'),
+      );
+      return [
+        ...clean(outcome),
+        exactly('without it: bytes plugged', without.plugged, 8 * MiB),
+        exactly('without it: memory blocks, each with a memmap of 2 MiB', kept[0], 4),
+        exactly('with it: bytes plugged, the same', trades.plugged, 8 * MiB),
+        exactly('with it: memory blocks', kept[1], 1),
+        exactly('with it: sub-blocks traded', trades.counters.exchangeRequests, 3),
+        // All 512 pages stay where one must; a balloon would have traded the other 511.
+        exactly('a page in two of them that cannot move: memory blocks', kept[2], 2),
+        exactly('a page in two of them that cannot move: bytes plugged', pinned.plugged, 8 * MiB),
+      ];
+    },
+  },
 ];

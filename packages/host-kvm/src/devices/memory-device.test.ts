@@ -4,18 +4,8 @@
  */
 import { fc } from '@fast-check/vitest';
 import { describe, expect, test } from 'vitest';
+import { MiB, PAGE_SIZE } from '@ebb/machine';
 import {
-  COST_TABLE,
-  FlatGuestMemory,
-  gfn,
-  inlineSchedule,
-  MiB,
-  PAGE_SIZE,
-  type GuestMemory,
-} from '@ebb/machine';
-import {
-  EBB_MEM_REQ_MORE,
-  INTERRUPT_CONFIG_CHANGE,
   MEM_CFG_ADDR,
   MEM_CFG_BLOCK_SIZE,
   MEM_CFG_NODE_ID,
@@ -38,85 +28,18 @@ import {
   VIRTQ_DESC_F_NEXT,
   VIRTQ_DESC_F_WRITE,
 } from '@ebb/virtio/uapi';
-import { HostTasks, type TaskYield } from '../host-tasks.ts';
-import { testHost, type TestHost } from '../kvm/testing-host.ts';
-import { MemoryDevice, type MemoryDeviceOptions } from './memory-device.ts';
-import { judgeMemoryDevice } from './memory-figures.ts';
 import {
-  memoryGuest,
+  ADDR,
+  at,
+  bench,
+  BLOCK,
+  BLOCKS,
+  REGION,
+  worlds,
   REQUEST,
   RESPONSE,
   type MemoryAnswer,
-  type MemoryGuest,
 } from './testing-memory-device.ts';
-import type { MemoryProfile } from './unplugged-memory.ts';
-
-const ADDR: number = 32 * MiB;
-const REGION: number = 16 * MiB;
-const BLOCK: number = 1 * MiB;
-const BLOCKS: number = REGION / BLOCK;
-const worlds = ['a VM of this host', 'a plain buffer'] as const;
-type World = (typeof worlds)[number];
-
-interface Bench extends MemoryGuest {
-  readonly memory: GuestMemory;
-  readonly device: MemoryDevice;
-  readonly host: TestHost | null;
-  readonly discards: [number, number][];
-  /** The queue's used index at the end of each discard. */
-  readonly usedAtEnd: number[];
-  /** Lets the device work. */
-  readonly pump: () => void;
-  readonly plugged: () => boolean[];
-}
-
-function bench(world: World, over: Partial<MemoryDeviceOptions> = {}): Bench {
-  const host = world === 'a VM of this host' ? testHost({ hostBytes: 96 * MiB, ramBytes: 48 * MiB }) : null;
-  const tasks = host?.tasks ?? new HostTasks(inlineSchedule);
-  const memory = host?.vm.memory ?? new FlatGuestMemory(new ArrayBuffer(48 * MiB));
-  const discards: [number, number][] = [];
-  const usedAtEnd: number[] = [];
-  const device = new MemoryDevice({
-    port: { spawn: (name, body) => void tasks.spawn(name, body), now: () => 0, costs: COST_TABLE },
-    region: {
-      pageBytes: PAGE_SIZE,
-      *discard(first: number, count: number): Generator<TaskYield, number, void> {
-        discards.push([first, count]);
-        yield undefined;
-        const freed = host === null ? count : yield* host.vm.discard(Int32Array.of(first, count), 1);
-        usedAtEnd.push(guest.ring.usedIdx);
-        return freed;
-      },
-      *unmap(first: number, count: number): Generator<TaskYield, void, void> {
-        if (host !== null) yield* host.vm.unmap(first, count);
-      },
-    },
-    id: 'vm0',
-    addr: ADDR,
-    regionBytes: REGION,
-    blockBytes: BLOCK,
-    node: 3,
-    requestedBytes: REGION,
-    ...over,
-  });
-  host?.vm.addGate(device.unplugged);
-  const pump = (): void => {
-    while (host === null ? tasks.step() : host.poll());
-  };
-  const guest = memoryGuest(device, memory, pump);
-  return {
-    ...guest,
-    pump,
-    memory,
-    device,
-    host,
-    discards,
-    usedAtEnd,
-    plugged: () => Array.from({ length: device.plugged.length }, (_, b) => device.plugged.has(b)),
-  };
-}
-
-const at = (block: number): number => ADDR + block * BLOCK;
 
 describe.each(worlds)('over %s', (world) => {
   test('5.15.4: The configuration layout is as struct virtio_mem_config says', () => {
@@ -392,108 +315,6 @@ describe('system reset', () => {
   });
 });
 
-describe('what a guest can do with unplugged memory', () => {
-  function world(profile: MemoryProfile): Bench & { readonly host: TestHost } {
-    const b = bench('a VM of this host', { profile });
-    const { host } = b;
-    if (host === null) throw new Error('a VM');
-    b.request(VIRTIO_MEM_REQ_PLUG, at(0), 2);
-    host.vcpus[0].enterGuest();
-    host.vcpus[0].store32(gfn(at(0) / PAGE_SIZE), 5, 0x1111);
-    host.vcpus[0].store32(gfn(at(1) / PAGE_SIZE), 5, 0x2222);
-    host.vcpus[0].leaveGuest();
-    b.request(VIRTIO_MEM_REQ_UNPLUG, at(1), 1);
-    host.vcpus[0].enterGuest();
-    return { ...b, host };
-  }
-  const framesBehind = (b: Bench, block: number): number => {
-    let n = 0;
-    for (let i = 0; i < BLOCK / PAGE_SIZE; i++)
-      if ((b.host?.file.blocks[at(block) / PAGE_SIZE + i] ?? -1) >= 0) n++;
-    return n;
-  };
-
-  test('rfc-write-protect: reads give zeros and take no frame; writes never land and are counted (H10–H12)', () => {
-    const b = world('rfc-write-protect');
-    const [vcpu] = b.host.vcpus;
-    const page = gfn(at(1) / PAGE_SIZE);
-    expect(framesBehind(b, 1)).toBe(0);
-    expect(vcpu.load32(page, 5)).toBe(0);
-    expect(framesBehind(b, 1)).toBe(0);
-    vcpu.store32(page, 5, 0x3333);
-    expect(vcpu.load32(page, 5)).toBe(0);
-    expect(framesBehind(b, 1)).toBe(0);
-    expect(b.device.counters.refusedWrites).toBeGreaterThan(0);
-    expect(b.memory.window(at(1), 4, false)).toBe(false);
-    expect(vcpu.load32(gfn(at(0) / PAGE_SIZE), 5)).toBe(0x1111);
-  });
-
-  test('rfc-write-protect: a block plugged again is memory: the page of zeros is gone from every translation', () => {
-    const b = world('rfc-write-protect');
-    const [vcpu] = b.host.vcpus;
-    const page = gfn(at(1) / PAGE_SIZE);
-    expect(vcpu.load32(page, 5)).toBe(0);
-    vcpu.leaveGuest();
-    b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1);
-    vcpu.enterGuest();
-    vcpu.store32(page, 5, 0x4444);
-    expect(vcpu.load32(page, 5)).toBe(0x4444);
-    expect(framesBehind(b, 1)).toBeGreaterThan(0);
-    // What was stored is nobody else's zero.
-    expect(vcpu.load32(gfn(at(2) / PAGE_SIZE), 5)).toBe(0);
-  });
-
-  test('a large page reaches no further than the block that is plugged', () => {
-    const b = bench('a VM of this host', { profile: 'rfc-write-protect' });
-    const [vcpu] = b.host?.vcpus ?? [];
-    b.request(VIRTIO_MEM_REQ_PLUG, at(0), 1);
-    vcpu.enterGuest();
-    expect(vcpu.load32(gfn(at(1) / PAGE_SIZE), 5)).toBe(0);
-    vcpu.store32(gfn(at(0) / PAGE_SIZE), 5, 0x1111);
-    vcpu.store32(gfn(at(1) / PAGE_SIZE), 5, 0x2222);
-    expect(vcpu.load32(gfn(at(1) / PAGE_SIZE), 5)).toBe(0);
-    expect(b.device.counters.refusedWrites).toBeGreaterThan(0);
-    expect(framesBehind(b, 1)).toBe(0);
-  });
-
-  test('inaccessible: nothing is there, for vCPUs and devices; the refusals are counted', () => {
-    const b = world('inaccessible');
-    const [vcpu] = b.host.vcpus;
-    const page = gfn(at(1) / PAGE_SIZE);
-    vcpu.store32(page, 5, 0x3333);
-    vcpu.load32(page, 5);
-    expect(framesBehind(b, 1)).toBe(0);
-    expect(b.device.counters.refusedWrites).toBe(1);
-    expect(b.device.counters.refusedReads).toBe(1);
-    expect(b.memory.window(at(1), 4, true)).toBe(false);
-  });
-
-  test('qemu: writes land, and vanish with the next discard (it enforces nothing)', () => {
-    const b = world('qemu');
-    const [vcpu] = b.host.vcpus;
-    const page = gfn(at(1) / PAGE_SIZE);
-    vcpu.store32(page, 5, 0x3333);
-    expect(vcpu.load32(page, 5)).toBe(0x3333);
-    expect(framesBehind(b, 1)).toBeGreaterThan(0);
-    vcpu.leaveGuest();
-    b.request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0);
-    expect(framesBehind(b, 1)).toBe(0);
-  });
-
-  test('scribble: what is read is what the device likes, and nothing of it survives a plug', () => {
-    const b = world('scribble');
-    const [vcpu] = b.host.vcpus;
-    const page = gfn(at(1) / PAGE_SIZE);
-    // Its own block was never written to: RAM would be zero.
-    expect([0, 0x2222]).not.toContain(vcpu.load32(page, 5));
-    vcpu.store32(page, 5, 0x3333);
-    vcpu.leaveGuest();
-    b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1);
-    vcpu.enterGuest();
-    expect(vcpu.load32(page, 5)).toBe(0);
-  });
-});
-
 test('unplugging returns the frames before it is answered (H10)', () => {
   const b = bench('a VM of this host');
   b.request(VIRTIO_MEM_REQ_PLUG, at(0), 4);
@@ -504,101 +325,4 @@ test('unplugging returns the frames before it is answered (H10)', () => {
   expect(b.discards).toEqual([[at(0) / PAGE_SIZE, (4 * BLOCK) / PAGE_SIZE]]);
   // One answer was out when the discard was over: that of the PLUG.
   expect(b.usedAtEnd).toEqual([1]);
-});
-
-test('a guest that asks for more gets what the host grants, in whole blocks, and is told (H37)', () => {
-  const asked: number[] = [];
-  const grant = (bytes: number): number => {
-    asked.push(bytes);
-    return asked.length === 1 ? 2.5 * BLOCK : 0;
-  };
-  const b = bench('a VM of this host', { requestedBytes: 2 * BLOCK, grant });
-  const more = (blocks: number): number => b.request(EBB_MEM_REQ_MORE, ADDR, blocks).type;
-  expect(more(4)).toBe(VIRTIO_MEM_RESP_ACK);
-  expect([asked[0], b.device.requestedBytes]).toEqual([4 * BLOCK, 4 * BLOCK]);
-  expect(b.driver.takeInterrupt() & INTERRUPT_CONFIG_CHANGE).not.toBe(0);
-  expect(more(4)).toBe(VIRTIO_MEM_RESP_NACK);
-  expect(b.device.requestedBytes).toBe(4 * BLOCK);
-  // Never more than the region has.
-  expect(more(100)).toBe(VIRTIO_MEM_RESP_NACK);
-  expect(asked[2]).toBe(REGION - 4 * BLOCK);
-  expect(b.device.counters.moreRequests).toBe(3);
-});
-
-test('without the feature, asking for more is an unknown request', () => {
-  const b = bench('a VM of this host', { requestedBytes: 2 * BLOCK });
-  b.request(EBB_MEM_REQ_MORE, ADDR, 1);
-  expect(b.driver.status & STATUS_DEVICE_NEEDS_RESET).not.toBe(0);
-});
-
-test.each([
-  ['a block below QEMU’s least', { blockBytes: 0x80000 }, /at least 0x100000/],
-  ['a block that is no power of two', { blockBytes: 3 * MiB }, /power of two/],
-  [
-    'a block smaller than the backing page (H40)',
-    { region: { pageBytes: 2 * MiB } },
-    /at least the page size/,
-  ],
-  ['a region of no whole blocks', { regionBytes: REGION + 4096 }, /multiples of 'block-size'/],
-  ['an address of no whole blocks', { addr: ADDR + 4096 }, /'memaddr' property has to be multiples/],
-  ['a request above the region', { requestedBytes: REGION + BLOCK }, /cannot exceed the memory backend size/],
-])('%s makes no memory device', (_what, over, message) => {
-  const figures = {
-    addr: ADDR,
-    regionBytes: REGION,
-    blockBytes: BLOCK,
-    requestedBytes: 0,
-    region: { pageBytes: PAGE_SIZE },
-    ...over,
-  };
-  expect(judgeMemoryDevice(figures)).toMatch(message);
-});
-
-describe('how a profile is enforced', () => {
-  const holes = (b: Bench, n: number): number[] =>
-    Array.from({ length: n }, (_, i) => b.request(VIRTIO_MEM_REQ_PLUG, at(2 * i), 1).type);
-
-  test('by mprotect: each hole is a mapping more; at the limit a request is BUSY and changes nothing (H14, H64)', () => {
-    const over = { profile: 'rfc-write-protect' as const, protection: 'mprotect' as const, maxMapCount: 9 };
-    const b = bench('a VM of this host', over);
-    expect(b.device.unplugged.vmas).toBe(1);
-    // A plugged block and the gap behind it: two mappings each.
-    expect(holes(b, 5)).toEqual([...new Array<number>(4).fill(VIRTIO_MEM_RESP_ACK), VIRTIO_MEM_RESP_BUSY]);
-    expect([b.device.unplugged.vmas, b.device.plugged.count(), b.device.counters.mapCountRefusals]).toEqual([
-      8, 4, 1,
-    ]);
-    // What joins two runs makes fewer, and is always possible.
-    expect(b.request(VIRTIO_MEM_REQ_PLUG, at(1), 1).type).toBe(VIRTIO_MEM_RESP_ACK);
-    expect(b.device.unplugged.vmas).toBe(6);
-    expect(b.request(VIRTIO_MEM_REQ_UNPLUG, at(1), 1).type).toBe(VIRTIO_MEM_RESP_ACK);
-    expect(b.device.unplugged.vmas).toBe(8);
-  });
-
-  test('by userfaultfd: one mapping, whatever the holes', () => {
-    const b = bench('a VM of this host', { profile: 'rfc-write-protect', maxMapCount: 9 });
-    expect(holes(b, 8)).toEqual(new Array<number>(8).fill(VIRTIO_MEM_RESP_ACK));
-    expect([b.device.unplugged.vmas, b.device.counters.mapCountRefusals]).toEqual([1, 0]);
-  });
-
-  test('a protection fault on memory that is plugged is a false alarm: the access is let through, nothing is lost (H65)', () => {
-    const b = bench('a VM of this host', { profile: 'rfc-write-protect' });
-    const { host } = b;
-    if (host === null) throw new Error('a VM');
-    b.request(VIRTIO_MEM_REQ_PLUG, at(0), 2);
-    const [vcpu] = host.vcpus;
-    const first = at(0) / PAGE_SIZE;
-    const before = b.device.counters.refusedWrites;
-    for (let round = 0; round < 50; round++) {
-      vcpu.enterGuest();
-      for (let p = 0; p < 8; p++) {
-        if (round > 0) expect(vcpu.load32(gfn(first + p), 3)).toBe(100 * round + p);
-        vcpu.store32(gfn(first + p), 3, 100 * (round + 1) + p);
-      }
-      vcpu.leaveGuest();
-      // The kernel protects a page that nobody asked it to protect.
-      host.finish(host.vm.unmap(first + (round % 8), 1));
-    }
-    expect(host.vm.counters.eptViolations).toBeGreaterThanOrEqual(50);
-    expect([b.device.counters.refusedWrites - before, host.log.total]).toEqual([0, 0]);
-  });
 });

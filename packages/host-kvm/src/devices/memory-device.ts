@@ -8,8 +8,11 @@
  */
 import { assert, Bitmap, PAGE_SIZE } from '@ebb/machine';
 import {
+  EBB_MEM_F_EXCHANGE,
   EBB_MEM_F_MORE,
+  EBB_MEM_REQ_EXCHANGE,
   EBB_MEM_REQ_MORE,
+  EBB_MEM_REQ_TO_OFFSET,
   Features,
   MEM_CFG_BYTES,
   MEM_QUEUE_REQUEST,
@@ -79,6 +82,8 @@ export interface MemoryDeviceOptions {
   readonly trace?: (line: string) => void;
   /** Offers `EBB_MEM_F_MORE`: bytes granted, of those a guest asks for beyond what is requested of it; 0 denies. */
   readonly grant?: (bytes: number) => number;
+  /** Offers `EBB_MEM_F_EXCHANGE`. */
+  readonly exchanges?: boolean;
   /** Told of each request with its answer. */
   readonly onRequest?: (request: MemoryRequest) => void;
   /** Told when the plugged size has changed. */
@@ -86,8 +91,8 @@ export interface MemoryDeviceOptions {
 }
 
 export const MEMORY_REQUESTS = ['PLUG', 'UNPLUG', 'UNPLUG_ALL', 'STATE'] as const;
-/** Beside those of the specification: the guest asks for more (row H37). */
-type RequestType = (typeof MEMORY_REQUESTS)[number] | 'MORE';
+/** Beside those of the specification: the guest asks for more (row H37), or trades blocks (H44). */
+type RequestType = (typeof MEMORY_REQUESTS)[number] | 'MORE' | 'EXCHANGE';
 export const MEMORY_ANSWERS = ['ACK', 'NACK', 'BUSY', 'ERROR'] as const;
 
 /** A request as it was answered. `addr` is guest-physical. */
@@ -104,6 +109,7 @@ export interface MemoryDeviceCounters extends Refusals {
   unplugAllRequests: number;
   stateRequests: number;
   moreRequests: number;
+  exchangeRequests: number;
   acks: number;
   nacks: number;
   busys: number;
@@ -130,6 +136,7 @@ export class MemoryDevice implements VirtioDevice {
     unplugAllRequests: 0,
     stateRequests: 0,
     moreRequests: 0,
+    exchangeRequests: 0,
     acks: 0,
     nacks: 0,
     busys: 0,
@@ -164,8 +171,9 @@ export class MemoryDevice implements VirtioDevice {
   #host: DeviceHost | null = null;
   #queue: SplitDeviceQueue | null = null;
   readonly #grant: ((bytes: number) => number) | undefined;
-  /** `EBB_MEM_F_MORE` was negotiated. */
+  /** `EBB_MEM_F_MORE` was negotiated, and `EBB_MEM_F_EXCHANGE`. */
   #mayAsk = false;
+  #mayTrade = false;
 
   /** `judgeMemoryDevice` says beforehand whether the figures are possible. */
   constructor(options: MemoryDeviceOptions) {
@@ -176,6 +184,7 @@ export class MemoryDevice implements VirtioDevice {
       VIRTIO_MEM_F_ACPI_PXM,
       VIRTIO_MEM_F_PERSISTENT_SUSPEND,
       ...(options.grant === undefined ? [] : [EBB_MEM_F_MORE]),
+      ...(options.exchanges === true ? [EBB_MEM_F_EXCHANGE] : []),
       ...(this.profile === 'inaccessible' ? [VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE] : []),
       VIRTIO_F_INDIRECT_DESC,
       VIRTIO_F_EVENT_IDX,
@@ -218,6 +227,7 @@ export class MemoryDevice implements VirtioDevice {
   }
   activate(queues: readonly (SplitDeviceQueue | null)[], features: Features): void {
     this.#mayAsk = features.has(EBB_MEM_F_MORE);
+    this.#mayTrade = features.has(EBB_MEM_F_EXCHANGE);
     this.#queue = queues[MEM_QUEUE_REQUEST] ?? null;
   }
   kick(_index: number): void {
@@ -296,16 +306,20 @@ export class MemoryDevice implements VirtioDevice {
         }
         const view = new DataView(request.buffer);
         const type = view.getUint16(0, true);
-        const known = type <= VIRTIO_MEM_REQ_STATE || (type === EBB_MEM_REQ_MORE && this.#mayAsk);
+        const known =
+          type <= VIRTIO_MEM_REQ_STATE ||
+          (type === EBB_MEM_REQ_MORE && this.#mayAsk) ||
+          (type === EBB_MEM_REQ_EXCHANGE && this.#mayTrade);
         if (!known) {
           this.#host?.needsReset(`unknown request type ${type}`);
           return;
         }
         const addr = view.getUint32(8, true) + view.getUint32(12, true) * 0x1_0000_0000;
         const nbBlocks = view.getUint16(16, true);
-        const { answer, state, cost } = yield* this.#request(type, addr, nbBlocks);
+        const to = this.addr + view.getUint32(EBB_MEM_REQ_TO_OFFSET, true) * this.blockBytes;
+        const { answer, state, cost } = yield* this.#request(type, addr, nbBlocks, to);
         this.#onRequest?.({
-          type: MEMORY_REQUESTS[type] ?? 'MORE',
+          type: MEMORY_REQUESTS[type] ?? (type === EBB_MEM_REQ_MORE ? 'MORE' : 'EXCHANGE'),
           addr,
           nbBlocks,
           response: MEMORY_ANSWERS[answer],
@@ -345,6 +359,7 @@ export class MemoryDevice implements VirtioDevice {
     type: number,
     addr: number,
     nrBlocks: number,
+    to: number,
   ): Generator<TaskYield, { answer: number; state: number; cost: number }, void> {
     const { counters } = this;
     const { exitNs, discardLeafNs } = this.#port.costs;
@@ -355,7 +370,7 @@ export class MemoryDevice implements VirtioDevice {
       case VIRTIO_MEM_REQ_PLUG:
         counters.plugRequests++;
         this.#trace?.(`virtio_mem_plug_request addr=0x${addr.toString(16)} nb_blocks=${nrBlocks}`);
-        answer = yield* this.#plug(addr, nrBlocks);
+        answer = yield* this.#plug(addr, nrBlocks, this.requestedBytes);
         this.lastAnswer = answer;
         break;
       case VIRTIO_MEM_REQ_UNPLUG:
@@ -381,6 +396,11 @@ export class MemoryDevice implements VirtioDevice {
       case EBB_MEM_REQ_MORE:
         counters.moreRequests++;
         answer = this.#more(nrBlocks * this.blockBytes);
+        break;
+      case EBB_MEM_REQ_EXCHANGE:
+        counters.exchangeRequests++;
+        answer = yield* this.#exchange(addr, nrBlocks, to);
+        cost += discardLeafNs;
         break;
     }
     return { answer, state, cost };
@@ -419,9 +439,24 @@ export class MemoryDevice implements VirtioDevice {
     return plugged === 0 ? VIRTIO_MEM_STATE_UNPLUGGED : VIRTIO_MEM_STATE_MIXED;
   }
 
-  *#plug(addr: number, nrBlocks: number): Generator<TaskYield, number, void> {
+  /**
+   * Plugs blocks for others that go. Both are plugged for a moment: the size that is told is the one before, then the one
+   * after, which are the same.
+   */
+  *#exchange(from: number, nrBlocks: number, to: number): Generator<TaskYield, number, void> {
+    if (!this.#valid(from, nrBlocks) || this.#stateOf(from, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED)
+      return VIRTIO_MEM_RESP_ERROR;
+    const taken = yield* this.#plug(to, nrBlocks, this.requestedBytes + nrBlocks * this.blockBytes);
+    if (taken !== VIRTIO_MEM_RESP_ACK) return taken;
+    const given = yield* this.#unplug(from, nrBlocks);
+    if (given !== VIRTIO_MEM_RESP_ACK) yield* this.#unplug(to, nrBlocks);
+    return given;
+  }
+
+  /** `limit`: the size that must not be exceeded. */
+  *#plug(addr: number, nrBlocks: number, limit: number): Generator<TaskYield, number, void> {
     if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
-    if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;
+    if (this.#size + nrBlocks * this.blockBytes > limit) return VIRTIO_MEM_RESP_NACK;
     if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_UNPLUGGED) return VIRTIO_MEM_RESP_ERROR;
     if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;
     const first = this.#first(addr);

@@ -14,6 +14,15 @@ export const VIRTIO_MEM_F_PERSISTENT_SUSPEND = 2;
 export const EBB_MEM_F_MORE = 23;
 export const EBB_MEM_REQ_MORE = 0x8000;
 
+/**
+ * Ebb's own, proposed in 2017 and never specified (rows H44, H63): the guest trades plugged blocks for as many unplugged ones
+ * in one step, so that its size never changes. A request of type `EBB_MEM_REQ_EXCHANGE`: `addr` and `nb_blocks` are what it
+ * gives, the last four bytes the first block it takes, counted from the region's start (le32). ACK, BUSY or ERROR.
+ */
+export const EBB_MEM_F_EXCHANGE = 22;
+export const EBB_MEM_REQ_EXCHANGE = 0x8001;
+export const EBB_MEM_REQ_TO_OFFSET = 20;
+
 /** Config space, 56 bytes, all read-only to the driver. */
 export const MEM_CFG_BLOCK_SIZE = 0;
 export const MEM_CFG_NODE_ID = 8;

@@ -16,6 +16,7 @@ const QMP = 'packages/host-kvm/src/vmm/monitor/qmp.ts';
 const QOM = 'packages/host-kvm/src/vmm/monitor/qom.ts';
 
 const DEVICE_TEST = test('host-kvm/src/devices/memory-device.test.ts');
+const UNPLUGGED_TEST = test('host-kvm/src/devices/unplugged-memory.test.ts');
 const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
 const DRIVER_MODEL = test('guest-kernel/src/drivers/virtio-mem.property.test.ts');
 const FIDELITY = test('harness/src/memory-device/fidelity.test.ts');
@@ -27,7 +28,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'plug-beyond-request',
     DEVICE,
-    '    if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;\n',
+    '    if (this.#size + nrBlocks * this.blockBytes > limit) return VIRTIO_MEM_RESP_NACK;\n',
     '',
     'QEMU: a plug beyond the requested size is a NACK',
     DEVICE_TEST,
@@ -110,7 +111,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     "    else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, nrBlocks * pages);\n",
     '',
     'H11: the page of zeros stays mapped where memory has come',
-    DEVICE_TEST,
+    UNPLUGGED_TEST,
   ),
   fault(
     'reset-leaves-holes',
@@ -126,7 +127,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'const writable = (slot.flags & KVM_MEM_READONLY) === 0 && !zeros;',
     'const writable = (slot.flags & KVM_MEM_READONLY) === 0;',
     'H12: the shared page of zeros is written to',
-    DEVICE_TEST,
+    UNPLUGGED_TEST,
   ),
   fault(
     'gate-open',
@@ -134,7 +135,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     "const verdict = this.#gates.length === 0 ? 'memory' : this.#verdict(gfn, write);",
     "const verdict = this.#gates.length >= 0 ? 'memory' : this.#verdict(gfn, write);",
     'I2: a profile that promises and does not keep',
-    DEVICE_TEST,
+    UNPLUGGED_TEST,
   ),
   fault(
     'dma-into-unplugged',
@@ -142,7 +143,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     "    return verdict === 'zeros' || verdict === 'nothing' ? null : slot;\n",
     '    return slot;\n',
     '5.15.6: no DMA to unplugged memory',
-    DEVICE_TEST,
+    UNPLUGGED_TEST,
   ),
 
   fault(
@@ -151,7 +152,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '    if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;\n',
     '    if (this.busy) return VIRTIO_MEM_RESP_BUSY;\n',
     'H64: more mappings than an address space may have',
-    DEVICE_TEST,
+    UNPLUGGED_TEST,
   ),
 
   // ── Driver ──
@@ -426,5 +427,23 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '    if (at + ALIGN <= other.addr) break;\n    at = Math.max(at, Math.ceil((other.addr + other.bytes) / ALIGN) * ALIGN);',
     'a DIMM is put where another device is',
     MONITOR,
+  ),
+
+  // ── Exchange ──
+  fault(
+    'exchange-not-undone',
+    DEVICE,
+    '    if (given !== VIRTIO_MEM_RESP_ACK) yield* this.#unplug(to, nrBlocks);\n',
+    '',
+    'H44: a guest is left with more than it had',
+    test('host-kvm/src/devices/memory-device-variants.test.ts'),
+  ),
+  fault(
+    'exchange-of-nothing',
+    DEVICE,
+    '    if (!this.#valid(from, nrBlocks) || this.#stateOf(from, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED)\n      return VIRTIO_MEM_RESP_ERROR;\n',
+    '',
+    'H44: who gives nothing must get nothing, not for a moment',
+    test('host-kvm/src/devices/memory-device-variants.test.ts'),
   ),
 ];
