@@ -103,6 +103,8 @@ export class AcpiMemory {
     // `check_hotplug_memory_range`: whole memory blocks, or nothing.
     if (first % sectionPages !== 0 || pages % sectionPages !== 0 || first + pages > this.#maxPfn)
       return false;
+    // In use since boot, by the firmware's map (`-EEXIST`).
+    if (this.#hotplug.isAdded(first)) return true;
     const node = this.#read(ACPI_MEM_NODE);
     const group = DIMM_GROUPS + slot;
     this.#hotplug.registerGroup(group, node, pages);

@@ -167,14 +167,16 @@ export function powerOn(options: PowerOn): RunningVm {
     if (plugged > 0) runToEnd(slots.activate(baseGfn, plugged));
     return slots;
   };
+  const regionFiles: (MemFile | null)[] = [];
   const memory = (spec.memoryDevices ?? []).map((region, i) => {
-    const regionFile = newFile(region.id, region.regionBytes / PAGE_SIZE);
-    files.push(regionFile);
+    const regionFile = region.anyMemory === true ? null : newFile(region.id, region.regionBytes / PAGE_SIZE);
+    regionFiles.push(regionFile);
+    if (regionFile !== null) files.push(regionFile);
     const device = memoryDevice(
       region,
       vm,
       port,
-      regionPort(region, i, regionFile),
+      regionFile === null ? wholeRegion(vm, file.granularity * PAGE_SIZE) : regionPort(region, i, regionFile),
       assigned,
       tracing,
       options.watch,
@@ -194,6 +196,7 @@ export function powerOn(options: PowerOn): RunningVm {
     balloon,
     block,
     memory,
+    regionFiles,
     transports,
     policyDue: options.policyDue,
     targets: [...(spec.balloonTargets ?? [])],
@@ -302,11 +305,12 @@ function bootBlocks(spec: VmSpec, backing: Backing): number {
 
 /**
  * Where boot memory is. A capture touches pages its map does not name, so all but the hole at 640 KiB is memory; a guest
- * with memory devices has the firmware's map, with the hole below 4 GiB; one whose upper memory is a region has the rest.
+ * with memory devices has the firmware's map, with the hole below 4 GiB; one whose upper memory is a region has the rest. DIMMs
+ * are never part of it.
  */
 function bootRanges(spec: VmSpec, nrBlocks: number): (readonly [number, number])[] {
   const [region] = spec.memoryDevices ?? [];
-  if (region !== undefined && spec.guest.hotplug?.adopts === 'in-place') {
+  if (region?.anyMemory !== true && region !== undefined && spec.guest.hotplug?.adopts === 'in-place') {
     const [from, to] = [region.addr / PAGE_SIZE, (region.addr + region.regionBytes) / PAGE_SIZE];
     return (
       [
@@ -316,7 +320,19 @@ function bootRanges(spec: VmSpec, nrBlocks: number): (readonly [number, number])
       ] as const
     ).filter(([a, b]) => a < b);
   }
-  if (spec.guest.hotplug !== undefined) return spec.guest.e820.map(({ start, end }) => [start, end] as const);
+  if (spec.guest.hotplug !== undefined) {
+    // What the firmware's map names beside DIMMs, which are in slots of their own.
+    let ranges = spec.guest.e820.map(({ start, end }) => [start, end] as const);
+    for (const { addr, bytes } of spec.dimms?.plugged ?? []) {
+      const [from, to] = [addr / PAGE_SIZE, (addr + bytes) / PAGE_SIZE];
+      const beside = ranges.flatMap(([a, b]) => [
+        [a, Math.min(b, from)] as const,
+        [Math.max(a, to), b] as const,
+      ]);
+      ranges = beside.filter(([a, b]) => a < b);
+    }
+    return ranges;
+  }
   return (
     [
       [0, Math.min(VGA_HOLE_START, nrBlocks)],

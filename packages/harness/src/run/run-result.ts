@@ -81,7 +81,10 @@ interface MemoryDeviceResult {
   readonly requested: number;
   readonly plugged: number;
   readonly usable: number;
+  /** Host bytes behind its region; 0 where it has no memory of its own. */
   readonly host: number;
+  /** Mappings that the VMM's protection of unplugged memory takes. */
+  readonly vmas: number;
   readonly counters: Readonly<MemoryDeviceCounters>;
 }
 
@@ -117,6 +120,8 @@ export interface RunningVm {
   readonly balloon: BalloonDevice | null;
   readonly block: BlockDevice | null;
   readonly memory: readonly MemoryDevice[];
+  /** Their memory, if it is their own. */
+  readonly regionFiles: readonly (MemFile | null)[];
   readonly transports: MmioTransport[];
   policyDue: number;
   targets: (readonly [number, number])[];
@@ -256,7 +261,8 @@ export function vmResult(
       requested: device.requestedBytes,
       plugged: device.pluggedBytes,
       usable: device.usableBytes,
-      host: running.files[1 + i].assigned * PAGE_SIZE,
+      host: (running.regionFiles[i]?.assigned ?? 0) * PAGE_SIZE,
+      vmas: device.unplugged.vmas,
       counters: { ...device.counters },
     })),
     assigned: running.assigned === null ? null : { ...running.assigned.counters },

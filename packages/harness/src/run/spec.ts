@@ -80,6 +80,11 @@ export interface MemoryDeviceSpec {
   readonly grants?: boolean;
   /** The guest may trade blocks (row H44). */
   readonly exchanges?: boolean;
+  /**
+   * It has no memory of its own: its region is boot memory and DIMMs that are there, all of which it may take (row H57). With
+   * a guest that adopts in place.
+   */
+  readonly anyMemory?: boolean;
   readonly profile: MemoryProfile;
 }
 

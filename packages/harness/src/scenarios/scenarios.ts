@@ -13,6 +13,7 @@ import {
   VIRTIO_BALLOON_F_STATS_VQ,
 } from '@ebb/virtio/uapi';
 import { DIMM_SCENARIOS } from './dimms.ts';
+import { ANY_MEMORY_SCENARIOS } from './any-memory.ts';
 import { MEMORY_DEVICE_SCENARIOS } from './memory-device.ts';
 import { REBOOT_SCENARIOS } from './reboot-elsewhere.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
@@ -292,6 +293,7 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   },
   ...MEMORY_DEVICE_SCENARIOS,
+  ...ANY_MEMORY_SCENARIOS,
   ...REBOOT_SCENARIOS,
   ...UNPLUGGED_MEMORY_SCENARIOS,
   ...DIMM_SCENARIOS,

@@ -147,6 +147,7 @@ export class MemoryDevice implements VirtioDevice {
     refusedWrites: 0,
     refusedReads: 0,
     zeroReads: 0,
+    letThrough: 0,
     mapCountRefusals: 0,
   };
   /** One bit per block. */

@@ -24,6 +24,8 @@ export interface Refusals {
   refusedReads: number;
   /** Reads that met a page of zeros. */
   zeroReads: number;
+  /** Faults on plugged memory, which the verdict let through (H65). */
+  letThrough: number;
   /** Requests that would have made more mappings than the VMM's address space may have. */
   mapCountRefusals: number;
 }
@@ -65,7 +67,10 @@ export class UnpluggedMemory implements RegionGate {
   /** What an access to page `gfn` of the region meets. Asked at a violation and before a device touches memory. */
   verdict(gfn: number, write: boolean): Verdict {
     if (this.#profile === 'qemu') return 'memory';
-    if (this.#plugged.has(Math.floor((gfn - this.baseGfn) / this.unitPages))) return 'memory';
+    if (this.#plugged.has(Math.floor((gfn - this.baseGfn) / this.unitPages))) {
+      this.#count.letThrough++;
+      return 'memory';
+    }
     if (this.#profile === 'scribble') return 'scribbled';
     if (write) {
       this.#count.refusedWrites++;
