@@ -7,9 +7,14 @@
  * | `R device offset width` | a number | register read |
  * | `W device offset width value` | `ok` | register write; answered when the device has done what it caused |
  * | `S device bytes` | `ok` | the host asks for a size: of the memory device, or left by the balloon |
- * | | `! device` | the device's interrupt line was raised (before the answer that follows) |
+ * | `stats` | `ok` | the balloon asks for statistics |
+ * | `hint start`, `hint stop` | `ok`, pages | a round of free page hinting |
+ * | `reset` | `ok` | the machine is reset: both devices, and what is plugged goes |
+ * | `figures` | JSON | sizes asked for and reached, statistics |
+ * | | `! device`, `~ device` | the device's interrupt line was raised, or fell (before the answer that follows) |
  *
  * Device 0 is the memory device, 1 the balloon; numbers are decimal or 0x-hexadecimal. Anything else is answered `error`.
+ * `qemu/bridge.ts` carries a stock QEMU's accesses here.
  *
  *     node --conditions=ebb-source packages/harness/src/examples/foreign-guest.ts RAM-FILE SOCKET REGION-ADDR REGION-BYTES
  */
@@ -20,7 +25,7 @@ import { pathToFileURL } from 'node:url';
 import { BalloonDevice, HostTasks, MemoryDevice, type DevicePort, type TaskYield } from '@ebb/host-kvm';
 import { COST_TABLE, freeSchedule, MiB, PAGE_SIZE } from '@ebb/machine';
 import { MmioTransport } from '@ebb/virtio/device';
-import { VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_STATS_VQ } from '@ebb/virtio/uapi';
+import { MMIO_INTERRUPT_STATUS } from '@ebb/virtio/uapi';
 import { FileMemory } from './file-memory.ts';
 
 export interface ForeignGuestOptions {
@@ -28,6 +33,8 @@ export interface ForeignGuestOptions {
   readonly ram: string;
   readonly regionAddr: number;
   readonly regionBytes: number;
+  /** Features of the balloon; all without it. */
+  readonly balloonFeatures?: readonly number[];
 }
 
 /** The two devices behind lines of text; `tell` hears of interrupts. */
@@ -37,8 +44,12 @@ export class ForeignGuest {
   readonly balloon: BalloonDevice;
   readonly #transports: readonly MmioTransport[];
   readonly #tasks = new HostTasks(freeSchedule);
+  readonly #tell: (line: string) => void;
+  /** Devices whose line is up. */
+  readonly #raised = new Set<number>();
 
   constructor(options: ForeignGuestOptions, tell: (line: string) => void) {
+    this.#tell = tell;
     const memory = new FileMemory(openSync(options.ram, 'r+'));
     const port: DevicePort = {
       spawn: (name, body) => void this.#tasks.spawn(name, body),
@@ -68,9 +79,11 @@ export class ForeignGuest {
     });
     this.balloon = new BalloonDevice({
       port,
-      features: [VIRTIO_BALLOON_F_STATS_VQ, VIRTIO_BALLOON_F_REPORTING],
+      ...(options.balloonFeatures === undefined ? {} : { features: options.balloonFeatures }),
       memory: {
         ramPages: options.regionAddr / PAGE_SIZE,
+        // Linux takes movable pages first, and plugged memory may be all of that.
+        endPfn: (options.regionAddr + options.regionBytes) / PAGE_SIZE,
         unitPages: 1,
         *discard(runs, nrRuns) {
           let freed = 0;
@@ -86,6 +99,7 @@ export class ForeignGuest {
           memory,
           interrupt: () => {
             memory.flush();
+            this.#raised.add(line);
             tell(`! ${line}`);
           },
         }),
@@ -95,32 +109,71 @@ export class ForeignGuest {
   /** Carries one line out; the answer. */
   line(text: string): string {
     const [command, ...words] = text.trim().split(/\s+/);
-    const [device, ...numbers] = words.map(Number);
-    const transport = this.#transports[device];
-    if (transport === undefined || numbers.some((n) => !Number.isFinite(n))) return 'error';
+    const answer =
+      command === 'R' || command === 'W' || command === 'S'
+        ? this.#toDevice(command, words.map(Number))
+        : this.#toHost(text.trim());
+    this.#lower();
+    return answer;
+  }
+
+  #toDevice(command: 'R' | 'W' | 'S', [device = -1, ...numbers]: readonly number[]): string {
+    const transport = this.#transports.at(device);
+    if (transport === undefined || device < 0 || numbers.some((n) => !Number.isFinite(n))) return 'error';
     const [offset = 0, width = 0, value = 0] = numbers;
-    switch (command) {
-      case 'R':
-        return `0x${transport.read(offset, width).toString(16)}`;
-      case 'W':
-        transport.write(offset, width, value);
-        this.#work();
-        return 'ok';
-      case 'S':
-        if (device === 1) this.balloon.setTarget(offset);
-        else if (offset % (2 * MiB) === 0 && offset <= this.device.regionBytes)
-          this.device.setRequested(offset);
-        else return 'error';
-        return 'ok';
+    if (command === 'R') return `0x${transport.read(offset, width).toString(16)}`;
+    if (command === 'W') transport.write(offset, width, value);
+    else if (device === 1) this.balloon.setTarget(offset);
+    else if (offset % (2 * MiB) === 0 && offset <= this.device.regionBytes) this.device.setRequested(offset);
+    else return 'error';
+    this.#work();
+    return 'ok';
+  }
+
+  #toHost(request: string): string {
+    let done = true;
+    switch (request) {
+      case 'stats':
+        done = this.balloon.requestStats();
+        break;
+      case 'hint start':
+        done = this.balloon.startHinting();
+        break;
+      case 'hint stop':
+        return String(this.balloon.stopHinting().count());
+      case 'reset':
+        for (const transport of this.#transports) transport.reset();
+        this.#tasks.spawn('reset', this.device.systemReset('virtio-1.2'));
+        break;
+      case 'figures': {
+        const { requestedBytes, pluggedBytes } = this.device;
+        return JSON.stringify({
+          requestedBytes,
+          pluggedBytes,
+          balloonPages: this.balloon.actual,
+          stats: this.balloon.stats,
+        });
+      }
       default:
-        return 'error';
+        done = false;
     }
+    this.#work();
+    return done ? 'ok' : 'error';
   }
 
   /** Lets the devices work until nothing is left to do. */
   #work(): void {
     while (this.#tasks.step());
     this.memory.flush();
+  }
+
+  /** Level-triggered lines fall when nothing is pending any more. */
+  #lower(): void {
+    for (const line of this.#raised) {
+      if (this.#transports[line].read(MMIO_INTERRUPT_STATUS, 4) !== 0) continue;
+      this.#raised.delete(line);
+      this.#tell(`~ ${line}`);
+    }
   }
 }
 
