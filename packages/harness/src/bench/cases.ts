@@ -366,14 +366,15 @@ export function pointCost(): number {
   return best;
 }
 
-/** Controlled executions of the invalidation property: per second over all cores, and points in each. */
+/** Controlled executions of a property: per second over all cores, and points in each. */
 export async function executions(
+  property: 'invalidation' | 'queue',
   strategy: 'random' | 'pct',
 ): Promise<{ perSecond: number; points: number; pointsPerSecond: number }> {
   const milliseconds = 6000;
   const result = await fuzz(
     {
-      properties: ['invalidation'],
+      properties: [property],
       runs: 0,
       milliseconds,
       seed: 1,

@@ -21,12 +21,15 @@ export interface SearchOptions {
 /** Programs are drawn in batches, so that drawing costs little and run `n` needs no other run. */
 const BATCH = 16;
 const OBSERVED_RUN = 2;
+const SHARES = [1, 0.5, 0.25];
 
 export interface Run {
   readonly program: FuzzProgram;
   readonly strategy: Strategy;
   readonly seed: number;
   readonly depth: number;
+  /** Steps that PCT's change points are spread over, as a share of the property's: early ones are tried more often. */
+  readonly share: number;
   /** Whether races are looked for: in every fourth run. */
   readonly observe: boolean;
 }
@@ -59,6 +62,7 @@ export class Runs {
       strategy: strategy === 'exhaustive' ? 'none' : pct ? 'pct' : 'random',
       seed: Math.imul(this.#options.seed, 0x9e3779b1) ^ n,
       depth: 1 + (Math.floor(n / 2) % 3),
+      share: SHARES[Math.floor(n / 6) % SHARES.length],
       observe: n % 4 === OBSERVED_RUN,
     };
   }
@@ -71,7 +75,8 @@ export function execute(stage: Stage, run: Run, choices: readonly number[] = [])
 
 /** A run as the stage is to execute it; `choices` to make first. */
 export function planned(stage: Stage, run: Run, choices: readonly number[] = []): Planned {
-  return { ...run, length: stage.property.steps, choices };
+  const { share, ...rest } = run;
+  return { ...rest, length: Math.round(stage.property.steps * share), choices };
 }
 
 /**

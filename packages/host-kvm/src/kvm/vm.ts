@@ -356,6 +356,21 @@ export class Vm implements InvalidationListener {
     this.vcpus.answer(vcpu, RESULT_RETRY, 0, exitNs + faultNs + this.#zeroed[vcpu] * hostZeroPageNs);
   }
 
+  /**
+   * Maps what backs pages of RAM before a vCPU touches them (`KVM_PRE_FAULT_MEMORY`), by 4 KiB leaves. While no vCPU runs.
+   * False: the host has no frame.
+   */
+  preFault(gfn: number, count: number): boolean {
+    for (let page = gfn; page < gfn + count; page++) {
+      const slot = this.slots.find(page);
+      if (slot === null) continue;
+      const frame = slot.file.assign(slot.fileOffset + (page - slot.baseGfn), false);
+      const writable = (slot.flags & KVM_MEM_READONLY) === 0;
+      if (frame < 0 || !this.mmu.map(page, frame, 1, writable)) return false;
+    }
+    return true;
+  }
+
   #kill(vcpu: number): void {
     this.killed = true;
     this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);

@@ -29,6 +29,11 @@ export interface GuestKind {
   readonly host: readonly string[];
 }
 
+/** Nearly all memory is in use from the start, so that the cache is reclaimed; a region that goes is pressure enough. */
+export function fillsMemory(kind: GuestKind): boolean {
+  return kind.disk && kind.memory === undefined;
+}
+
 export function guestConfig(kind: GuestKind, vcpus: number): GuestConfig {
   return {
     e820: [{ start: 0, end: PAGES }],

@@ -9,6 +9,7 @@ import {
   ALLOCATED_AT_START,
   AREA_PAGES,
   COMMANDS,
+  fillsMemory,
   guestConfig,
   FREE_AT_START,
   type GuestKind,
@@ -344,8 +345,7 @@ export function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: 
         vcpu.enterGuest();
         kernel.boot();
         vcpu.leaveGuest();
-        // A region that goes is pressure enough.
-        if (kind.disk && kind.memory === undefined) hog(kernel);
+        if (fillsMemory(kind)) hog(kernel);
         if (kind.processes === true) {
           kernel.enter();
           kernel.parts.processes.create(AREA_PAGES);
