@@ -47,7 +47,7 @@ describe('invalidation', () => {
       host: [{ op: 'discard', a: 0, b: 0 }],
       cpus: [[{ op: 'store', a: 0, b: 0 }], [{ op: 'load', a: 0, b: 0 }]],
     };
-    const run = { program, strategy: 'none', seed: 1, depth: 0, observe: false } as const;
+    const run = { program, strategy: 'none', seed: 1, depth: 0, share: 1, observe: false } as const;
     const seen = new Set<string>();
     let runs = 0;
     for await (const { outcome, choices } of exhaustive(stage, run, 1)) {
