@@ -22,6 +22,20 @@ describe('faults', () => {
     vcpus[0].load32(page(1000), 0);
     expect([vm.counters.eptViolations, vm.mmu.leafLevel(700), vm.mmu.leafLevel(701)]).toEqual([2, 1, 0]);
   });
+  test('pages mapped before they are touched cause no exit; outside every slot nothing is', () => {
+    const { vm, file, vcpus } = testHost({ huge: 'never' });
+    expect(vm.preFault(100, 5)).toBe(true);
+    vcpus[0].enterGuest();
+    for (let p = 100; p < 105; p++) vcpus[0].store32(page(p), 0, p);
+    expect([vm.counters.eptViolations, file.assigned, vcpus[0].runFrame(page(104), true)]).toEqual([
+      0,
+      5,
+      file.bmap(104),
+    ]);
+    expect([vm.preFault(0xfffff, 2), file.assigned]).toEqual([true, 5]);
+    const poor = testHost({ hostBytes: 8 * MiB, ramBytes: 16 * MiB, huge: 'never' });
+    expect(poor.vm.preFault(0, 4096)).toBe(false);
+  });
   test('bmap is the EPT leaf (Y26)', () => {
     const { file, vcpus } = testHost();
     vcpus[0].enterGuest();
