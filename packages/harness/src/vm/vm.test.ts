@@ -179,6 +179,15 @@ describe('DIMMs while the machine runs (G14, G20, G47)', () => {
         'device_add pc-dimm,id=d,memdev=spare,addr=0x100000000',
         "address range conflicts with memory device id='vm0'",
       ],
+      [
+        'device_add pc-dimm,id=d,memdev=spare,node=one',
+        "Invalid parameter type for 'node', expected: integer",
+      ],
+      ['device_add pc-dimm,id=d,memdev=spare,size=1G', "Property 'pc-dimm.size' not found"],
+      [
+        'object_add memory-backend-ram,id=o,size=1G,colour=red',
+        "Property 'memory-backend-ram.colour' not found",
+      ],
       ['device_add floppy,id=d', "'floppy' is not a valid device model name"],
       ['device_del vm0', 'virtio based memory devices cannot be unplugged.'],
     ];

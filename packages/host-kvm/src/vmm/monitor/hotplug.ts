@@ -40,6 +40,25 @@ function number(value: unknown): number | undefined {
   return size?.ok === true ? size.value : undefined;
 }
 
+/** Options that a type knows; `bus` and the like mean nothing here. */
+const OBJECT_OPTIONS = [
+  'qom-type',
+  'id',
+  'size',
+  'share',
+  'merge',
+  'dump',
+  'prealloc',
+  'reserve',
+  'mem-path',
+];
+const DIMM_OPTIONS = ['driver', 'id', 'memdev', 'node', 'addr', 'bus'];
+
+function unknownOption(type: string, given: Properties, known: readonly string[]): MonitorError | null {
+  const other = Object.keys(given).find((name) => !known.includes(name));
+  return other === undefined ? null : generic(`Property '${type}.${other}' not found`);
+}
+
 export function objectAdd(machine: Machine, given: Properties): Done {
   const type = text(given['qom-type']);
   const id = text(given['id']);
@@ -47,6 +66,8 @@ export function objectAdd(machine: Machine, given: Properties): Done {
   if (id === undefined) return err(generic("Parameter 'id' is missing"));
   if (!/^memory-backend-(ram|file|memfd)$/.test(type))
     return err(generic(`Parameter 'qom-type' does not accept value '${type}'`));
+  const unknown = unknownOption(type, given, OBJECT_OPTIONS);
+  if (unknown !== null) return err(unknown);
   if (!/^[A-Za-z][\w.-]*$/.test(id)) return err(generic("Parameter 'id' expects an identifier"));
   if (machine.backends.some((b) => b.id === id))
     return err(generic(`attempt to add duplicate property '${id}' to object (type 'container')`));
@@ -78,13 +99,18 @@ export function deviceAdd(machine: Machine, given: Properties): Done {
   if (driver.startsWith('virtio-'))
     return err(generic(`Device '${driver}' can not be added here while the machine runs; give it at start`));
   if (driver !== 'pc-dimm') return err(generic(`'${driver}' is not a valid device model name`));
+  const unknown = unknownOption(driver, given, DIMM_OPTIONS);
+  if (unknown !== null) return err(unknown);
+  const numbers = ['node', 'addr'].find((name) => name in given && number(given[name]) === undefined);
+  if (numbers !== undefined)
+    return err(generic(`Invalid parameter type for '${numbers}', expected: integer`));
   const { slots } = machine;
   const memdev = text(given['memdev']);
   const backend = machine.backends.find((b) => b.id === memdev);
   if (memdev === undefined) return err(generic("'memdev' property is not set"));
   if (backend === undefined) return err(generic(`Device '${memdev}' not found`));
   if (isBusy(machine, memdev)) return err(generic(`can't use already busy memdev: ${memdev}`));
-  const node = number(given['node'] ?? 0) ?? 0;
+  const node = number(given['node']) ?? 0;
   if (node >= machine.nodes.length)
     return err(
       generic(
@@ -100,8 +126,8 @@ export function deviceAdd(machine: Machine, given: Properties): Done {
   const { range } = slots;
   const noSpace = `not enough space, currently 0x${used.toString(16)} in use of total space for memory devices 0x${range.bytes.toString(16)}`;
   if (used + backend.bytes > range.bytes) return err(generic(noSpace));
-  const addr = given['addr'] === undefined ? freeAddress(range, taken, backend.bytes) : number(given['addr']);
-  if (addr === null || addr === undefined) return err(generic(noSpace));
+  const addr = number(given['addr']) ?? freeAddress(range, taken, backend.bytes);
+  if (addr === null) return err(generic(noSpace));
   if (addr < range.addr || addr + backend.bytes > range.addr + range.bytes)
     return err(generic("can't add memory device beyond the address space for memory devices"));
   const hit = machine.memoryDevices.find(
