@@ -45,7 +45,7 @@ export class ScriptedMemory implements VirtioDevice {
   readonly deviceId: number = VIRTIO_ID_MEM;
   readonly configBytes = 56;
   readonly queueMax: readonly number[];
-  readonly offered: Features = Features.of(EBB_MEM_F_MORE, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1);
+  offered: Features = Features.of(EBB_MEM_F_MORE, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1);
   readonly idle = true;
   readonly config: DataView = new DataView(new ArrayBuffer(56));
   /** The answer to a request: an ACK if nothing else is set. */

@@ -63,7 +63,8 @@ class DriverModel {
 
   constructor(policy: Policy, offlineMax: number, answer: (type: number) => number) {
     this.#policy = policy;
-    this.#offlineMax = offlineMax;
+    // Two blocks at the least.
+    this.#offlineMax = Math.max(2, offlineMax);
     this.#answer = answer;
   }
 
@@ -261,7 +262,7 @@ const seen = new Set<string>();
 test.prop(
   [
     fc.constantFrom<Policy>('online', 'online_movable', 'auto-movable', 'offline'),
-    fc.constantFrom(2, 3, BLOCKS),
+    fc.constantFrom(1, 2, 3, BLOCKS),
     fc.array(op, { minLength: 4, maxLength: 30 }),
     fc.boolean(),
   ],

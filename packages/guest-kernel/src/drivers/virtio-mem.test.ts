@@ -1,7 +1,14 @@
 /** The virtio-mem driver against a scripted device: what its passes do when two CPUs want something of it at once. */
 import { expect, test } from 'vitest';
 import { MiB, PAGE_SIZE } from '@ebb/machine';
-import { MEM_CFG_REQUESTED_SIZE } from '@ebb/virtio/uapi';
+import {
+  EBB_MEM_F_EXCHANGE,
+  EBB_MEM_REQ_EXCHANGE,
+  Features,
+  MEM_CFG_REQUESTED_SIZE,
+  VIRTIO_F_EVENT_IDX,
+  VIRTIO_F_VERSION_1,
+} from '@ebb/virtio/uapi';
 import { H_TOTAL_PAGES } from '../layout.ts';
 import { Z_FREE } from '../mm/zone.ts';
 import { BLOCK, bring, ScriptedMemory, seconds } from './testing-memory-device.ts';
@@ -76,4 +83,28 @@ test('a queue too short for a request is no device: the guest does without, and 
   kernel.enter();
   seconds(kernel, 2);
   expect([kernel.booted, kernel.parts.mem[0].ready]).toEqual([true, false]);
+});
+
+test('blocks are traded within a kind of zone only (H44)', () => {
+  const device = new ScriptedMemory(0);
+  device.offered = Features.of(EBB_MEM_F_EXCHANGE, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1);
+  // Memory blocks of 8 MiB: one is Movable, as much as 15 % of 64 MiB allow, then one is not.
+  const guest = bring(device, { sectionPages: 2048, policy: 'auto-movable', autoMovableRatio: 15 });
+  const [kernel] = guest.kernels;
+  const { alloc, mem } = kernel.parts;
+  const resize = (bytes: number): void => {
+    device.request(bytes);
+    mem[0].interrupt();
+    seconds(kernel, 2);
+  };
+  kernel.enter();
+  resize(16 * MiB);
+  const pins = [0, 1].map((block) => (64 * MiB + block * 8 * MiB) / PAGE_SIZE + 512 + 7);
+  for (const pfn of pins) expect(alloc.allocExactly(pfn)).toBe(true);
+  resize(2 * BLOCK);
+  expect(device.plugged).toBe(2 * BLOCK);
+  for (const pfn of pins) alloc.free(pfn, 0);
+  seconds(kernel, 120);
+  // Each holds one sub-block, and neither could give it to one of its kind.
+  expect(device.seen.filter((r) => r.type === EBB_MEM_REQ_EXCHANGE)).toEqual([]);
 });

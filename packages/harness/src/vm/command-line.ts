@@ -9,7 +9,7 @@ import { VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_STATS_VQ } from '@ebb
 import { pcMemory } from '../memory-device/pc-memory.ts';
 import type { MemoryDeviceSpec, VmSpec } from '../run/spec.ts';
 import { UserError } from '../trace/trace.ts';
-import { fields, size, whole, type Fields } from './option-fields.ts';
+import { fields, onlyKnown, size, whole, type Fields } from './option-fields.ts';
 import { placeDevices, placeDimms, placeNodes } from './place-memory.ts';
 
 /** Where a monitor listens. */
@@ -87,10 +87,11 @@ export function parseCommandLine(args: readonly string[]): VmDescription {
     const name = args[i].replace(/^--?/, '');
     if (!args[i].startsWith('-') || name === '')
       throw new UserError(`${args[i]}: not an option; see ebb vm --help`);
-    const values = IGNORED[name] ?? 1;
+    const isIgnored = Object.hasOwn(IGNORED, name);
+    const values = isIgnored ? IGNORED[name] : 1;
     const value = values === 0 ? '' : args[++i];
     if (value === undefined) throw new UserError(`-${name}: needs a value`);
-    if (name in IGNORED) {
+    if (isIgnored) {
       if (!ignored.includes(`-${name}`)) ignored.push(`-${name}`);
     } else given.push([name, value]);
   }
@@ -122,10 +123,15 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
         break;
       case 'm': {
         const f = fields(value, 'size');
+        onlyKnown('m', f, ['size', 'maxmem', 'slots']);
         bootBytes = size('m', f.get('size'), true);
         if (bootBytes < MIN_BOOT || bootBytes % (2 * MiB) !== 0)
           throw new UserError(`-m ${value}: give 64M or more, in steps of 2 MiB`);
         if (f.has('maxmem')) maxBytes = size('m maxmem', f.get('maxmem'), true);
+        if (f.has('maxmem') && maxBytes < bootBytes)
+          throw new UserError(
+            `-m ${value}: invalid value of maxmem: maximum memory size (0x${maxBytes.toString(16)}) must be at least the initial memory size (0x${bootBytes.toString(16)})`,
+          );
         if (f.has('slots')) slots = whole('m slots', f.get('slots'));
         if (slots > MAX_DIMMS) throw new UserError(`-m ${value}: give at most ${MAX_DIMMS} slots`);
         break;
@@ -196,7 +202,7 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
           noStdio = true;
           break;
         }
-        if (where !== 'stdio' && !where.startsWith('unix:'))
+        if (where !== 'stdio' && !/^unix:[^,]+/.test(where))
           throw new UserError(`-${option} ${value}: give stdio or unix:PATH`);
         monitors.push({ mode, socket: where === 'stdio' ? null : where.slice(5) });
         break;
@@ -205,6 +211,8 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
         throw new UserError(`-${option}: unknown option; see ebb vm --help`);
     }
   }
+  if (monitors.filter((m) => m.socket === null).length > 1)
+    throw new UserError('-monitor, -qmp: cannot use stdio by multiple monitors');
   const isRfc = backends.some((b) => b.isResizable);
   const nodes = placeNodes(numa, backends, bootBytes, vcpus);
   if (balloon !== null && isRfc) ignore('-device virtio-balloon-pci (the RFC has none)');
@@ -219,6 +227,13 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
     slots,
     nodes: nodes.length,
   });
+  const ids = [
+    ...devices.map((d) => d.id),
+    ...dimms.map((d) => d.dimm.id),
+    ...(balloon === null ? [] : [balloon]),
+  ];
+  const twice = ids.find((id, i) => ids.indexOf(id) !== i);
+  if (twice !== undefined) throw new UserError(`-device: Duplicate device ID '${twice}'`);
   const ends = [...devices.map((d) => d.addr + d.regionBytes), slots > 0 ? from + deviceRange.bytes : 0];
   const end = Math.max(memory.end, ...ends.map((e) => e / PAGE_SIZE));
   const guest: GuestConfig = {

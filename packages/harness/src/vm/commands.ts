@@ -152,6 +152,10 @@ export function heldBlocks(description: VmDescription, hold: string | undefined)
   if (device === undefined) throw new UserError(`--hold ${hold ?? ''}: no memory device '${id ?? ''}'`);
   if (bytes % SUB_BLOCK !== 0 || bytes > device.regionBytes)
     throw new UserError(`--hold ${hold ?? ''}: give a multiple of 2M that the region has`);
+  if (bytes > device.requestedBytes)
+    throw new UserError(
+      `--hold ${hold ?? ''}: only ${formatBytes(device.requestedBytes)} are plugged at the start; give requested-size=`,
+    );
   return Array.from({ length: bytes / SUB_BLOCK }, (_, i) => (device.addr + i * SUB_BLOCK) / PAGE_SIZE);
 }
 

@@ -85,7 +85,8 @@ export async function listen(
       for (const socket of sockets) socket.destroySoon();
       server.close();
     };
-    server.listen(path, () => resolve({ close }));
+    // As a path: a number alone would be a TCP port.
+    server.listen({ path }, () => resolve({ close }));
   });
 }
 

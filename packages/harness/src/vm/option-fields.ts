@@ -34,3 +34,9 @@ export function whole(option: string, text: string | undefined): number {
     throw new UserError(`-${option}: '${text ?? ''}' is not a whole number`);
   return value;
 }
+
+/** A name that an option does not have is the user's mistake. */
+export function onlyKnown(option: string, given: Fields, known: readonly string[]): void {
+  for (const name of given.keys())
+    if (!known.includes(name)) throw new UserError(`-${option}: Property '${name}' not found`);
+}

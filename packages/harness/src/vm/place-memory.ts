@@ -10,7 +10,19 @@ import {
 import { MiB, PAGE_SIZE } from '@ebb/machine';
 import type { MemoryDeviceSpec } from '../run/spec.ts';
 import { UserError } from '../trace/trace.ts';
-import { size, whole, type Fields } from './option-fields.ts';
+import { onlyKnown, size, whole, type Fields } from './option-fields.ts';
+
+/** What `-device` takes for each; `bus` and the like mean nothing here. */
+const PLACES = ['driver', 'id', 'bus', 'addr', 'memdev', 'node'];
+const MEMORY_DEVICE = [
+  ...PLACES,
+  'memaddr',
+  'requested-size',
+  'block-size',
+  'unplugged-inaccessible',
+  'dynamic-memslots',
+  'prealloc',
+];
 
 /** `0`, `0-1`, `0,2`. */
 function cpuList(text: string | undefined, vcpus: number): number[] {
@@ -72,6 +84,12 @@ export function placeDevices(
   return given.map((f, i) => {
     const id = f.get('id') ?? `vm${i}`;
     const option = `device virtio-mem-pci,id=${id}`;
+    onlyKnown(option, f, MEMORY_DEVICE);
+    const inaccessible = f.get('unplugged-inaccessible') ?? 'auto';
+    if (!['on', 'off', 'auto'].includes(inaccessible))
+      throw new UserError(
+        `-${option}: Parameter 'unplugged-inaccessible' does not accept value '${inaccessible}'`,
+      );
     if (used.has(`device ${id}`)) throw new UserError(`-${option}: Duplicate device ID '${id}'`);
     const memdev = f.get('memdev');
     if (memdev === undefined) throw new UserError(`-${option}: 'memdev' property is not set`);
@@ -99,7 +117,7 @@ export function placeDevices(
         : 0;
     const profile: MemoryProfile = where.isRfc
       ? 'rfc-write-protect'
-      : f.get('unplugged-inaccessible') === 'on'
+      : inaccessible === 'on'
         ? 'inaccessible'
         : 'qemu';
     const spec = { id, addr, regionBytes: backend.bytes, blockBytes, node, requestedBytes, profile, memdev };
@@ -132,6 +150,7 @@ export function placeDimms(
   for (const f of given) {
     const id = f.get('id') ?? `dimm${placed.length}`;
     const option = `device pc-dimm,id=${id}`;
+    onlyKnown(option, f, PLACES);
     const memdev = f.get('memdev');
     if (memdev === undefined) throw new UserError(`-${option}: 'memdev' property is not set`);
     const backend = backends.find((b) => b.id === memdev);

@@ -188,6 +188,15 @@ describe('DIMMs while the machine runs (G14, G20, G47)', () => {
         'object_add memory-backend-ram,id=o,size=1G,colour=red',
         "Property 'memory-backend-ram.colour' not found",
       ],
+      [
+        'device_add pc-dimm,id=d,memdev=spare,addr=0x110000000',
+        "address range conflicts with memory device id='vm0'",
+      ],
+      [
+        'device_add pc-dimm,id=d,memdev=spare,node=-1',
+        "Invalid parameter type for 'node', expected: integer",
+      ],
+      ['device_add pc-dimm,id=7,memdev=spare', "Parameter 'id' expects an identifier"],
       ['device_add floppy,id=d', "'floppy' is not a valid device model name"],
       ['device_del vm0', 'virtio based memory devices cannot be unplugged.'],
     ];
@@ -197,6 +206,16 @@ describe('DIMMs while the machine runs (G14, G20, G47)', () => {
       /^Error: not enough space, currently 0x28000000 /,
     );
     expect(await ask('info memory-devices')).toBe(before);
+  });
+
+  test('a node that is none is refused in QMP, too; the guest lives on', async () => {
+    const dimm = { driver: 'pc-dimm', id: 'd', memdev: 'spare' };
+    const wrong = { error: { desc: "Invalid parameter type for 'node', expected: integer" } };
+    expect(await qmp('device_add', { ...dimm, node: -1 })).toMatchObject(wrong);
+    expect(await qmp('device_add', { ...dimm, toString: 1 })).toMatchObject({
+      error: { desc: "Parameter 'toString' is unexpected" },
+    });
+    expect(await ask('info status')).toBe('VM status: running\n');
   });
 
   test('the fourth of three slots is refused', async () => {
@@ -325,6 +344,17 @@ describe('a QMP conversation', () => {
     ]);
   });
 
+  test('a line with a word too many changes nothing; JSON keeps its quotes; sizes may be hexadecimal', async () => {
+    const before = await command('query-memory-devices');
+    const hmp = (line: string): Promise<string> => loop.do(() => loop.hmp.execute(line));
+    const path = '/machine/peripheral/vm0 requested-size';
+    expect(await hmp(`qom-set ${path} 1G junk`)).toBe('qom-set: extraneous characters at the end of line\n');
+    expect(await hmp(`qom-set -j ${path}`)).toBe('qom-set: missing argument\n');
+    expect(await hmp(`qom-set -j ${path} "2G"`)).toMatch(/^Error: Invalid parameter type/);
+    expect(await command('query-memory-devices')).toEqual(before);
+    expect(await hmp(`qom-set ${path} 0x20000000`)).toBe('');
+  });
+
   test('a paused machine stands still, and goes on', async () => {
     await command('stop');
     expect(await command('query-status')).toEqual({
@@ -393,6 +423,16 @@ test.each([
     /CPU 0 is on another node already/,
   ],
   [['-mon', 'chardev=nope,mode=readline'], [], /chardev "nope" not found/],
+  [['-m', '1G,maxmem=512M'], [], /must be at least the initial memory size/],
+  [['-m', '1G,foo=bar'], [], /Property 'foo' not found/],
+  [['-constructor', 'x'], [], /unknown option/],
+  [['-qmp', 'unix:'], [], /give stdio or unix:PATH/],
+  [['-qmp', 'stdio', '-monitor', 'stdio'], [], /cannot use stdio by multiple monitors/],
+  [
+    ['-m', '1G,maxmem=4G', '-object', 'memory-backend-ram,id=m,size=1G'],
+    ['-device', 'virtio-mem-pci,id=a,memdev=m,unplugged-inaccessible=maybe'],
+    /does not accept value 'maybe'/,
+  ],
 ])('the command line %j %j is one clear line', (args, more, message) => {
   expect(() => parseCommandLine([...args, ...more])).toThrow(message);
 });

@@ -326,3 +326,19 @@ test('unplugging returns the frames before it is answered (H10)', () => {
   // One answer was out when the discard was over: that of the PLUG.
   expect(b.usedAtEnd).toEqual([1]);
 });
+
+test('UNPLUG ALL that a holder refuses for one run leaves it every other (Y19)', () => {
+  const held = new Set<number>();
+  const b = bench('a VM of this host', {
+    holder: {
+      map: (first) => held.add(first) !== undefined,
+      unmap: (first) => first !== at(6) / PAGE_SIZE && held.delete(first),
+    },
+  });
+  for (const block of [0, 2, 6]) b.request(VIRTIO_MEM_REQ_PLUG, at(block), 1);
+  expect(b.request(VIRTIO_MEM_REQ_UNPLUG_ALL, 0, 0).type).toBe(VIRTIO_MEM_RESP_BUSY);
+  expect([[...held].toSorted((x, y) => x - y), b.device.plugged.count()]).toEqual([
+    [0, 2, 6].map((block) => at(block) / PAGE_SIZE),
+    3,
+  ]);
+});

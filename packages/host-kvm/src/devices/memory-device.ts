@@ -371,7 +371,7 @@ export class MemoryDevice implements VirtioDevice {
       case VIRTIO_MEM_REQ_PLUG:
         counters.plugRequests++;
         this.#trace?.(`virtio_mem_plug_request addr=0x${addr.toString(16)} nb_blocks=${nrBlocks}`);
-        answer = yield* this.#plug(addr, nrBlocks, this.requestedBytes);
+        answer = yield* this.#plug(addr, nrBlocks);
         this.lastAnswer = answer;
         break;
       case VIRTIO_MEM_REQ_UNPLUG:
@@ -384,7 +384,7 @@ export class MemoryDevice implements VirtioDevice {
       case VIRTIO_MEM_REQ_UNPLUG_ALL:
         counters.unplugAllRequests++;
         this.#trace?.('virtio_mem_unplug_all_request ');
-        if (this.busy || !this.#tellUnplugAll()) answer = VIRTIO_MEM_RESP_BUSY;
+        if (this.busy || !this.#askUnplugAll()) answer = VIRTIO_MEM_RESP_BUSY;
         else yield* this.#unplugAll();
         cost += discardLeafNs;
         break;
@@ -441,33 +441,44 @@ export class MemoryDevice implements VirtioDevice {
   }
 
   /**
-   * Plugs blocks for others that go. Both are plugged for a moment: the size that is told is the one before, then the one
-   * after, which are the same.
+   * Plugs blocks for others that go, in one step: nobody is told of a size in between. What can refuse is asked before
+   * anything is changed; only the holder's new pages are not to be had beforehand, and it has the old ones back then.
    */
   *#exchange(from: number, nrBlocks: number, to: number): Generator<TaskYield, number, void> {
+    const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
     if (!this.#valid(from, nrBlocks) || this.#stateOf(from, nrBlocks) !== VIRTIO_MEM_STATE_PLUGGED)
       return VIRTIO_MEM_RESP_ERROR;
-    const taken = yield* this.#plug(to, nrBlocks, this.requestedBytes + nrBlocks * this.blockBytes);
-    if (taken !== VIRTIO_MEM_RESP_ACK) return taken;
-    const given = yield* this.#unplug(from, nrBlocks);
-    if (given !== VIRTIO_MEM_RESP_ACK) yield* this.#unplug(to, nrBlocks);
-    return given;
+    if (!this.#valid(to, nrBlocks) || this.#stateOf(to, nrBlocks) !== VIRTIO_MEM_STATE_UNPLUGGED)
+      return VIRTIO_MEM_RESP_ERROR;
+    if (this.busy || !this.unplugged.fits(this.#first(to), nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;
+    if (this.#holder?.unmap(from / PAGE_SIZE, pages) === false) return VIRTIO_MEM_RESP_BUSY;
+    yield* this.#prepare(to, nrBlocks);
+    if (!(yield* this.#populate(this.#first(to), nrBlocks))) {
+      this.#holder?.map(from / PAGE_SIZE, pages);
+      return VIRTIO_MEM_RESP_BUSY;
+    }
+    this.counters.pluggedBlocks += nrBlocks;
+    yield* this.#withdraw(from, nrBlocks);
+    return VIRTIO_MEM_RESP_ACK;
   }
 
-  /** `limit`: the size that must not be exceeded. */
-  *#plug(addr: number, nrBlocks: number, limit: number): Generator<TaskYield, number, void> {
+  *#plug(addr: number, nrBlocks: number): Generator<TaskYield, number, void> {
     if (!this.#valid(addr, nrBlocks)) return VIRTIO_MEM_RESP_ERROR;
-    if (this.#size + nrBlocks * this.blockBytes > limit) return VIRTIO_MEM_RESP_NACK;
+    if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;
     if (this.#stateOf(addr, nrBlocks) !== VIRTIO_MEM_STATE_UNPLUGGED) return VIRTIO_MEM_RESP_ERROR;
     if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, true)) return VIRTIO_MEM_RESP_BUSY;
-    const first = this.#first(addr);
-    const pages = this.blockBytes / PAGE_SIZE;
-    // What reads of unplugged memory mapped must go before the block is memory again, and with it what was written there.
-    if (this.profile === 'scribble') yield* this.#discard(addr, nrBlocks * pages);
-    else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, nrBlocks * pages);
-    if (!(yield* this.#populate(first, nrBlocks))) return VIRTIO_MEM_RESP_BUSY;
+    yield* this.#prepare(addr, nrBlocks);
+    if (!(yield* this.#populate(this.#first(addr), nrBlocks))) return VIRTIO_MEM_RESP_BUSY;
     this.counters.pluggedBlocks += nrBlocks;
+    this.#sizeIs(this.#size + nrBlocks * this.blockBytes);
     return VIRTIO_MEM_RESP_ACK;
+  }
+
+  /** What reads of unplugged memory mapped must go before the block is memory again, and with it what was written there. */
+  *#prepare(addr: number, nrBlocks: number): Generator<TaskYield, void, void> {
+    const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
+    if (this.profile === 'scribble') yield* this.#discard(addr, pages);
+    else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, pages);
   }
 
   /** Makes unplugged blocks memory, unless somebody who holds pages of its own cannot have them: false, and undone. */
@@ -482,7 +493,6 @@ export class MemoryDevice implements VirtioDevice {
       yield* this.#deactivate(gfn, pages);
       return false;
     }
-    this.#sizeIs(this.#size + nrBlocks * this.blockBytes);
     return true;
   }
 
@@ -492,7 +502,15 @@ export class MemoryDevice implements VirtioDevice {
     const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
     if (this.busy || !this.unplugged.fits(this.#first(addr), nrBlocks, false)) return VIRTIO_MEM_RESP_BUSY;
     if (this.#holder?.unmap(addr / PAGE_SIZE, pages) === false) return VIRTIO_MEM_RESP_BUSY;
+    yield* this.#withdraw(addr, nrBlocks);
+    this.#sizeIs(this.#size - nrBlocks * this.blockBytes);
+    return VIRTIO_MEM_RESP_ACK;
+  }
+
+  /** Takes plugged blocks away, with their content. Whoever holds pages of them has let go. */
+  *#withdraw(addr: number, nrBlocks: number): Generator<TaskYield, void, void> {
     const first = this.#first(addr);
+    const pages = (nrBlocks * this.blockBytes) / PAGE_SIZE;
     const close = (): void => {
       for (let b = first; b < first + nrBlocks; b++) this.plugged.delete(b);
     };
@@ -502,8 +520,6 @@ export class MemoryDevice implements VirtioDevice {
     close();
     yield* this.#deactivate(addr / PAGE_SIZE, pages);
     this.counters.unpluggedBlocks += nrBlocks;
-    this.#sizeIs(this.#size - nrBlocks * this.blockBytes);
-    return VIRTIO_MEM_RESP_ACK;
   }
 
   /** After blocks were unplugged. */
@@ -532,12 +548,19 @@ export class MemoryDevice implements VirtioDevice {
     return runs;
   }
 
-  /** Tells whoever holds pages of plugged blocks, run by run; false: it does not let some of them go. */
-  #tellUnplugAll(): boolean {
+  /** Asks whoever holds pages of plugged blocks, run by run; false, and it has all of them again: some it does not let go. */
+  #askUnplugAll(): boolean {
     const pages = this.blockBytes / PAGE_SIZE;
-    return this.#runs().every(
-      ([first, count]) => this.#holder?.unmap(this.baseGfn + first * pages, count * pages) !== false,
-    );
+    const gone: (readonly [gfn: number, count: number])[] = [];
+    for (const [first, count] of this.#runs()) {
+      const run = [this.baseGfn + first * pages, count * pages] as const;
+      if (this.#holder?.unmap(...run) === false) {
+        for (const back of gone) this.#holder.map(...back);
+        return false;
+      }
+      gone.push(run);
+    }
+    return true;
   }
 
   /** Unplugs every block and lets the usable region shrink: UNPLUG_ALL, and system reset. Holders have been told. */
@@ -567,13 +590,15 @@ export class MemoryDevice implements VirtioDevice {
     const runs = this.#runs();
     const blocks = this.plugged.count();
     // Nobody is asked, but everybody told.
-    this.#tellUnplugAll();
+    const pages = this.blockBytes / PAGE_SIZE;
+    for (const [first, count] of runs) this.#holder?.unmap(this.baseGfn + first * pages, count * pages);
     yield* this.#unplugAll();
     if (policy === 'virtio-1.2') return;
     if (policy === 'rfc-2017') this.requestedBytes = blocks * this.blockBytes;
     this.#resizeUsable(true);
     const kept = policy === 'hyper-v' ? runs : blocks > 0 ? [[0, blocks] as const] : [];
-    for (const [first, count] of kept) yield* this.#populate(first, count);
+    for (const [first, count] of kept)
+      if (yield* this.#populate(first, count)) this.#sizeIs(this.#size + count * this.blockBytes);
   }
 
   #sizeIs(bytes: number): void {

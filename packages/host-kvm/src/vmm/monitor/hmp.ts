@@ -3,7 +3,7 @@
  * 2017 RFC (`virtio-mem ID MIB`, `info virtio-mem ID`), which never reached QEMU.
  */
 import { MiB, parseSize, type Result } from '@ebb/machine';
-import { setBalloon } from './balloon.ts';
+import { balloonActual, setBalloon } from './balloon.ts';
 import { deviceAdd, deviceDel, objectAdd, objectDel, type Properties } from './hotplug.ts';
 import {
   baseMemory,
@@ -108,6 +108,8 @@ export class Hmp {
         args: [3, 4],
         run: (args) => {
           const json = args[0] === '-j';
+          if (json !== (args.length === 4))
+            return `qom-set: ${json ? 'missing argument' : 'extraneous characters at the end of line'}\n`;
           const [path, property, text] = json ? args.slice(1) : args;
           const value = json ? jsonValue(text) : plainValue(text);
           if (value === null) return `qom-set: invalid value '${text}'\n`;
@@ -217,8 +219,7 @@ export class Hmp {
         args: [0, 0],
         run: () => {
           if (machine.balloon === null) return failed(NO_BALLOON);
-          const { device } = machine.balloon;
-          return `balloon: actual=${Math.floor((baseMemory(machine) - device.actual * 4096) / MiB)}\n`;
+          return `balloon: actual=${Math.floor(balloonActual(machine, machine.balloon.device.actual) / MiB)}\n`;
         },
       },
       {
@@ -431,15 +432,16 @@ function failed(error: MonitorError): string {
   return `Error: ${error.desc}\n`;
 }
 
-/** Splits a line at blanks; quotes keep blanks together. */
+/** Splits a line at blanks; quotes keep blanks together, and stay where a word is JSON. */
 function words(line: string): string[] {
-  return [...line.matchAll(/"([^"]*)"|(\S+)/g)].map((m) => m[1] ?? m[2]);
+  const json = /^\s*qom-set\s+-j\s/.test(line);
+  return [...line.matchAll(/"([^"]*)"|(\S+)/g)].map((m) => (json ? m[0] : (m[1] ?? m[2])));
 }
 
 /** A size with suffix, a number, a switch, or text. */
 function plainValue(text: string): QomValue | null {
   if (text === 'on' || text === 'off') return text === 'on';
-  if (/^-?\d+$/.test(text)) return Number(text);
+  if (/^-?\d+$/.test(text) || /^0x[0-9a-f]+$/i.test(text)) return Number(text);
   const size = parseSize(text);
   return size.ok ? size.value : text;
 }

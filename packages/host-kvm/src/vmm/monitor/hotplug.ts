@@ -59,6 +59,12 @@ function unknownOption(type: string, given: Properties, known: readonly string[]
   return other === undefined ? null : generic(`Property '${type}.${other}' not found`);
 }
 
+const isCount = (n: number | undefined): boolean => n !== undefined && Number.isSafeInteger(n) && n >= 0;
+
+/** What QEMU takes as an id (`id_wellformed`). */
+const isIdentifier = (id: string): boolean => /^[A-Za-z][\w.-]*$/.test(id);
+const BAD_ID: MonitorError = generic("Parameter 'id' expects an identifier");
+
 export function objectAdd(machine: Machine, given: Properties): Done {
   const type = text(given['qom-type']);
   const id = text(given['id']);
@@ -68,13 +74,13 @@ export function objectAdd(machine: Machine, given: Properties): Done {
     return err(generic(`Parameter 'qom-type' does not accept value '${type}'`));
   const unknown = unknownOption(type, given, OBJECT_OPTIONS);
   if (unknown !== null) return err(unknown);
-  if (!/^[A-Za-z][\w.-]*$/.test(id)) return err(generic("Parameter 'id' expects an identifier"));
+  if (!isIdentifier(id)) return err(BAD_ID);
   if (machine.backends.some((b) => b.id === id))
     return err(generic(`attempt to add duplicate property '${id}' to object (type 'container')`));
   const bytes = number(given['size'] ?? 0);
   if (bytes === undefined)
     return err(generic("Parameter 'size' expects a size, in bytes or with a suffix K, M, G or T"));
-  if (bytes <= 0) return err(generic("can't create backend with size 0"));
+  if (!isCount(bytes) || bytes === 0) return err(generic("can't create backend with size 0"));
   machine.addBackend({ id, bytes });
   return ok(undefined);
 }
@@ -101,9 +107,8 @@ export function deviceAdd(machine: Machine, given: Properties): Done {
   if (driver !== 'pc-dimm') return err(generic(`'${driver}' is not a valid device model name`));
   const unknown = unknownOption(driver, given, DIMM_OPTIONS);
   if (unknown !== null) return err(unknown);
-  const numbers = ['node', 'addr'].find((name) => name in given && number(given[name]) === undefined);
-  if (numbers !== undefined)
-    return err(generic(`Invalid parameter type for '${numbers}', expected: integer`));
+  const wrong = ['node', 'addr'].find((name) => name in given && !isCount(number(given[name])));
+  if (wrong !== undefined) return err(generic(`Invalid parameter type for '${wrong}', expected: integer`));
   const { slots } = machine;
   const memdev = text(given['memdev']);
   const backend = machine.backends.find((b) => b.id === memdev);
@@ -136,6 +141,7 @@ export function deviceAdd(machine: Machine, given: Properties): Done {
   if (hit !== undefined)
     return err(generic(`address range conflicts with memory device id='${hit.device.id}'`));
   const id = text(given['id']) ?? `dimm${slots.dimms.length}`;
+  if (!isIdentifier(id)) return err(BAD_ID);
   if (machine.memoryDevices.some(({ device }) => device.id === id) || machine.balloon?.id === id)
     return err(generic(`Duplicate device ID '${id}'`));
   const why = slots.plug({ id, addr, bytes: backend.bytes, node }, memdev);

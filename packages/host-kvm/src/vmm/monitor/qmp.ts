@@ -3,7 +3,7 @@
  * connection; whoever has the socket feeds it characters and sends what it returns.
  */
 import { err, ok, type Result } from '@ebb/machine';
-import { setBalloon } from './balloon.ts';
+import { balloonActual, setBalloon } from './balloon.ts';
 import { Hmp, type Dialect } from './hmp.ts';
 import { deviceAdd, deviceDel, objectAdd, objectDel } from './hotplug.ts';
 import { JsonStream } from './json-stream.ts';
@@ -231,7 +231,7 @@ export class QmpConnection {
         run: () =>
           machine.balloon === null
             ? err({ class: 'DeviceNotActive', desc: 'No balloon device has been activated' })
-            : ok({ actual: baseMemory(machine) - machine.balloon.device.actual * 4096 }),
+            : ok({ actual: balloonActual(machine, machine.balloon.device.actual) }),
       },
       device_del: {
         required: { id: 'string' },
@@ -303,7 +303,7 @@ function judge(command: Command, given: Args): string | null {
   for (const [name, kind] of Object.entries(known)) {
     const value = given[name];
     if (value === undefined) {
-      if (name in command.required) return `Parameter '${name}' is missing`;
+      if (Object.hasOwn(command.required, name)) return `Parameter '${name}' is missing`;
       continue;
     }
     if (kind === 'string' && typeof value !== 'string')
@@ -311,7 +311,8 @@ function judge(command: Command, given: Args): string | null {
     if (kind === 'integer' && !Number.isInteger(value))
       return `Invalid parameter type for '${name}', expected: integer`;
   }
-  for (const name of Object.keys(given)) if (!(name in known)) return `Parameter '${name}' is unexpected`;
+  for (const name of Object.keys(given))
+    if (!Object.hasOwn(known, name)) return `Parameter '${name}' is unexpected`;
   return null;
 }
 
