@@ -5,7 +5,7 @@ import { provenance } from '../provenance.ts';
 import { emitJson, jsonToStdout, progressLine, say } from '../cli-output.ts';
 import { UserError } from '../trace/trace.ts';
 import { memoryFidelity } from './fidelity.ts';
-import { readSession, SHIPPED_SESSIONS } from './session-file.ts';
+import { readSession, SHIPPED_SESSIONS, unfollowed } from './session-file.ts';
 
 /** Rows that differ, shown at most. */
 const SHOWN = 20;
@@ -26,6 +26,8 @@ export function addFidelityCommand(program: Command): void {
       jsonToStdout(flags.json);
       if (what !== 'virtio-mem') throw new UserError(`fidelity ${what}: there is only virtio-mem`);
       const session = readSession(path);
+      for (const action of unfollowed(session))
+        process.stderr.write(`ebb: ${path}: action '${action}' is not followed\n`);
       const line = progressLine();
       const result = memoryFidelity(session, (text) => line.show(text));
       line.end();

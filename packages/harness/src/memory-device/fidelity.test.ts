@@ -1,8 +1,11 @@
+import { mkdtempSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
 import { GiB, MiB } from '@ebb/machine';
 import { expect, test } from 'vitest';
 import { longestCommonSubsequence } from './align.ts';
 import { memoryFidelity } from './fidelity.ts';
-import { readSession, type Session } from './session-file.ts';
+import { readSession, unfollowed, type Session } from './session-file.ts';
 
 test.each(['I-busy', 'E-block-128M', 'B-movable', 'A-session'])(
   '%s: our requests and answers are the real ones, in their order',
@@ -22,6 +25,54 @@ test('two sequences are aligned by their longest common subsequence', () => {
 
 test('a capture that is none is named', () => {
   expect(() => readSession('/nowhere.json')).toThrow(/cannot be read; give a CAPTURE/);
+});
+
+test.each([
+  [
+    'two devices at one place',
+    { device: { memaddr: '0x140000000', id: 'vm1' } },
+    /device vm1: memaddr: overlaps device vm0/,
+  ],
+  ['a device in boot memory', { device: { memaddr: '0x40000000', id: 'vm1' } }, /overlaps boot memory/],
+  ['two devices of one name', { device: { memaddr: '0x540000000' } }, /device vm0: is there twice/],
+  [
+    'a node without memory',
+    { boot: [{ node: 0, size: 4 * GiB }], device: { memaddr: '0x540000000', id: 'vm1', node: 1 } },
+    /node 1 has no boot memory/,
+  ],
+  ['a request in no device', { request: { addr: '0x1000' } }, /is in no device/],
+  [
+    'more blocks than there are',
+    { request: { addr: '0x140000000', nbBlocks: 1e9 } },
+    /are more than vm0 has/,
+  ],
+])('%s is one clear line', (_what, over: { device?: object; boot?: object[]; request?: object }, why) => {
+  const device = {
+    id: 'vm0',
+    node: 0,
+    memaddr: '0x140000000',
+    maxSize: 8 * GiB,
+    blockSize: 2 * MiB,
+    requestedSizeAtStart: 0,
+  };
+  const session = {
+    capture: 'made up',
+    boot: over.boot ?? [0, 1].map((node) => ({ node, size: 2 * GiB })),
+    vcpus: 2,
+    linuxMemoryBlockSize: 128 * MiB,
+    onlinePolicy: 'online',
+    initOnAlloc: true,
+    devices: [device, ...(over.device === undefined ? [] : [{ ...device, ...over.device }])],
+    steps: [{ t: 1, action: 'rmmod' }],
+    requests: over.request === undefined ? [] : [{ t: 1, type: 'PLUG', response: 'ACK', ...over.request }],
+  };
+  const path = join(mkdtempSync(join(tmpdir(), 'ebb-session-')), 'made-up.session.json');
+  const write = (value: object): void => writeFileSync(path, JSON.stringify(value));
+  write(session);
+  expect(() => readSession(path)).toThrow(why);
+  write({ ...session, devices: [device], requests: [], boot: [{ node: 0, size: 2 * GiB }] });
+  // What is not followed is named.
+  expect(unfollowed(readSession(path))).toEqual(['rmmod']);
 });
 
 /** A machine with 2 GiB on each node and a device of 8 GiB on node 0, and what its driver asks for. */

@@ -5,6 +5,7 @@ import { judgeMemoryDevice, judgeRequested } from '@ebb/host-kvm';
 import { MiB, PAGE_SIZE } from '@ebb/machine';
 import { z } from 'zod';
 import { UserError } from '../trace/trace.ts';
+import { pcMemory } from './pc-memory.ts';
 
 const address = z.union([
   z.number(),
@@ -109,7 +110,20 @@ function judgeSession(session: Session): string {
     if (size % (2 * MiB) !== 0) return `boot node ${node}: ${size} bytes are no multiple of 2 MiB`;
   if (!Number.isInteger(Math.log2(block)) || block < 2 * MiB)
     return `linuxMemoryBlockSize: ${block} is no power of two from 2 MiB`;
+  const memory = pcMemory(session.boot);
+  const taken = memory.e820.map(({ start, end }) => ({
+    what: 'boot memory',
+    from: start * PAGE_SIZE,
+    to: end * PAGE_SIZE,
+  }));
   for (const d of session.devices) {
+    const end = d.memaddr + d.maxSize;
+    const hit = taken.find((t) => d.memaddr < t.to && t.from < end);
+    if (hit !== undefined) return `device ${d.id}: memaddr: overlaps ${hit.what}`;
+    taken.push({ what: `device ${d.id}`, from: d.memaddr, to: end });
+    if (session.devices.filter((o) => o.id === d.id).length > 1) return `device ${d.id}: is there twice`;
+    if (!session.boot.some((b) => b.node === d.node))
+      return `device ${d.id}: node ${d.node} has no boot memory`;
     const { memaddr: addr, maxSize: regionBytes, blockSize: blockBytes, requestedSizeAtStart } = d;
     const options = { addr, regionBytes, blockBytes, requestedBytes: requestedSizeAtStart };
     const why = judgeMemoryDevice({ ...options, region: { pageBytes: PAGE_SIZE } });
@@ -122,5 +136,18 @@ function judgeSession(session: Session): string {
     const why = judgeRequested(device.maxSize, device.blockSize, step.requestedSize);
     if (why !== '') return `step at ${t} s: ${why}`;
   }
+  for (const { t, type, addr, nbBlocks = 0 } of session.requests) {
+    if (addr === undefined) continue;
+    const device = session.devices.find((d) => addr >= d.memaddr && addr < d.memaddr + d.maxSize);
+    if (device === undefined) return `request at ${t} s: ${type} at 0x${addr.toString(16)} is in no device`;
+    if (addr + nbBlocks * device.blockSize > device.memaddr + device.maxSize)
+      return `request at ${t} s: ${nbBlocks} blocks from 0x${addr.toString(16)} are more than ${device.id} has`;
+  }
   return '';
+}
+
+/** Actions that are not followed, each named once. */
+export function unfollowed(session: Session): string[] {
+  const names = session.steps.flatMap((s) => (s.action === 'note' && s.text !== '' ? [s.text] : []));
+  return [...new Set(names)];
 }

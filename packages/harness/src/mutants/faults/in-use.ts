@@ -88,7 +88,7 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'unplug-all-unasked',
     MEMORY_DEVICE,
-    'if (this.busy || !this.#tellUnplugAll())',
+    'if (this.busy || !this.#askUnplugAll())',
     'if (this.busy)',
     'Y19: pages that a device holds are unplugged',
     TIMING,
@@ -112,7 +112,7 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'reset-untold',
     MEMORY_DEVICE,
-    '    // Nobody is asked, but everybody told.\n    this.#tellUnplugAll();\n',
+    '    for (const [first, count] of runs) this.#holder?.unmap(this.baseGfn + first * pages, count * pages);\n',
     '',
     'Y19: memory that a device has pinned is discarded by a system reset',
     test('host-kvm/src/devices/assigned-device.test.ts'),
@@ -120,8 +120,8 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'reset-replugs-untold',
     MEMORY_DEVICE,
-    '    for (const [first, count] of kept) yield* this.#populate(first, count);\n',
-    '    for (const [first, count] of kept) for (let b = first; b < first + count; b++) this.plugged.add(b);\n    this.#sizeIs(blocks * this.blockBytes);\n',
+    '      if (yield* this.#populate(first, count)) this.#sizeIs(this.#size + count * this.blockBytes);\n',
+    '      for (let b = first; b < first + count; b++) this.plugged.add(b);\n    this.#sizeIs(blocks * this.blockBytes);\n',
     'Y19, H9: what a system reset keeps is memory that a device with pinned pages cannot reach',
     test('host-kvm/src/devices/assigned-device.test.ts'),
   ),

@@ -28,7 +28,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'plug-beyond-request',
     DEVICE,
-    '    if (this.#size + nrBlocks * this.blockBytes > limit) return VIRTIO_MEM_RESP_NACK;\n',
+    '    if (this.#size + nrBlocks * this.blockBytes > this.requestedBytes) return VIRTIO_MEM_RESP_NACK;\n',
     '',
     'QEMU: a plug beyond the requested size is a NACK',
     DEVICE_TEST,
@@ -108,7 +108,7 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'plug-keeps-zeros',
     DEVICE,
-    "    else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, nrBlocks * pages);\n",
+    "    else if (this.profile !== 'qemu') yield* this.#region.unmap(addr / PAGE_SIZE, pages);\n",
     '',
     'H11: the page of zeros stays mapped where memory has come',
     UNPLUGGED_TEST,
@@ -116,8 +116,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'reset-leaves-holes',
     DEVICE,
-    'of kept) yield* this.#populate(first, count);\n',
-    'of kept) yield* this.#populate(first + 1, count);\n',
+    'if (yield* this.#populate(first, count)) this',
+    'if (yield* this.#populate(first + 1, count)) this',
     'I10: no holes after a system reset (H9)',
     props('hostile-memory'),
   ),
