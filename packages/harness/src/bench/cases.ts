@@ -30,7 +30,6 @@ import type { RunSpec } from '../run/spec.ts';
 import { runThreads, ThreadPool } from '../run/threads-run.ts';
 import { spawnWorker } from '../run/worker-endpoint.ts';
 import { turn } from '../run/worker-port.ts';
-import { SCENARIOS } from '../scenarios/scenarios.ts';
 import { makePlan } from '../trace/replay-plan.ts';
 import { smallMachine } from '../run/small-machine.ts';
 import type { ExitWorker } from './exit-worker.ts';
@@ -326,17 +325,6 @@ export async function replay(schedule: 'threads' | 'inline'): Promise<number> {
   } finally {
     await pool?.close();
   }
-}
-
-/** GiB of touched guest memory returned per second of real time, zapped, flushed and freed, by a shipped scenario, inline. */
-export function returned(name: 'balloon' | 'reporting'): number {
-  const scenario = SCENARIOS.find((s) => s.name === name);
-  if (scenario === undefined) return 0;
-  const spec = { ...scenario.spec(1), poison: 'edges' as const };
-  const buffers = runBuffers(spec, hostBuffers(spec.hostFrames * PAGE_SIZE));
-  const began = performance.now();
-  const { result } = runInline(spec, buffers, (_vm, bytes) => fileStorage(bytes));
-  return result.vms[0].returnedBytes / GiB / ((performance.now() - began) / 1000);
 }
 
 /** Nanoseconds of a schedule point that does not switch. */

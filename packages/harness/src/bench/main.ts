@@ -11,7 +11,7 @@ import { fileURLToPath } from 'node:url';
 import Table from 'cli-table3';
 import { allowedCores, onCore } from '../fuzz/cores.ts';
 import * as cases from './cases.ts';
-import { resizeBalloon, resizeRegion, type ResizeFigures } from './resize.ts';
+import { resizeBalloon, resizeRegion, resizeReporting, type ResizeFigures } from './resize.ts';
 
 const ROUNDS = 5;
 
@@ -178,39 +178,31 @@ for (const schedule of ['threads', 'inline'] as const) {
   });
   process.stderr.write(`replay ${schedule}: ${rate.toFixed(2)} M events/s\n`);
 }
-for (const name of ['balloon', 'reporting'] as const) {
-  const rate = cases.returned(name);
-  rows.push({
-    name: `${name} scenario, memory zapped, flushed and freed`,
-    unit: 'GiB/s',
-    ebb: rate,
-    other: null,
-    ratio: null,
-    target: '',
-    met: null,
-  });
-}
 
 {
-  const line = (name: string, f: ResizeFigures): void => {
-    const add = (what: string, unit: string, ebb: number): void => {
-      rows.push({ name: `${name}: ${what}`, unit, ebb, other: null, ratio: null, target: '', met: null });
+  const line = (name: string, f: ResizeFigures, balloon: ResizeFigures): void => {
+    const add = (what: string, unit: string, ebb: number, other: number | null = null): void => {
+      const ratio = other === null ? null : ebb / other;
+      rows.push({ name: `${name}: ${what}`, unit, ebb, other, ratio, target: '', met: null });
     };
-    add('give 1 GiB', 'GiB/s', f.grow);
-    add('take it back', 'GiB/s', f.shrink);
-    add('take it back, virtual', 's/GiB', f.shrinkVirtual);
+    add('give 1 GiB ÷ balloon', 'GiB/s', f.grow, balloon.grow);
+    add('take it back ÷ balloon', 'GiB/s', f.shrink, balloon.shrink);
+    if (f.shrinkVirtual > 0) add('take it back, virtual', 's/GiB', f.shrinkVirtual);
     add('requests', '/GiB', f.requestsPerGiB);
-    if (f.firstByteMs > 0) add('first block usable, virtual', 'ms', f.firstByteMs);
+    if (f.firstByteMs > 0) add('first byte usable, virtual', 'ms', f.firstByteMs);
     if (f.left > 0) add('could not be taken back', 'GiB', f.left);
     process.stderr.write(`${name}: ${f.grow.toFixed(2)} GiB/s in, ${f.shrink.toFixed(2)} GiB/s out\n`);
   };
   resizeRegion('idle', true, 2);
-  for (const use of ['idle', 'half used', 'fragmented'] as const)
-    line(`virtio-mem, ${use}`, resizeRegion(use, true, 2));
-  line('virtio-mem, idle, init_on_alloc=0', resizeRegion('idle', false, 2));
-  line('virtio-mem, idle, 1 vCPU', resizeRegion('idle', true, 1));
-  line('balloon, idle', resizeBalloon(true, 2));
-  line('balloon, idle, init_on_alloc=0', resizeBalloon(false, 2));
+  for (const vcpus of [1, 2])
+    for (const zeroes of [true, false]) {
+      const how = `${vcpus} vCPU${vcpus > 1 ? 's' : ''}, init_on_alloc=${zeroes ? 1 : 0}`;
+      const balloon = resizeBalloon(zeroes, vcpus);
+      line(`balloon, ${how}`, balloon, balloon);
+      line(`reporting, ${how}`, resizeReporting(zeroes, vcpus), balloon);
+      for (const use of ['idle', 'half used', 'fragmented'] as const)
+        line(`virtio-mem, ${use}, ${how}`, resizeRegion(use, zeroes, vcpus), balloon);
+    }
 }
 
 rows.push({
