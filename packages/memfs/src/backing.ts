@@ -4,16 +4,22 @@
  */
 import type { Hfn } from '@ebb/machine';
 
+/** One frame, 64 KiB, 2 MiB. */
+export type FrameOrder = 0 | 4 | 9;
+
 /** Where frames come from: the host's buddy allocator, the ledger and the zeroing behind one face. */
 export interface FrameSource {
-  /** Takes one frame or, with `order` 9, an aligned block of 512, owned by `owner` and zeroed. −1: none is free. */
-  allocZeroed(order: 0 | 9, owner: number): number;
+  /** Takes an aligned block of 2^order frames, owned by `owner` and zeroed. −1: none is free. */
+  allocZeroed(order: FrameOrder, owner: number): number;
   /** Gives frames back. Their mappings must be gone and flushed. */
   free(first: Hfn, count: number): void;
 }
 
-/** Transparent-huge-page policy of a file (Linux `transparent_hugepage/enabled`), or fixed 2 MiB pages (`hugetlb`). */
-export type HugePolicy = 'always' | 'madvise' | 'never' | 'hugetlb';
+/**
+ * Transparent-huge-page policy of a file (Linux `transparent_hugepage/enabled`); or pages of one size: 2 MiB (`hugetlb`), or
+ * the 64 KiB of a host that has no smaller (`64k`, as ppc64 and arm64 are configured). The guest's are 4 KiB all the same.
+ */
+export type HugePolicy = 'always' | 'madvise' | 'never' | 'hugetlb' | '64k';
 
 /** Told before a file's blocks go away, and after. KVM is one; sharers and pinned devices will be others. */
 export interface InvalidationListener {

@@ -1,5 +1,5 @@
 import { describe, expect, test } from 'vitest';
-import type { FrameSource, InvalidationListener } from './backing.ts';
+import type { FrameSource, HugePolicy, InvalidationListener } from './backing.ts';
 import { MemFile } from './mem-file.ts';
 
 /** Frames from a counter; remembers what was freed and in which order things happened. */
@@ -11,7 +11,7 @@ function source(limit = 100_000): FrameSource & { freed: number[]; log: string[]
     freed,
     log,
     allocZeroed(order) {
-      if (order === 9) next = Math.ceil(next / 512) * 512;
+      next = Math.ceil(next / (1 << order)) * (1 << order);
       if (next + (1 << order) > limit) return -1;
       next += 1 << order;
       return next - (1 << order);
@@ -29,11 +29,20 @@ const drain = <T>(body: Generator<unknown, T, void>): T => {
     if (step.done === true) return step.value;
   }
 };
-const file = (
-  frames: FrameSource,
-  huge: 'always' | 'never' | 'madvise' | 'hugetlb' = 'never',
-  nrBlocks = 2048,
-): MemFile => new MemFile({ name: 'ram0', nrBlocks, vm: 0, frames, huge });
+const file = (frames: FrameSource, huge: HugePolicy = 'never', nrBlocks = 2048): MemFile =>
+  new MemFile({ name: 'ram0', nrBlocks, vm: 0, frames, huge });
+
+test('a host of 64 KiB pages gives and takes sixteen blocks at once, and maps none of them large (H40)', () => {
+  const frames = source();
+  const f = file(frames, '64k', 64);
+  expect(f.assign(21, true)).toBe(f.bmap(16) + 5);
+  expect([f.assigned, f.granularity, f.bmap(15), f.bmap(32), f.isHuge(0)]).toEqual([16, 16, -1, -1, false]);
+  expect(drain(f.punchHoles(Int32Array.of(16, 8), 1)).ok).toBe(false);
+  expect(drain(f.punchHoles(Int32Array.of(16, 16), 1))).toEqual({ ok: true, value: 16 });
+  expect([f.assigned, frames.freed.length]).toEqual([0, 16]);
+  // None of that size: nothing, though single frames are left.
+  expect(file(source(520), '64k', 64).assign(0, false)).toBe(-1);
+});
 
 describe('fallocate', () => {
   test('allocates exactly the missing blocks and is idempotent (Y27)', () => {

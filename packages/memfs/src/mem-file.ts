@@ -7,7 +7,7 @@
  * issue. Offsets and counts are in blocks of 4 KiB; a hole is −1.
  */
 import { assert, err, HUGE_PAGES, hfn, ok, ownerOf, USE_RAM, type Result } from '@ebb/machine';
-import type { FrameSource, HugePolicy, InvalidationListener } from './backing.ts';
+import type { FrameOrder, FrameSource, HugePolicy, InvalidationListener } from './backing.ts';
 
 export interface MemFileOptions {
   readonly name: string;
@@ -49,9 +49,12 @@ export class MemFile {
       (options.huge === 'madvise' && options.hugeAdvised === true);
   }
 
-  /** Pages of the smallest unit that can be given back: 512 for `hugetlb`, else 1. */
+  /** Pages of the smallest unit that can be had and given back: 512 for `hugetlb`, 16 for `64k`, else 1. */
   get granularity(): number {
-    return this.huge === 'hugetlb' ? HUGE_PAGES : 1;
+    return 1 << this.#unitOrder;
+  }
+  get #unitOrder(): FrameOrder {
+    return this.huge === 'hugetlb' ? 9 : this.huge === '64k' ? 4 : 0;
   }
 
   /** Registers a mapper once; a second registration has no effect. */
@@ -70,30 +73,35 @@ export class MemFile {
   }
 
   /**
-   * Makes sure block `index` has a zeroed frame and returns it, or −1 when no frame is free (`hugetlb`: no block of
-   * 512). A first touch takes 2 MiB where `allowHuge` (the mapper can map it), the policy, the alignment and the
+   * Makes sure block `index` has a zeroed frame and returns it, or −1 when no frame is free (`hugetlb`, `64k`: no block of
+   * that size). A first touch takes 2 MiB where `allowHuge` (the mapper can map it), the policy, the alignment and the
    * host's free memory permit. No yield: a leaf of the fault path.
    */
   assign(index: number, allowHuge: boolean): number {
     const have = this.blocks[index];
     if (have >= 0) return have;
-    if (this.#wantsHuge && (allowHuge || this.huge === 'hugetlb')) {
-      const base = index - (index % HUGE_PAGES);
-      if (base + HUGE_PAGES <= this.nrBlocks && this.#isHole(base)) {
-        const first = this.#frames.allocZeroed(9, this.#owner);
-        if (first >= 0) {
-          for (let i = 0; i < HUGE_PAGES; i++) this.blocks[base + i] = first + i;
-          this.assigned += HUGE_PAGES;
-          return first + (index - base);
-        }
-      }
-      if (this.huge === 'hugetlb') return -1;
+    if (this.#unitOrder > 0) return this.#assignBlock(index, this.#unitOrder);
+    if (this.#wantsHuge && allowHuge) {
+      const frame = this.#assignBlock(index, 9);
+      if (frame >= 0) return frame;
     }
     const frame = this.#frames.allocZeroed(0, this.#owner);
     if (frame < 0) return -1;
     this.blocks[index] = frame;
     this.assigned++;
     return frame;
+  }
+
+  /** Gives the aligned block of 2^order pages around `index` frames in one run; −1 if it is no hole, or there is none. */
+  #assignBlock(index: number, order: FrameOrder): number {
+    const count = 1 << order;
+    const base = index - (index % count);
+    if (base + count > this.nrBlocks || !this.#isHole(base, count)) return -1;
+    const first = this.#frames.allocZeroed(order, this.#owner);
+    if (first < 0) return -1;
+    for (let i = 0; i < count; i++) this.blocks[base + i] = first + i;
+    this.assigned += count;
+    return first + (index - base);
   }
 
   /** True if the 512 blocks from `base` lie in one aligned run of frames, so that a 2 MiB leaf may map them. */
@@ -105,8 +113,8 @@ export class MemFile {
     return true;
   }
 
-  #isHole(base: number): boolean {
-    for (let i = 0; i < HUGE_PAGES; i++) if (this.blocks[base + i] >= 0) return false;
+  #isHole(base: number, count: number): boolean {
+    for (let i = 0; i < count; i++) if (this.blocks[base + i] >= 0) return false;
     return true;
   }
 

@@ -26,7 +26,7 @@ import {
   type Hfn,
   type Schedule,
 } from '@ebb/machine';
-import { MemFile, type FrameSource } from '@ebb/memfs';
+import { MemFile, type FrameOrder, type FrameSource } from '@ebb/memfs';
 
 import { RC_DONE, type LabBuffers, type LabShape } from './lab.ts';
 
@@ -77,7 +77,7 @@ export class HostLab {
     this.#tlbs = lab.tlbs.map((tlb) => new Int32Array(tlb));
     const watch = (first: number, count: number): void => this.#mustBeOutOfReach(first, count);
     this.pool = new (class extends FramePool {
-      override allocZeroed(order: 0 | 9, owner: number): number {
+      override allocZeroed(order: FrameOrder, owner: number): number {
         const first = super.allocZeroed(order, owner);
         if (first >= 0) renewed(first, 1 << order);
         return first;

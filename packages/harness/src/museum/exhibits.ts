@@ -5,6 +5,7 @@
  */
 import { BalloonDevice, FramePool, type DevicePort, type DiscardPort, type TaskYield } from '@ebb/host-kvm';
 import { gfn, hfn, HUGE_PAGES, MiB, ownerOf, PAGE_SIZE, USE_RAM, type Hfn } from '@ebb/machine';
+import type { FrameOrder } from '@ebb/memfs';
 import { smallMachine, type SmallMachine } from '../run/small-machine.ts';
 import type { Check } from '../scenarios/scenario.ts';
 import { inflate } from './inflate.ts';
@@ -64,7 +65,7 @@ function* claimed(runs: Int32Array, nrRuns: number): Generator<TaskYield, number
 
 /** A pool that hands frames on with whatever is in them. */
 class LeakyPool extends FramePool {
-  override allocZeroed(order: 0 | 9, owner: number): number {
+  override allocZeroed(order: FrameOrder, owner: number): number {
     if (owner !== ownerOf(0, USE_RAM) && owner !== ownerOf(1, USE_RAM))
       return super.allocZeroed(order, owner);
     const frame = this.buddy.alloc(order);

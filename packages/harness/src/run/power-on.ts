@@ -77,6 +77,8 @@ export interface MemoryWatch {
   readonly balloon?: (bytes: number) => void;
 }
 
+const HUGE_POLICY = { thp: 'always', '4k': 'never', hugetlb: 'hugetlb', '64k': '64k' } as const;
+
 export function powerOn(options: PowerOn): RunningVm {
   const { spec, id, pool, backing } = options;
   const vm = new Vm({
@@ -91,7 +93,7 @@ export function powerOn(options: PowerOn): RunningVm {
     tableLive: options.tableLive,
     frameFlags: options.frameFlags,
   });
-  const huge = backing === 'thp' ? 'always' : backing === 'hugetlb' ? 'hugetlb' : 'never';
+  const huge = HUGE_POLICY[backing];
   const files: MemFile[] = [];
   const frames = spec.populateLimit === undefined ? pool : atMost(spec.populateLimit, pool, files);
   const newFile = (name: string, nrBlocks: number): MemFile =>
@@ -300,7 +302,8 @@ function bootBlocks(spec: VmSpec, backing: Backing): number {
     spec.guest.hotplug === undefined || spec.guest.hotplug.adopts === 'in-place'
       ? spec.guest.maxPfn
       : Math.max(...spec.guest.e820.map((r) => r.end));
-  return backing === 'hugetlb' ? Math.ceil(end / HUGE_PAGES) * HUGE_PAGES : end;
+  const unit = backing === 'hugetlb' ? HUGE_PAGES : backing === '64k' ? 16 : 1;
+  return Math.ceil(end / unit) * unit;
 }
 
 /**

@@ -3,7 +3,7 @@ import type { GuestConfig } from '@ebb/guest-kernel';
 import type { Dimm, MemoryProfile, RebootPolicy } from '@ebb/host-kvm';
 import type { ReplayPlan } from '../trace/replay-plan.ts';
 
-export type Backing = 'thp' | '4k' | 'hugetlb';
+export type Backing = 'thp' | '4k' | 'hugetlb' | '64k';
 export type Technique = 'none' | 'balloon' | 'reporting' | 'virtio-mem';
 
 /** The program a VM's vCPUs run. */

@@ -13,7 +13,7 @@ import {
   type GuestConfig,
   type HotplugConfig,
 } from '@ebb/guest-kernel';
-import type { RebootPolicy } from '@ebb/host-kvm';
+import { judgeMemoryDevice, type RebootPolicy } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
 import type { VmSpec } from '../run/spec.ts';
@@ -400,6 +400,61 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
         // All 512 pages stay where one must; a balloon would have traded the other 511.
         exactly('a page in two of them that cannot move: memory blocks', kept[2], 2),
         exactly('a page in two of them that cannot move: bytes plugged', pinned.plugged, 8 * MiB),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-host-64k',
+    about:
+      'a guest of 4 KiB pages on a host whose smallest page is 64 KiB (ppc64, arm64): virtio-mem, whose blocks are larger, gives everything back; the balloon frees what it has sixteen of',
+    rows: 'H40, H17; I9',
+    spec: () => {
+      const vm = (over: Partial<VmSpec>): VmSpec => ({
+        bootAtNs: 0,
+        guest: hotplugGuest(128 * MiB, [device({ regionBytes: 256 * MiB })]),
+        program: holds(8192, second(1), second(1)),
+        diskBytes: 0,
+        ...over,
+      });
+      const devices = [device({ regionBytes: 256 * MiB })];
+      return spec(
+        1 * GiB,
+        [
+          vm({
+            memoryDevices: devices,
+            memoryTargets: [
+              [second(0), 0, 256 * MiB],
+              [second(4), 0, 0],
+            ],
+          }),
+          vm({
+            guest: freshGuest(256 * MiB, { balloon: true }),
+            balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
+            // 4 KiB pages that are not sixteen side by side are worth nothing yet.
+            balloonTargets: [[second(4), 256 * MiB - 100 * 4096]],
+          }),
+        ],
+        { backing: '64k', graceNs: second(4) },
+      );
+    },
+    checks: (outcome) => {
+      const [mem, balloon] = outcome.result.vms;
+      const blockBelowPage = judgeMemoryDevice({
+        ...device({ blockBytes: 1 * MiB }),
+        region: { pageBytes: 2 * MiB },
+      });
+      return [
+        ...clean(outcome),
+        exactly('virtio-mem: bytes plugged at the end', mem.memoryDevices[0].plugged, 0),
+        exactly('virtio-mem: host bytes behind its region', mem.memoryDevices[0].host, 0),
+        exactly('balloon: pages in it', balloon.balloonPages, 100),
+        exactly('balloon: bytes freed, in pages of 64 KiB', balloon.returnedBytes % (64 * 1024), 0),
+        {
+          what: 'balloon: bytes freed',
+          value: balloon.returnedBytes,
+          ok: balloon.returnedBytes < 100 * 4096,
+        },
+        exactly('a block below the host page: refused', blockBelowPage === '' ? 0 : 1, 1),
       ];
     },
   },

@@ -20,7 +20,7 @@ import {
   type Schedule,
   type ViolationLog,
 } from '@ebb/machine';
-import type { FrameSource } from '@ebb/memfs';
+import type { FrameOrder, FrameSource } from '@ebb/memfs';
 import { HostBuddy } from './host-buddy.ts';
 
 /** What a free frame holds. */
@@ -69,7 +69,7 @@ export class FramePool implements FrameSource {
     return this.frames - this.buddy.free;
   }
 
-  allocZeroed(order: 0 | 9, owner: number): number {
+  allocZeroed(order: FrameOrder, owner: number): number {
     const count = 1 << order;
     const frame = this.buddy.alloc(order);
     this.lastZeroed = 0;
