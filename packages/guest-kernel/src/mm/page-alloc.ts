@@ -320,7 +320,8 @@ export class PageAllocator {
   put(pfn: number): boolean {
     const page = this.#memmap + (pfn << 4);
     if (Atomics.sub(this.#w, page + P_REF, 1) !== 1) return false;
-    if ((this.#w[page + P_FLAGS] & PG_LRU) !== 0) this.onLastPut(pfn);
+    // Pairs with the `and` that ends `Lru.remove`: who finds the page off its list knows that nobody reads its links any more.
+    if ((Atomics.load(this.#w, page + P_FLAGS) & PG_LRU) !== 0) this.onLastPut(pfn);
     this.#release(pfn, 0);
     return true;
   }

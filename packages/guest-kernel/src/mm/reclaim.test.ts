@@ -3,7 +3,7 @@ import { expect, test, vi } from 'vitest';
 import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { eventSum } from './events.ts';
-import { P_REF, P_SHADOW, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
+import { P_FLAGS, P_REF, P_SHADOW, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
 import { Z_FREE, Z_HIGH, Z_TYPE } from './zone.ts';
 
 /** A guest with eight clean pages in its cache, and where they are. */
@@ -97,4 +97,28 @@ test('sync waits for what another CPU is writing: what fails there is dirty agai
   });
   b.parts.cache.writePages(pfns, 4);
   expect([synced, relaxed > 0]).toEqual([false, true]);
+});
+
+test('a page that a scan takes off its list as its last reference goes is freed when the scan has read its links', () => {
+  const { guest, pfns } = cached();
+  const { alloc, cache } = guest.kernels[0].parts;
+  const { w, memmap } = guest.arena;
+  const [pfn] = pfns;
+  cache.remove(pfn, alloc.stampOf(pfn));
+  // What orders the two is the scan's last store to the flags and this look at them: nothing else need be between them.
+  const looks: string[] = [];
+  const { sub, load } = Atomics;
+  const note =
+    (name: string, real: (view: Int32Array, index: number, value: number) => number) =>
+    (view: Int32Array, index: number, value: number): number => {
+      if (index === memmap + (pfn << 4) + P_REF) looks.push(`${name} references`);
+      if (index === memmap + (pfn << 4) + P_FLAGS) looks.push(`${name} flags`);
+      return real(view, index, value);
+    };
+  vi.spyOn(Atomics, 'sub').mockImplementation(note('sub', sub) as typeof Atomics.sub);
+  vi.spyOn(Atomics, 'load').mockImplementation(note('load', load) as typeof Atomics.load);
+  alloc.put(pfn);
+  vi.restoreAllMocks();
+  expect(looks.slice(0, 2)).toEqual(['sub references', 'load flags']);
+  expect(w[memmap + (pfn << 4) + P_SHADOW]).not.toBe(SHADOW_ALLOCATED);
 });

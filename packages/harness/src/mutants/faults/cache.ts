@@ -78,4 +78,12 @@ export const CACHE_FAULTS: readonly Mutant[] = [
     'sync returns before what another CPU writes is on the disk',
     test('guest-kernel/src/mm/reclaim.test.ts'),
   ),
+  fault(
+    'last-put-looks-plainly',
+    'packages/guest-kernel/src/mm/page-alloc.ts',
+    'if ((Atomics.load(this.#w, page + P_FLAGS) & PG_LRU) !== 0) this.onLastPut(pfn);',
+    'if ((this.#w[page + P_FLAGS] & PG_LRU) !== 0) this.onLastPut(pfn);',
+    'a page is freed while a scan still reads its links (found by the search)',
+    test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
 ];
