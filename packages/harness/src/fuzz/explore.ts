@@ -180,9 +180,10 @@ export async function shrink(
   return best;
 }
 
-/** What was found, without its numbers: the words before the first colon. */
+/** How an execution failed: it never ended, in one of two ways; a race; or something that is wrong in what it left. */
 function kindOf({ found }: Outcome): string {
-  return found.length === 0 ? '' : (found[0].split(':', 1)[0] ?? '');
+  if (found.length === 0) return '';
+  return /^(?:deadlock|livelock|race)/.exec(found[0])?.[0] ?? 'wrong';
 }
 
 /** Without the zeros at its end, which mean nothing. */
