@@ -4,7 +4,7 @@
  */
 import * as fc from 'fast-check';
 import type { Strategy } from '@ebb/machine';
-import type { FuzzProgram, Property } from './property.ts';
+import type { FuzzProgram, Op, Property } from './property.ts';
 import type { Outcome, Planned, Stage } from './stage.ts';
 
 export const SEARCHES = ['random', 'pct', 'mixed', 'exhaustive'] as const;
@@ -21,6 +21,8 @@ export interface SearchOptions {
 /** Programs are drawn in batches, so that drawing costs little and run `n` needs no other run. */
 const BATCH = 16;
 const OBSERVED_RUN = 2;
+/** Schedules tried on a program with fewer operations. */
+const RESEARCHES = 12;
 const SHARES = [1, 0.5, 0.25];
 
 export interface Run {
@@ -161,7 +163,33 @@ export async function shrink(
     best = { program: p, choices: trimmed(choices), found: again.found };
     return false;
   };
-  // The schedule first, in large steps: what lies past the failure, then runs of choices, become "go on".
+  // Operations first, in runs that halve: each time under the schedule at hand, then under a few others, since with fewer
+  // operations the same choices mean something else.
+  const failsWithout = async (p: FuzzProgram): Promise<boolean> => {
+    if (!(await holds(p, best.choices))) return true;
+    for (let seed = 1; seed <= RESEARCHES && performance.now() < until; seed++) {
+      const strategy = seed % 2 === 0 ? 'random' : 'pct';
+      const length = Math.max(1, Math.floor(first.steps / 2));
+      const again = await stage.run({
+        program: p,
+        strategy,
+        seed,
+        depth: 1 + (seed % 3),
+        length,
+        choices: [],
+        observe,
+      });
+      if (kindOf(again) !== kind) continue;
+      best = { program: p, choices: [...again.choices], found: again.found };
+      return true;
+    }
+    return false;
+  };
+  for (let list = 0; list <= program.cpus.length; list++)
+    for (let size = Math.ceil(opsOf(best.program, list).length / 2); size >= 1; size = Math.floor(size / 2))
+      for (let at = opsOf(best.program, list).length - size; at >= 0; at -= size)
+        if (performance.now() < until) await failsWithout(without(best.program, list, at, size));
+  // Then the schedule, in large steps: what lies past the failure, then runs of choices, become "go on".
   for (let size = best.choices.length; size >= 1 && performance.now() < until; size = Math.floor(size / 2)) {
     for (let at = best.choices.length - size; at >= 0; at -= size) {
       if (best.choices.slice(at, at + size).every((c) => c === 0)) continue;
@@ -178,6 +206,18 @@ export async function shrink(
     interruptAfterTimeLimit: milliseconds,
   });
   return best;
+}
+
+/** Operations of the host (list 0) or of a vCPU. */
+function opsOf(program: FuzzProgram, list: number): readonly Op[] {
+  return list === 0 ? program.host : program.cpus[list - 1];
+}
+
+/** The program without some operations of one list. */
+function without(program: FuzzProgram, list: number, at: number, count: number): FuzzProgram {
+  const rest = opsOf(program, list).filter((_, i) => i < at || i >= at + count);
+  if (list === 0) return { ...program, host: rest };
+  return { ...program, cpus: program.cpus.map((ops, cpu) => (cpu === list - 1 ? rest : ops)) };
 }
 
 /** How an execution failed: it never ended, in one of two ways; a race; or something that is wrong in what it left. */
