@@ -280,34 +280,45 @@ export const EXHIBITS: readonly Exhibit[] = [
       'a slot is resized by delete and create while a vCPU uses it: the access in between finds no memory (the RFC’s random crashes)',
     rows: 'H52; I11',
     show(broken) {
-      const m = smallMachine({ ramBytes: RAM, huge: 'never' });
-      const [{ vm, file }] = m.vms;
-      const region = { slot: 0, flags: 0, guestPhysAddr: 0, file, fileOffset: 0 };
-      touch(m, 0, 3, 1, SECRET);
-      const resize = vm.resizeSlot({ ...region, memorySize: RAM / 2 }, broken ? 'naive' : 'qemu');
-      while (vm.slots.find(3) !== null) resize.next();
-      // The slot is gone and not yet back: the host has other things to do first.
-      m.tasks.spawn(
-        'resize',
-        (function* (): Generator<TaskYield, void, void> {
-          for (let i = 0; i < 8; i++) yield undefined;
-          yield* resize;
-        })(),
-      );
-      const vcpu = m.vms[0].vcpu(8);
-      vcpu.enterGuest();
-      const found = vcpu.load32(gfn(3), 0);
-      vcpu.leaveGuest();
-      const missed = vm.counters.unclaimedMmio;
-      return [
-        check('accesses that met no memory', missed, missed > 0 === broken),
-        check('what the guest read of its own word', found, (found === SECRET) !== broken),
-        check('changes of the memory map', vm.slots.generation, vm.slots.generation >= 3),
-      ];
+      // The RFC's way; or with the vCPUs held out, and by one call that KVM does not have.
+      return broken ? resized('naive', true) : [...resized('qemu', false), ...resized('extension', false)];
     },
   },
   ZONE_COUNTS,
 ];
+
+/** A vCPU reads its own word while the slot that holds it gets another size. */
+function resized(how: 'naive' | 'qemu' | 'extension', broken: boolean): Check[] {
+  const m = smallMachine({ ramBytes: RAM, huge: 'never' });
+  const [{ vm, file }] = m.vms;
+  const region = { slot: 0, flags: 0, guestPhysAddr: 0, file, fileOffset: 0 };
+  touch(m, 0, 3, 1, SECRET);
+  const resize = vm.resizeSlot({ ...region, memorySize: RAM / 2 }, how);
+  // Deleted and not yet back: the host has other things to do first. One call leaves no such moment.
+  if (how !== 'extension') while (vm.slots.find(3) !== null) resize.next();
+  m.tasks.spawn(
+    'resize',
+    (function* (): Generator<TaskYield, void, void> {
+      for (let i = 0; i < 8; i++) yield undefined;
+      yield* resize;
+    })(),
+  );
+  const vcpu = m.vms[0].vcpu(8);
+  vcpu.enterGuest();
+  const found = vcpu.load32(gfn(3), 0);
+  vcpu.leaveGuest();
+  const missed = vm.counters.unclaimedMmio;
+  while (m.tasks.step());
+  return [
+    check(`${how}: accesses that met no memory`, missed, missed > 0 === broken),
+    check(`${how}: what the guest read of its own word`, found, (found === SECRET) !== broken),
+    check(
+      `${how}: changes of the memory map`,
+      vm.slots.generation,
+      vm.slots.generation >= (how === 'extension' ? 2 : 3),
+    ),
+  ];
+}
 
 /** The gate's verdict: a store through a translation whose frame is gone. */
 function stale(m: SmallMachine, broken: boolean): Check[] {

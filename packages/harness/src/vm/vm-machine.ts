@@ -113,25 +113,23 @@ export class VmMachine implements Machine {
   }
 
   get ramBlocks(): Machine['backends'] {
-    const bytes = this.nodes.reduce((sum, node) => sum + node.bootBytes, 0);
-    const devices = this.#description.devices.map((d) => ({ id: d.memdev, bytes: d.regionBytes }));
+    // A node without a backend of its own is a part of the machine's memory.
+    const own = this.nodes.flatMap(({ memdev, bootBytes }) =>
+      memdev === undefined ? [] : [{ id: memdev, bytes: bootBytes }],
+    );
+    const rest = this.nodes.reduce((sum, n) => sum + (n.memdev === undefined ? n.bootBytes : 0), 0);
+    const boot = rest > 0 ? [{ id: BOOT_RAM, bytes: rest }, ...own] : own;
+    // Named after the PCI function that has it: the first free one is 2.
+    const devices = this.#description.devices.map((d, i) => ({
+      id: `0000:00:${(2 + i).toString(16).padStart(2, '0')}.0/${d.memdev}`,
+      bytes: d.regionBytes,
+    }));
     const dimms = (this.slots?.dimms ?? []).map(({ dimm, memdev }) => ({ id: memdev, bytes: dimm.bytes }));
-    return [{ id: BOOT_RAM, bytes }, ...devices, ...dimms];
+    return [...boot, ...devices, ...dimms];
   }
 
   get flatView(): readonly FlatRange[] {
-    const { e820 } = this.#description.vm.guest;
-    // RAM continues above 4 GiB where it ended below.
-    const low = e820.findLast((r) => r.start < HIGH_START)?.end ?? 0;
-    const boot = e820.map(
-      ({ start, end }): FlatRange => ({
-        start: start * PAGE_SIZE,
-        last: end * PAGE_SIZE - 1,
-        kind: 'ram',
-        name: BOOT_RAM,
-        offset: (start < HIGH_START ? start : start - HIGH_START + low) * PAGE_SIZE,
-      }),
-    );
+    const boot = this.#bootRanges();
     const all = [
       ...this.#description.devices.map((d) => ({ name: d.memdev, addr: d.addr, bytes: d.regionBytes })),
       ...(this.slots?.dimms ?? []).map(({ dimm, memdev }) => ({ ...dimm, name: memdev })),
@@ -146,6 +144,37 @@ export class VmMachine implements Machine {
       }),
     );
     return [...boot, ...regions.toSorted((x, y) => x.start - y.start)];
+  }
+
+  /** Boot memory, node by node; RAM continues above 4 GiB where it ended below. */
+  #bootRanges(): FlatRange[] {
+    const { e820, nodes } = this.#description.vm.guest;
+    const ranges: FlatRange[] = [];
+    let offset = 0;
+    let name = '';
+    for (const [i, node] of nodes.entries()) {
+      const of = this.nodes[i]?.memdev ?? BOOT_RAM;
+      if (of !== name) offset = 0;
+      name = of;
+      for (const range of e820) {
+        const start = Math.max(range.start, node.start);
+        const end = Math.min(range.end, node.end);
+        if (start >= end) continue;
+        // What lies between two ranges below 1 MiB is the machine's, but counts.
+        const before = ranges.at(-1);
+        if (start < HIGH_START && before?.name === name && offset > 0)
+          offset += start - (before.last + 1) / PAGE_SIZE;
+        ranges.push({
+          start: start * PAGE_SIZE,
+          last: end * PAGE_SIZE - 1,
+          kind: 'ram',
+          name,
+          offset: offset * PAGE_SIZE,
+        });
+        offset += end - start;
+      }
+    }
+    return ranges;
   }
 
   get running(): boolean {

@@ -93,9 +93,8 @@ export function objectDel(machine: Machine, id: string): Done {
 }
 
 function isBusy(machine: Machine, memdev: string): boolean {
-  // RAM blocks have the names of their backends, but for what nodes are made of.
-  return (
-    machine.ramBlocks.some((b) => b.id === memdev) || machine.nodes.some((node) => node.memdev === memdev)
+  return [...machine.nodes, ...machine.memoryDevices, ...(machine.slots?.dimms ?? [])].some(
+    (user) => user.memdev === memdev,
   );
 }
 
