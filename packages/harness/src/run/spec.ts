@@ -86,6 +86,9 @@ export interface MemoryDeviceSpec {
    */
   readonly anyMemory?: boolean;
   readonly profile: MemoryProfile;
+  /** How the VMM forbids unplugged memory, and how many mappings it may have; userfaultfd and Linux's limit without it. */
+  readonly protection?: 'mprotect' | 'userfaultfd';
+  readonly maxMapCount?: number;
 }
 
 export interface VmSpec {

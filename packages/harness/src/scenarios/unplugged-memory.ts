@@ -1,9 +1,10 @@
 /** Scenarios of who reaches memory that is not plugged, or not his: hostile guests, crash kernels, assigned devices. */
+import { ZONE_DMA32 } from '@ebb/guest-kernel';
 import { MEMORY_PROFILES, type MemoryProfile } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
 import type { VmResult } from '../run/run-result.ts';
-import type { VmSpec } from '../run/spec.ts';
+import type { MemoryDeviceSpec, VmSpec } from '../run/spec.ts';
 import { device, hotplugGuest, REGION_ADDR } from './hotplug-guest.ts';
 import { atLeast, clean, exactly, holds, second, spec, type Scenario } from './scenario.ts';
 
@@ -170,6 +171,56 @@ export const UNPLUGGED_MEMORY_SCENARIOS: readonly Scenario[] = [
         ),
         atLeast('words it read', pinned.assigned?.reads ?? 0, 100_000),
         exactly('accesses its IOMMU refused', pinned.assigned?.iommuFaults ?? 0, 0),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-vmas',
+    about:
+      'what forbidding unplugged memory costs in mappings, when a shrink leaves every eighth block: by mprotect two for each, up to the limit, where requests are BUSY; by userfaultfd one in all',
+    rows: 'H14, H64; I9, I24',
+    spec: () => {
+      const every8th = Array.from({ length: 32 }, (_, i) => (REGION_ADDR + 8 * i * 2 * MiB) / PAGE_SIZE);
+      const vm = (over: Partial<MemoryDeviceSpec>): VmSpec => {
+        const devices = [device({ regionBytes: 512 * MiB, profile: 'rfc-write-protect', ...over })];
+        return {
+          bootAtNs: 0,
+          // Its own books stay in boot memory.
+          guest: hotplugGuest(256 * MiB, devices, { memmapZone: ZONE_DMA32 }),
+          program: { kind: 'agent', pins: [[second(1), every8th]] },
+          memoryDevices: devices,
+          memoryTargets: [
+            [second(0), 0, 512 * MiB],
+            [second(2), 0, 64 * MiB],
+          ],
+          diskBytes: 0,
+        };
+      };
+      return spec(
+        2 * GiB,
+        [
+          vm({ protection: 'userfaultfd' }),
+          vm({ protection: 'mprotect' }),
+          vm({ protection: 'mprotect', maxMapCount: 20 }),
+        ],
+        { graceNs: second(2) },
+      );
+    },
+    checks: (outcome) => {
+      const [fault, mprotect, limited] = outcome.result.vms.map((vm) => vm.memoryDevices[0]);
+      return [
+        ...clean(outcome),
+        exactly('userfaultfd: bytes plugged', fault.plugged, 64 * MiB),
+        exactly('userfaultfd: mappings', fault.vmas, 1),
+        exactly('mprotect: bytes plugged', mprotect.plugged, 64 * MiB),
+        atLeast('mprotect: mappings', mprotect.vmas, 64),
+        atLeast('at the limit: requests that would have made more', limited.counters.mapCountRefusals, 1),
+        { what: 'at the limit: mappings', value: limited.vmas, ok: limited.vmas <= 20 },
+        {
+          what: 'at the limit: bytes that stay plugged',
+          value: limited.plugged,
+          ok: limited.plugged > 64 * MiB,
+        },
       ];
     },
   },
