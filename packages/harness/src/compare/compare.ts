@@ -264,7 +264,7 @@ function upperMemory(guest: GuestConfig): MemoryDeviceSpec {
     node: 0,
     requestedBytes: regionBytes,
     pluggedBytes: regionBytes,
-    grants: true,
+    grants: 'all',
     profile: 'qemu',
   };
 }

@@ -287,7 +287,7 @@ function memoryDevice(
     region,
     ...(assigned === null ? {} : { holder: assigned }),
     exchanges: spec.exchanges === true,
-    ...(spec.grants === true ? { grant: (bytes: number) => bytes } : {}),
+    ...(spec.grants === undefined ? {} : { grant: (bytes: number) => (spec.grants === 'all' ? bytes : 0) }),
     ...tracing,
     onRequest: (request) => watch?.request?.(spec.id, request),
     onSize: (bytes) => watch?.size?.(spec.id, bytes),

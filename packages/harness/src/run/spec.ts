@@ -76,8 +76,8 @@ export interface MemoryDeviceSpec {
   readonly requestedBytes: number;
   /** Plugged from the start. */
   readonly pluggedBytes?: number;
-  /** The guest may ask for more, and gets it as far as the region goes (row H37). */
-  readonly grants?: boolean;
+  /** The guest may ask for more: it gets all that the region has, or nothing (row H37). It may not without this. */
+  readonly grants?: 'all' | 'none';
   /** The guest may trade blocks (row H44). */
   readonly exchanges?: boolean;
   /**

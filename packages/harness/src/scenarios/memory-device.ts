@@ -15,7 +15,7 @@ import {
 } from '@ebb/guest-kernel';
 import { judgeMemoryDevice, type RebootPolicy } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
-import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
+import { VIRTIO_BALLOON_F_DEFLATE_ON_OOM, VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
 import type { VmSpec } from '../run/spec.ts';
 import { device, hotplugGuest, REGION_ADDR } from './hotplug-guest.ts';
 import { atLeast, clean, exactly, freshGuest, holds, second, spec, type Scenario } from './scenario.ts';
@@ -455,6 +455,49 @@ export const MEMORY_DEVICE_SCENARIOS: readonly Scenario[] = [
           ok: balloon.returnedBytes < 100 * 4096,
         },
         exactly('a block below the host page: refused', blockBelowPage === '' ? 0 : 1, 1),
+      ];
+    },
+  },
+  {
+    name: 'virtio-mem-asks',
+    about:
+      'two guests run out of memory and ask the host for more: one host grants; the other denies, and its guest takes pages back from its balloon',
+    rows: 'H34, H37; I9, I24',
+    spec: () => {
+      const bytes = 256 * MiB;
+      // The upper half comes and goes; its memmap is among boot memory, or who has nothing left could not add it (H31).
+      const upper = device({
+        addr: 128 * MiB,
+        regionBytes: 128 * MiB,
+        requestedBytes: 128 * MiB,
+        pluggedBytes: 128 * MiB,
+      });
+      const vm = (grants: 'all' | 'none'): VmSpec => ({
+        bootAtNs: 0,
+        guest: {
+          ...freshGuest(bytes, { balloon: true }),
+          hotplug: { ...LINUX_HOTPLUG, devices: 1, adopts: 'in-place' },
+        },
+        // More than is left, less than both have in reserve.
+        program: holds(12000, second(2), second(1)),
+        memoryDevices: [{ ...upper, grants }],
+        memoryTargets: [[second(0.1), 0, 0]],
+        balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST, VIRTIO_BALLOON_F_DEFLATE_ON_OOM],
+        balloonTargets: [[second(1), bytes - 48 * MiB]],
+        diskBytes: 0,
+      });
+      return spec(1 * GiB, [vm('all'), vm('none')], { graceNs: second(1) });
+    },
+    checks: (outcome) => {
+      const [granted, denied] = outcome.result.vms;
+      const [grantedMem, deniedMem] = [granted.memoryDevices[0], denied.memoryDevices[0]];
+      return [
+        ...clean(outcome),
+        atLeast('granted: requests for more', grantedMem.counters.moreRequests, 1),
+        atLeast('granted: bytes plugged again', grantedMem.plugged, 64 * MiB),
+        atLeast('denied: requests for more', deniedMem.counters.moreRequests, 1),
+        exactly('denied: bytes the host lets it have', deniedMem.requested, 0),
+        atLeast('denied: pages taken back from the balloon', 12288 - denied.balloonPages, 1),
       ];
     },
   },
