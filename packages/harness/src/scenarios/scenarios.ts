@@ -15,6 +15,7 @@ import {
 import { DIMM_SCENARIOS } from './dimms.ts';
 import { ANY_MEMORY_SCENARIOS } from './any-memory.ts';
 import { MEMORY_DEVICE_SCENARIOS } from './memory-device.ts';
+import { MEMORY_DEVICE_VARIANTS } from './memory-device-variants.ts';
 import { REBOOT_SCENARIOS } from './reboot-elsewhere.ts';
 import { atLeast, clean, exactly, freshGuest, second, spec, type Scenario } from './scenario.ts';
 import { UNPLUGGED_MEMORY_SCENARIOS } from './unplugged-memory.ts';
@@ -293,6 +294,7 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   },
   ...MEMORY_DEVICE_SCENARIOS,
+  ...MEMORY_DEVICE_VARIANTS,
   ...ANY_MEMORY_SCENARIOS,
   ...REBOOT_SCENARIOS,
   ...UNPLUGGED_MEMORY_SCENARIOS,
