@@ -228,6 +228,19 @@ export class MemRegion {
     return n;
   }
 
+  /** Whether the unit of `pfn` is one of this device's that was prepared. */
+  holds(pfn: number): boolean {
+    const block = Math.floor(pfn / this.unit);
+    return block >= this.firstBlock && block < this.nextBlock;
+  }
+
+  /** Whether a block of the region is added. */
+  get anyAdded(): boolean {
+    for (let b = this.firstBlock; b < this.nextBlock; b++)
+      if (this.state(b) !== UNUSED && this.state(b) !== PLUGGED) return true;
+    return false;
+  }
+
   /** Pages of blocks that are added and not online. */
   get offlinePages(): number {
     let pages = 0;

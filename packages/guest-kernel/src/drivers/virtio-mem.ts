@@ -192,6 +192,21 @@ export class VirtioMemDriver {
     return this.#region.ready;
   }
 
+  /** The module goes (`rmmod`): what is plugged stays as it is, and nobody listens to the device any more. On vCPU 0. */
+  remove(): void {
+    if (!this.ready) return;
+    Atomics.store(this.#w, this.#base + M_READY, 0);
+    this.#region.guest.driver.reset();
+  }
+
+  /** It comes back (`insmod`). False: memory that it added is still there, which Linux refuses to take over. On vCPU 0. */
+  reload(): boolean {
+    if (this.ready || this.#region.anyAdded) return false;
+    const w = this.#w;
+    const pages = [M_RINGS, M_RINGS + 1, M_RINGS + 2, M_REQUEST_PAGE].map((word) => w[this.#base + word]);
+    return this.probe(pages);
+  }
+
   // ── Interrupts and timers ────────────────────────────────────────────────────────────────────────────────────────
 
   /** The device's interrupt, on vCPU 0. */
@@ -244,6 +259,7 @@ export class VirtioMemDriver {
    */
   setBlockOnline(pfn: number, online: boolean): boolean {
     const region = this.#region;
+    if (!region.holds(pfn)) return false;
     spinLock(this.#w, this.#base + M_MUTEX, this.#vcpu.id, this.#relax);
     let done = this.#hotplug.isAdded(pfn) && this.#hotplug.isOnline(pfn) !== online;
     if (done && online) region.online(pfn);

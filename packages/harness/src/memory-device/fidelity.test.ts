@@ -63,7 +63,7 @@ test.each([
     onlinePolicy: 'online',
     initOnAlloc: true,
     devices: [device, ...(over.device === undefined ? [] : [{ ...device, ...over.device }])],
-    steps: [{ t: 1, action: 'rmmod' }],
+    steps: [{ t: 1, action: 'dance' }],
     requests: over.request === undefined ? [] : [{ t: 1, type: 'PLUG', response: 'ACK', ...over.request }],
   };
   const path = join(mkdtempSync(join(tmpdir(), 'ebb-session-')), 'made-up.session.json');
@@ -72,7 +72,7 @@ test.each([
   expect(() => readSession(path)).toThrow(why);
   write({ ...session, devices: [device], requests: [], boot: [{ node: 0, size: 2 * GiB }] });
   // What is not followed is named.
-  expect(unfollowed(readSession(path))).toEqual(['rmmod']);
+  expect(unfollowed(readSession(path))).toEqual(['dance']);
 });
 
 /** A machine with 2 GiB on each node and a device of 8 GiB on node 0, and what its driver asks for. */
@@ -167,4 +167,39 @@ test('what the retry timer could give back is held until then', () => {
   const requests = requestsOf({ steps: [resize(6, 128 * MiB), resize(10, 0)], requests: real });
   expect(requests).toHaveLength(real.length);
   expect(requests.at(-1)).toBe('UNPLUG 0x140600000 1 ACK');
+});
+
+test('without its driver a device asks for nothing; it comes back only where nothing is added (F, G)', () => {
+  const step = (t: number, action: 'rmmod' | 'insmod'): Session['steps'][number] => ({ t, action });
+  // As observed: with memory plugged the module does not come back, and sizes have no effect.
+  const stuck = requestsOf({
+    steps: [
+      resize(6, 256 * MiB),
+      step(10, 'rmmod'),
+      resize(12, 0),
+      step(14, 'insmod'),
+      resize(16, 512 * MiB),
+    ],
+  });
+  expect(stuck.map((r) => r.split(' ')[0])).toEqual(['PLUG', 'PLUG']);
+  const empty = requestsOf({
+    steps: [resize(6, 128 * MiB), resize(8, 0), step(10, 'rmmod'), resize(12, 256 * MiB), step(14, 'insmod')],
+  });
+  expect(empty.map((r) => r.split(' ')[0])).toEqual(['PLUG', 'UNPLUG', 'PLUG', 'PLUG']);
+});
+
+test('a block that an administrator took offline is the first to go (G)', () => {
+  const addr = 0x1_4000_0000 + 128 * MiB;
+  const requests = requestsOf({
+    steps: [
+      resize(6, 512 * MiB),
+      { t: 10, action: 'offline', addr },
+      resize(12, 384 * MiB),
+      { t: 14, action: 'online', addr },
+      resize(16, 256 * MiB),
+    ],
+  });
+  const unplugged = requests.filter((r) => r.startsWith('UNPLUG'));
+  // A block that is offline goes by sub-blocks or whole; either way it goes before the highest.
+  expect([...new Set(unplugged.map(blockOf).map(Math.floor))]).toEqual([1, 3]);
 });

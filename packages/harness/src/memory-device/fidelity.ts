@@ -8,7 +8,7 @@
  */
 import { LINUX_HOTPLUG, ZONE_DMA32, type GuestConfig } from '@ebb/guest-kernel';
 import { assert, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
-import { orderPins, ordersDone } from '../run/agent-program.ts';
+import { orderDrivers, orderPins, ordersDone } from '../run/agent-program.ts';
 import { hostBuffers, runBuffers } from '../run/buffers.ts';
 import { fileStorage } from '../run/file-storage.ts';
 import { InlineSession } from '../run/inline-session.ts';
@@ -96,11 +96,22 @@ export function memoryFidelity(session: Session, onStep: (text: string) => void)
         onStep(`${t.toFixed(1)} s: system_reset`);
         vm.host.systemReset(0, 'virtio-1.2');
         break;
+      case 'rmmod':
+      case 'insmod':
+        onStep(`${t.toFixed(1)} s: ${step.action}`);
+        orderDrivers(orders, step.action);
+        break;
+      case 'offline':
+      case 'online':
+        onStep(`${t.toFixed(1)} s: ${step.action} 0x${step.addr.toString(16)}`);
+        orderDrivers(orders, step.action, step.addr / PAGE_SIZE);
+        break;
       case 'note':
       case undefined:
         break;
     }
     vm.settle();
+    while (!ordersDone(orders)) vm.settle();
   }
   vm.passTo(Math.max(vm.now, ((session.requests.at(-1)?.t ?? 0) + 1) * NS_PER_S));
   for (const disk of disks) disk.close();

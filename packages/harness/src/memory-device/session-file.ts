@@ -24,12 +24,19 @@ const step = z.discriminatedUnion('action', [
   }),
   z.object({ t: z.number(), action: z.literal('migration'), active: z.boolean() }),
   z.object({ t: z.number(), action: z.literal('system_reset') }),
+  // Inside the guest: the driver's module goes and comes, a memory block by its address.
+  z.object({ t: z.number(), action: z.literal('rmmod') }),
+  z.object({ t: z.number(), action: z.literal('insmod') }),
+  z.object({ t: z.number(), action: z.literal('offline'), addr: address }),
+  z.object({ t: z.number(), action: z.literal('online'), addr: address }),
   z.object({ t: z.number(), action: z.literal('note'), text: z.string().default('') }),
 ]);
 
-/** What was done inside the guest, or by a tool we do not know, is a note: it is read past. */
+/** What was done by a tool that we do not know is a note: it is read past, and named. */
 function asNote(raw: unknown): unknown {
-  const known = z.object({ action: z.enum(['resize', 'migration', 'system_reset', 'note']) });
+  const known = z.object({
+    action: z.enum(['resize', 'migration', 'system_reset', 'rmmod', 'insmod', 'offline', 'online', 'note']),
+  });
   const other = z.object({ t: z.number(), action: z.string() }).safeParse(raw);
   if (!other.success || known.safeParse(raw).success) return raw;
   return { t: other.data.t, action: 'note', text: other.data.action };

@@ -20,7 +20,11 @@ const DONE = 1;
 const COUNT = 2;
 /** Pages of cached files wanted. */
 const CACHED = 3;
+/** What becomes of the memory drivers: a `DRIVER_ORDERS` number; and the block it is about, by first page. */
+const DRIVER = 4;
+const BLOCK = 5;
 const LIST = 16;
+const DRIVER_ORDERS = ['', 'rmmod', 'insmod', 'offline', 'online'] as const;
 const MAX_PINS = 65536;
 export const AGENT_BYTES: number = (LIST + MAX_PINS) * 4;
 
@@ -35,6 +39,13 @@ export function orderPins(words: Int32Array, pfns: readonly number[]): void {
 /** Orders that `pages` pages of files are cached: movable memory in use. */
 export function orderCache(words: Int32Array, pages: number): void {
   words[CACHED] = pages;
+  Atomics.add(words, GIVEN, 1);
+}
+
+/** Orders what an administrator does: unloads or loads the drivers, or takes the memory block at `pfn` offline or online. */
+export function orderDrivers(words: Int32Array, what: (typeof DRIVER_ORDERS)[number], pfn = 0): void {
+  words[DRIVER] = DRIVER_ORDERS.indexOf(what);
+  words[BLOCK] = pfn;
   Atomics.add(words, GIVEN, 1);
 }
 
@@ -78,6 +89,8 @@ export class AgentProgram implements Program {
     if (this.#kernel.vcpu.id === 0 && given !== this.#words[DONE]) {
       this.#pin(new Set(this.#words.subarray(LIST, LIST + this.#words[COUNT])));
       this.#cache(this.#words[CACHED]);
+      this.#drivers(DRIVER_ORDERS[this.#words[DRIVER]], this.#words[BLOCK]);
+      this.#words[DRIVER] = 0;
       Atomics.store(this.#words, DONE, given);
     }
     const [next] = this.#planned;
@@ -102,6 +115,14 @@ export class AgentProgram implements Program {
         this.#pins.set(block, pfn);
         break;
       }
+    }
+  }
+
+  #drivers(what: (typeof DRIVER_ORDERS)[number], pfn: number): void {
+    for (const driver of this.#kernel.parts.mem) {
+      if (what === 'rmmod') driver.remove();
+      if (what === 'insmod') driver.reload();
+      if (what === 'offline' || what === 'online') driver.setBlockOnline(pfn, what === 'online');
     }
   }
 
