@@ -7,6 +7,9 @@ import type { VmSpec } from '../run/spec.ts';
 import { device, hotplugGuest, REGION_ADDR } from './hotplug-guest.ts';
 import { atLeast, clean, exactly, freshGuest, holds, second, spec, type Scenario } from './scenario.ts';
 
+/** Of a device, from QEMU's default to a memory block of Linux. */
+const BLOCK_SIZES = [2, 4, 8, 16, 128].map((mib) => mib * MiB);
+
 export const MEMORY_DEVICE_VARIANTS: readonly Scenario[] = [
   {
     name: 'virtio-mem-exchange',
@@ -152,5 +155,49 @@ export const MEMORY_DEVICE_VARIANTS: readonly Scenario[] = [
         atLeast('denied: pages taken back from the balloon', 12288 - denied.balloonPages, 1),
       ];
     },
+  },
+  {
+    name: 'virtio-mem-block-size',
+    about:
+      'one page in every 16 MiB cannot move: what a shrink to nothing gives back, by the size of a block; larger blocks need fewer requests and give less',
+    rows: 'H23, H29, H62; I9, I24',
+    spec: () => {
+      const every16M = Array.from({ length: 32 }, (_, i) => (REGION_ADDR + i * 16 * MiB) / PAGE_SIZE);
+      return spec(
+        4 * GiB,
+        BLOCK_SIZES.map((blockBytes): VmSpec => {
+          const devices = [device({ regionBytes: 512 * MiB, blockBytes })];
+          return {
+            bootAtNs: 0,
+            guest: hotplugGuest(256 * MiB, devices, { memmapZone: ZONE_DMA32 }),
+            program: { kind: 'agent', pins: [[second(1), every16M]] },
+            memoryDevices: devices,
+            memoryTargets: [
+              [second(0), 0, 512 * MiB],
+              [second(2), 0, 0],
+            ],
+            diskBytes: 0,
+          };
+        }),
+        { graceNs: second(2) },
+      );
+    },
+    checks: (outcome) => [
+      ...clean(outcome),
+      ...outcome.result.vms.flatMap((vm, i) => {
+        const [{ plugged, counters }] = vm.memoryDevices;
+        const block = BLOCK_SIZES[i];
+        // A block is kept for one page in it.
+        const kept = Math.min(512 * MiB, 32 * block);
+        return [
+          exactly(`blocks of ${block / MiB} MiB: bytes given back`, 512 * MiB - plugged, 512 * MiB - kept),
+          atLeast(
+            `blocks of ${block / MiB} MiB: UNPLUG requests`,
+            counters.unplugRequests,
+            kept < 512 * MiB ? 32 : 0,
+          ),
+        ];
+      }),
+    ],
   },
 ];
