@@ -20,3 +20,4 @@ export * from './mm/process.ts';
 export * from './mm/reclaim.ts';
 export * from './mm/zone.ts';
 export * from './procfs.ts';
+export { PerCpuPages } from './mm/per-cpu-pages.ts';

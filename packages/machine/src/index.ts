@@ -22,7 +22,7 @@ export * from './result.ts';
 export * from './schedule.ts';
 export * from './shared-views.ts';
 export * from './spin-lock.ts';
-export { tlbBytes, tlbInUse, tlbReaches } from './tlb.ts';
+export { combinedReaches, tlbBytes, tlbInUse, tlbReaches } from './tlb.ts';
 export * from './units.ts';
 export * from './vcpu.ts';
 export * from './violations.ts';

@@ -87,3 +87,15 @@ export function tlbReaches(tlb: Int32Array, frame: number, generation: Int32Arra
   }
   return false;
 }
+
+/** Whether a kept TLB has a combined mapping of the guest-physical page `gfn`. For checkers: of a page that is freed. */
+export function combinedReaches(tlb: Int32Array, gfn: number): boolean {
+  for (let at = TLB_COMBINED_BASE; at < TLB_BASE; at += COMBINED_WORDS)
+    if (
+      tlb[at + CM_TAG] >= 0 &&
+      tlb[at + CM_GFN] === gfn &&
+      tlb[at + CM_EPOCH] >> CM_EPOCH_SHIFT === tlb[TLB_EPOCH]
+    )
+      return true;
+  return false;
+}

@@ -21,12 +21,17 @@ export class VcpuLab {
   /** The guest kernel's arena. */
   readonly arena: SharedArrayBuffer;
   readonly found: string[] = [];
+  /** The TLBs of this VM's vCPUs. */
+  readonly tlbs: readonly Int32Array[];
   readonly #runControl: Int32Array;
   readonly #thread: number;
 
   constructor(lab: LabBuffers, schedule: ControlledSchedule, vm: number, id: number) {
     const memory = new HostMemory(lab.dram);
     this.shape = lab.shape;
+    this.tlbs = lab.tlbs
+      .slice(vm * lab.shape.vcpus, (vm + 1) * lab.shape.vcpus)
+      .map((tlb) => new Int32Array(tlb));
     this.schedule = schedule;
     this.arena = lab.arenas[vm];
     this.model = new Int32Array(lab.model);

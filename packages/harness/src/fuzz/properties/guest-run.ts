@@ -1,6 +1,6 @@
 /** One vCPU of a guest property: its operations on a real guest kernel, and what it expects of each. */
-import { GuestKernel, Z_FREE } from '@ebb/guest-kernel';
-import { gfn, NS_PER_MS, NS_PER_S, VmKilled } from '@ebb/machine';
+import { GuestKernel, PerCpuPages, Z_FREE } from '@ebb/guest-kernel';
+import { combinedReaches, gfn, NS_PER_MS, NS_PER_S, VmKilled } from '@ebb/machine';
 import { allocatedPages } from '../guest-audit.ts';
 import type { VcpuLab } from '../vcpu-lab.ts';
 import type { Op } from '../property.ts';
@@ -105,6 +105,13 @@ class GuestRun {
       case 'load':
         this.#load(a, b);
         break;
+      case 'hammer':
+        // Through one translation, as long as it lasts: what moves its page meanwhile must tell it.
+        for (let i = 0; i < 6; i++) {
+          this.#store(0, b);
+          this.#load(0, b);
+        }
+        break;
       case 'discard':
         this.#discard(a, b);
         break;
@@ -191,8 +198,9 @@ class GuestRun {
 
   // ── Processes ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+  /** Every other time the one that both vCPUs work in: there a move meets a thread elsewhere. */
   #process(which: number): Process {
-    return this.#processes[which % this.#processes.length];
+    return this.#processes[(which & 1) === 0 ? 0 : (which >> 1) % this.#processes.length];
   }
 
   /** A page of the process that is this vCPU's to use. */
@@ -236,7 +244,7 @@ class GuestRun {
   #fork(a: number, b: number): void {
     const { processes } = this.#kernel.parts;
     if (this.#processes.length > 4) return;
-    if (this.#processes.length === 1 && (a & 1) === 0) {
+    if (this.#processes.length === 1 && (a & 2) === 0) {
       const id = processes.create(AREA_PAGES);
       if (id >= 0) this.#processes.push({ id, values: new Map(), unknown: new Set() });
       return;
@@ -249,9 +257,9 @@ class GuestRun {
     if (parent.id === SHARED_PROCESS)
       for (let vpn = 1 - this.#id; vpn < AREA_PAGES; vpn += 2) unknown.add(vpn);
     const values = new Map(parent.values);
-    if ((b & 2) !== 0) this.#store(this.#processes.indexOf(parent), b);
+    if ((b & 2) !== 0) this.#store(2 * this.#processes.indexOf(parent) + 1, b);
     this.#processes.push({ id, values, unknown });
-    if ((b & 4) !== 0) this.#load(this.#processes.length - 1, this.#page(parent.id, b));
+    if ((b & 4) !== 0) this.#load(2 * this.#processes.length - 1, this.#page(parent.id, b));
   }
 
   #exit(a: number): void {
@@ -263,7 +271,7 @@ class GuestRun {
   /** Reads everything back and ends the vCPU's own processes. */
   endProcesses(): void {
     this.#processes.forEach(({ values, unknown }, which) => {
-      for (const vpn of [...values.keys(), ...unknown]) this.#load(which, vpn);
+      for (const vpn of [...values.keys(), ...unknown]) this.#load(2 * which + 1, vpn);
     });
     while (this.#processes.length > 1) this.#exit(0);
   }
@@ -336,6 +344,18 @@ function hog(kernel: GuestKernel): void {
   kernel.leave();
 }
 
+/** A page that is freed must be in nobody's TLB, but of who is away and will be told before it uses one (I22). */
+function watchFrees(kernel: GuestKernel, lab: VcpuLab): void {
+  const { alloc } = kernel.parts;
+  const free = alloc.free.bind(alloc);
+  alloc.free = (pfn, order) => {
+    for (const [cpu, tlb] of lab.tlbs.entries())
+      if (PerCpuPages.inSlice(kernel.arena.w, cpu) && combinedReaches(tlb, pfn))
+        lab.found.push(`page ${pfn} is freed while vCPU ${cpu} still reaches it through its TLB (I22)`);
+    free(pfn, order);
+  };
+}
+
 export function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: number): void {
   const { vcpu } = lab;
   const kernel = new GuestKernel(guestConfig(kind, lab.shape.vcpus), lab.arena, vcpu);
@@ -359,6 +379,7 @@ export function runGuest(kind: GuestKind, lab: VcpuLab, ops: readonly Op[], id: 
     }
     while (Atomics.load(lab.model, SET_UP) === 0) lab.schedule.spin('spin', 1);
     kernel.enter();
+    if (kind.processes === true) watchFrees(kernel, lab);
     const run = new GuestRun(kernel, lab, id);
     for (const op of ops) {
       lab.model[OPS_DONE]++;

@@ -177,7 +177,7 @@ export const processes: Property = guestProperty(
     memory: 'qemu',
     processes: true,
     reportingOrder: 9,
-    cpu: ['store', 'store', 'store', 'store', 'load', 'load', 'discard', 'fork', 'exit', 'slice', 'starve'],
+    cpu: ['store', 'store', 'hammer', 'hammer', 'load', 'load', 'discard', 'fork', 'exit', 'slice', 'starve'],
     host: ['resize', 'resize', 'resize', 'resize'],
   },
   PAGES + REGION_PAGES + 128,
