@@ -20,6 +20,6 @@ export * from './mm/host-buddy.ts';
 export * from './vmm/balloon-policy.ts';
 export * from './vmm/monitor/events.ts';
 export * from './vmm/monitor/hmp.ts';
-export { freeAddress, type Extent } from './vmm/monitor/hotplug.ts';
+export { placeDimm, type Extent } from './vmm/monitor/place-dimm.ts';
 export * from './vmm/monitor/machine.ts';
 export * from './vmm/monitor/qmp.ts';

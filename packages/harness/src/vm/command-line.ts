@@ -225,15 +225,11 @@ function describe(given: readonly [string, string][], alsoIgnored: readonly stri
     devices,
     range: deviceRange,
     slots,
-    nodes: nodes.length,
+    nodes,
+    balloon,
   });
-  const ids = [
-    ...devices.map((d) => d.id),
-    ...dimms.map((d) => d.dimm.id),
-    ...(balloon === null ? [] : [balloon]),
-  ];
-  const twice = ids.find((id, i) => ids.indexOf(id) !== i);
-  if (twice !== undefined) throw new UserError(`-device: Duplicate device ID '${twice}'`);
+  if (balloon !== null && devices.some((d) => d.id === balloon))
+    throw new UserError(`-device: Duplicate device ID '${balloon}'`);
   const ends = [...devices.map((d) => d.addr + d.regionBytes), slots > 0 ? from + deviceRange.bytes : 0];
   const end = Math.max(memory.end, ...ends.map((e) => e / PAGE_SIZE));
   const guest: GuestConfig = {

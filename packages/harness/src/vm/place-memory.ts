@@ -1,7 +1,7 @@
 /** Where a command line's memory goes: nodes, regions of memory devices, DIMMs; and QEMU's words for what does not fit. */
 import {
-  freeAddress,
   judgeMemoryDevice,
+  placeDimm,
   type Dimm,
   type Extent,
   type MemoryProfile,
@@ -12,10 +12,14 @@ import type { MemoryDeviceSpec } from '../run/spec.ts';
 import { UserError } from '../trace/trace.ts';
 import { onlyKnown, size, whole, type Fields } from './option-fields.ts';
 
-/** What `-device` takes for each; `bus` and the like mean nothing here. */
-const PLACES = ['driver', 'id', 'bus', 'addr', 'memdev', 'node'];
+/** What `-device virtio-mem-pci` takes; `bus` and the like mean nothing here. */
 const MEMORY_DEVICE = [
-  ...PLACES,
+  'driver',
+  'id',
+  'bus',
+  'addr',
+  'memdev',
+  'node',
   'memaddr',
   'requested-size',
   'block-size',
@@ -140,44 +144,31 @@ export function placeDimms(
   given: readonly Fields[],
   backends: readonly { readonly id: string; readonly bytes: number }[],
   where: {
-    readonly devices: readonly MemoryDeviceSpec[];
+    readonly devices: readonly (MemoryDeviceSpec & { readonly memdev: string })[];
     readonly range: Extent;
     readonly slots: number;
-    readonly nodes: number;
+    readonly nodes: readonly MonitoredNode[];
+    readonly balloon: string | null;
   },
 ): { readonly dimm: Dimm; readonly memdev: string }[] {
   const placed: { readonly dimm: Dimm; readonly memdev: string }[] = [];
   for (const f of given) {
-    const id = f.get('id') ?? `dimm${placed.length}`;
-    const option = `device pc-dimm,id=${id}`;
-    onlyKnown(option, f, PLACES);
-    const memdev = f.get('memdev');
-    if (memdev === undefined) throw new UserError(`-${option}: 'memdev' property is not set`);
-    const backend = backends.find((b) => b.id === memdev);
-    if (backend === undefined) throw new UserError(`-${option}: Device '${memdev}' not found`);
-    if (where.slots === 0)
-      throw new UserError(`-${option}: no slots where allocated, please specify the 'slots' option`);
-    if (placed.length === where.slots) throw new UserError(`-${option}: no free slots available`);
-    if (placed.some((p) => p.dimm.id === id)) throw new UserError(`-${option}: Duplicate device ID '${id}'`);
-    if (placed.some((p) => p.memdev === memdev))
-      throw new UserError(`-${option}: can't use already busy memdev: ${memdev}`);
-    const node = f.has('node') ? whole(`${option} node`, f.get('node')) : 0;
-    if (node >= where.nodes)
-      throw new UserError(
-        `-${option}: 'DIMM property node has value ${node}' which exceeds the number of numa nodes: ${where.nodes}`,
-      );
-    if (backend.bytes % (2 * MiB) !== 0)
-      throw new UserError(`-${option}: backend memory size must be multiple of 0x200000`);
-    const taken = [
-      ...where.devices.map((d) => ({ addr: d.addr, bytes: d.regionBytes })),
-      ...placed.map((p) => p.dimm),
-    ];
-    const addr = freeAddress(where.range, taken, backend.bytes);
-    if (addr === null)
-      throw new UserError(
-        `-${option}: not enough space, currently 0x${taken.reduce((sum, t) => sum + t.bytes, 0).toString(16)} in use of total space for memory devices 0x${where.range.bytes.toString(16)}`,
-      );
-    placed.push({ dimm: { id, addr, bytes: backend.bytes, node }, memdev });
+    const next = placeDimm(Object.fromEntries(f), {
+      backends,
+      busy: [...where.nodes, ...where.devices, ...placed].map((user) => user.memdev),
+      nodes: where.nodes.length,
+      slots: where.slots,
+      freeSlots: where.slots - placed.length,
+      range: where.range,
+      taken: [
+        ...where.devices.map((d) => ({ id: d.id, addr: d.addr, bytes: d.regionBytes })),
+        ...placed.map((p) => p.dimm),
+      ],
+      ids: where.balloon === null ? [] : [where.balloon],
+    });
+    if (!next.ok)
+      throw new UserError(`-device pc-dimm${f.has('id') ? `,id=${f.get('id')}` : ''}: ${next.error}`);
+    placed.push(next.value);
   }
   return placed;
 }

@@ -85,7 +85,22 @@ export interface DimmCounters {
 }
 
 /** QEMU's alignment of memory devices on x86. */
-const ALIGN: number = 2 * MiB;
+export const DIMM_ALIGN: number = 2 * MiB;
+
+/** Why a DIMM cannot come beside others, in QEMU's words, or nothing. `hasSlot`: one of the slots is free. */
+export function judgeDimm(
+  { id, addr, bytes }: Dimm,
+  others: readonly Pick<Dimm, 'id' | 'addr' | 'bytes'>[],
+  hasSlot: boolean,
+): string {
+  if (others.some((d) => d.id === id)) return `Duplicate device ID '${id}'`;
+  if (bytes <= 0 || bytes % DIMM_ALIGN !== 0)
+    return `backend memory size must be multiple of 0x${DIMM_ALIGN.toString(16)}`;
+  if (addr % DIMM_ALIGN !== 0) return `address must be aligned to 0x${DIMM_ALIGN.toString(16)} bytes`;
+  const hit = others.find((d) => addr < d.addr + d.bytes && d.addr < addr + bytes);
+  if (hit !== undefined) return `address range conflicts with memory device id='${hit.id}'`;
+  return hasSlot ? '' : 'no free slots available';
+}
 
 export class DimmSlots implements MmioRegion {
   /** Guest-physical address of the registers. */
@@ -149,16 +164,8 @@ export class DimmSlots implements MmioRegion {
     this.counters.plugged++;
   }
 
-  #judge({ id, addr, bytes }: Dimm): string {
-    const others = this.dimms;
-    if (others.some((d) => d.id === id)) return `Duplicate device ID '${id}'`;
-    if (bytes <= 0 || bytes % ALIGN !== 0)
-      return `backend memory size must be multiple of 0x${ALIGN.toString(16)}`;
-    if (addr % ALIGN !== 0) return `address must be aligned to 0x${ALIGN.toString(16)} bytes`;
-    const hit = others.find((d) => addr < d.addr + d.bytes && d.addr < addr + bytes);
-    if (hit !== undefined) return `address range conflicts with memory device id='${hit.id}'`;
-    if (others.length === this.#slots.length) return 'no free slots available';
-    return '';
+  #judge(dimm: Dimm): string {
+    return judgeDimm(dimm, this.dimms, this.dimms.length < this.#slots.length);
   }
 
   *#insert(slot: Slot, dimm: Dimm): TaskBody {

@@ -21,6 +21,7 @@ const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
 const DRIVER_MODEL = test('guest-kernel/src/drivers/virtio-mem.property.test.ts');
 const FIDELITY = test('harness/src/memory-device/fidelity.test.ts');
 const SESSION = test('harness/src/vm/vm.test.ts');
+const DIMMS = test('harness/src/vm/dimms.test.ts');
 const MONITOR = test('host-kvm/src/vmm/monitor/monitor.test.ts');
 
 export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
@@ -410,21 +411,21 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '      } else if (isFirst) this.#add(slot);\n      else if',
     '      } else if',
     'G20: the kernel after a reset does without the DIMMs that are in',
-    SESSION,
+    DIMMS,
   ),
   fault(
     'busy-backend-deleted',
     'packages/host-kvm/src/vmm/monitor/hotplug.ts',
-    "  if (isBusy(machine, id)) return err(generic(`object '${id}' is in use, can not be deleted`));\n",
+    "  if (busyBackends(machine).includes(id)) return err(generic(`object '${id}' is in use, can not be deleted`));\n",
     '',
     'object_del takes the memory of a DIMM that is in',
-    SESSION,
+    DIMMS,
   ),
   fault(
     'dimm-over-device',
-    'packages/host-kvm/src/vmm/monitor/hotplug.ts',
-    '    if (at + bytes <= other.addr) break;\n    at = Math.max(at, Math.ceil((other.addr + other.bytes) / ALIGN) * ALIGN);',
-    '    if (at + ALIGN <= other.addr) break;\n    at = Math.max(at, Math.ceil((other.addr + other.bytes) / ALIGN) * ALIGN);',
+    'packages/host-kvm/src/vmm/monitor/place-dimm.ts',
+    '    if (at + bytes <= other.addr) break;\n    at = Math.max(at, Math.ceil((other.addr + other.bytes) / DIMM_ALIGN) * DIMM_ALIGN);',
+    '    if (at + DIMM_ALIGN <= other.addr) break;\n    at = Math.max(at, Math.ceil((other.addr + other.bytes) / DIMM_ALIGN) * DIMM_ALIGN);',
     'a DIMM is put where another device is',
     MONITOR,
   ),
@@ -457,10 +458,10 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'dimm-over-unplugged',
     'packages/host-kvm/src/vmm/monitor/hotplug.ts',
-    'addr < d.addr + d.regionBytes && d.addr',
-    'addr < d.addr + d.pluggedBytes && d.addr',
+    'bytes: d.regionBytes })),',
+    'bytes: d.pluggedBytes })),',
     'a DIMM is put over the unplugged part of a region',
-    SESSION,
+    DIMMS,
   ),
   fault(
     'offline-limit-of-one',

@@ -4,7 +4,8 @@
  */
 import { MiB, parseSize, type Result } from '@ebb/machine';
 import { balloonActual, setBalloon } from './balloon.ts';
-import { deviceAdd, deviceDel, objectAdd, objectDel, type Properties } from './hotplug.ts';
+import { deviceAdd, deviceDel, objectAdd, objectDel } from './hotplug.ts';
+import type { Properties } from './place-dimm.ts';
 import {
   baseMemory,
   byAddress,

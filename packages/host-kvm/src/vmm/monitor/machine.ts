@@ -5,7 +5,7 @@
 import type { BalloonDevice } from '../../devices/balloon.ts';
 import type { Dimm, DimmSlotStatus } from '../../devices/dimm-slots.ts';
 import type { MemoryDevice } from '../../devices/memory-device.ts';
-import type { Extent } from './hotplug.ts';
+import type { Extent } from './place-dimm.ts';
 
 export interface MonitoredNode {
   readonly id: number;

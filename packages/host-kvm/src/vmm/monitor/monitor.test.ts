@@ -4,7 +4,7 @@ import { COST_TABLE, MiB, NS_PER_S, PAGE_SIZE } from '@ebb/machine';
 import { MemoryDevice } from '../../devices/memory-device.ts';
 import { MonitorEvents } from './events.ts';
 import { JsonStream } from './json-stream.ts';
-import { freeAddress } from './hotplug.ts';
+import { freeAddress } from './place-dimm.ts';
 import type { Machine } from './machine.ts';
 import { qomGet, qomSet } from './qom.ts';
 
