@@ -7,8 +7,8 @@ import { PAGE_SIZE, pageOffset, type GuestMemory } from '@ebb/machine';
 export class DescriptorChain {
   head = 0;
   /** Segment addresses and lengths; the first `readableSegments` are device-readable. */
-  readonly gpas: number[] = [];
-  readonly lengths: number[] = [];
+  gpas: Float64Array = new Float64Array(8);
+  lengths: Uint32Array = new Uint32Array(8);
   /** Segments in use; the arrays may hold leftovers of an earlier buffer behind them. */
   segments = 0;
   readableSegments = 0;
@@ -23,14 +23,30 @@ export class DescriptorChain {
     this.#onLeaseBroken = onLeaseBroken;
   }
 
-  /** Starts the lease on the buffer whose first descriptor is `head`; empties what an earlier buffer left. */
-  begin(head: number): void {
+  /** Starts the lease on the buffer whose first descriptor is `head` and whose segments have been filled in. */
+  begin(
+    head: number,
+    segments: number,
+    readableSegments: number,
+    readableBytes: number,
+    writableBytes: number,
+  ): void {
     this.head = head;
-    this.segments = 0;
-    this.readableSegments = 0;
-    this.readableBytes = 0;
-    this.writableBytes = 0;
+    this.segments = segments;
+    this.readableSegments = readableSegments;
+    this.readableBytes = readableBytes;
+    this.writableBytes = writableBytes;
     this.#live = true;
+  }
+
+  /** Room for twice as many segments. */
+  grow(): this {
+    const { gpas, lengths } = this;
+    this.gpas = new Float64Array(2 * gpas.length);
+    this.gpas.set(gpas);
+    this.lengths = new Uint32Array(2 * lengths.length);
+    this.lengths.set(lengths);
+    return this;
   }
 
   get writableSegments(): number {
@@ -38,17 +54,6 @@ export class DescriptorChain {
   }
   get totalBytes(): number {
     return this.readableBytes + this.writableBytes;
-  }
-
-  append(gpa: number, length: number, writable: boolean): void {
-    this.gpas[this.segments] = gpa;
-    this.lengths[this.segments] = length;
-    this.segments++;
-    if (writable) this.writableBytes += length;
-    else {
-      this.readableSegments++;
-      this.readableBytes += length;
-    }
   }
 
   /** Ends the lease: the buffer goes back to the driver. */

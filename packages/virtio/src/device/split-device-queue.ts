@@ -132,92 +132,105 @@ export class SplitDeviceQueue {
     const head = memory.u16[memory.at >> 1];
     if (head >= this.size) return this.#fail({ kind: 'head-out-of-range', head });
     const chain = this.#spare.pop() ?? new DescriptorChain(memory, this.#onLeaseBroken);
-    chain.begin(head);
-    if (!this.#readChain(chain, this.rings.desc, this.size, head, false)) return null;
+    if (!this.#readChain(chain, head)) return null;
     this.#lastAvail = (this.#lastAvail + 1) & 0xffff;
     this.inFlight++;
     return chain;
   }
 
-  /** Reads a chain from a table of `limit` descriptors at `table`; false when malformed. */
-  #readChain(chain: DescriptorChain, table: number, limit: number, first: number, nested: boolean): boolean {
+  /**
+   * Copies and checks the descriptors of the chain that starts at `head`: those in the ring's table, then those of an
+   * indirect table, with which a chain may end (§ 2.7.5.3.2). False when malformed.
+   */
+  #readChain(chain: DescriptorChain, head: number): boolean {
     const memory = this.memory;
-    const size = this.size;
-    let index = first;
+    const size = this.size | 0;
+    let { gpas, lengths } = chain;
+    let table = this.rings.desc;
+    let limit = size;
+    // Descriptors that may still come: a loop is a chain that is too long.
+    let left = size;
+    let nested = false;
+    let index = head | 0;
     // A window reaches to the end of the table's page; descriptors inside it need no other.
-    let i32 = memory.i32;
+    let { i32 } = memory;
     let words = 0;
     let windowFirst = 0;
     let windowEnd = 0;
-    let { section } = memory;
-    // Bounded by the table: a loop is a chain that is too long.
-    for (let count = 0; ; count++) {
-      if (count >= limit || chain.segments >= size) {
-        this.#fail({ kind: 'chain-too-long', limit: Math.min(limit, size) });
-        return false;
-      }
-      if (index < windowFirst || index >= windowEnd || memory.section !== section) {
+    let segments = 0;
+    let readableSegments = 0;
+    let readableBytes = 0;
+    let writableBytes = 0;
+    for (;;) {
+      if (left === 0) return this.#broken({ kind: 'chain-too-long', limit: Math.min(limit, size) });
+      left--;
+      if (index >= windowEnd || index < windowFirst) {
         const at = table + index * DESC_BYTES;
         const offset = pageOffset(at);
         const whole = ((PAGE_SIZE - offset) / DESC_BYTES) | 0;
         const covered = whole < limit - index ? whole : limit - index;
-        if (covered < 1 || (offset & 3) !== 0 || !memory.window(at, covered * DESC_BYTES, false)) {
-          this.#fail({ kind: 'ring-not-in-ram', gpa: at });
-          return false;
-        }
+        if (covered < 1 || (offset & 3) !== 0 || !memory.window(at, covered * DESC_BYTES, false))
+          return this.#broken({ kind: 'ring-not-in-ram', gpa: at });
         i32 = memory.i32;
         words = memory.at >> 2;
         windowFirst = index;
         windowEnd = index + covered;
-        section = memory.section;
       }
       const d = words + ((index - windowFirst) << 2);
       const low = i32[d];
       const high = i32[d + 1];
-      const length = i32[d + 2] >>> 0;
+      const length = i32[d + 2];
       const word = i32[d + 3];
-      const flags = word & 0xffff;
+      const writable = (word & VIRTQ_DESC_F_WRITE) !== 0;
+      let gpa = low;
       // The common segment, within a page below 2 GiB, needs no arithmetic on doubles.
-      const writable = (flags & VIRTQ_DESC_F_WRITE) !== 0;
-      if (
-        (flags & VIRTQ_DESC_F_INDIRECT) === 0 &&
+      const common =
+        (word & VIRTQ_DESC_F_INDIRECT) === 0 &&
         high === 0 &&
         low >= 0 &&
         length > 0 &&
         (low & (PAGE_SIZE - 1)) + length <= PAGE_SIZE &&
-        (writable || chain.writableBytes === 0) &&
-        chain.readableBytes + chain.writableBytes <= MAX_CHAIN_BYTES - PAGE_SIZE &&
-        memory.contains(low, length, writable)
-      ) {
-        chain.append(low, length, writable);
-        if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true;
-        index = word >>> 16;
-        if (index < limit) continue;
-        this.#fail({ kind: 'next-out-of-range', next: index });
-        return false;
-      }
-      const gpa = (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
-      if ((flags & VIRTQ_DESC_F_INDIRECT) !== 0) {
-        const bad = this.#badIndirect(nested, flags, length);
-        if (bad !== null) {
-          this.#fail(bad);
-          return false;
+        (writable || readableSegments === segments) &&
+        readableBytes + writableBytes <= MAX_CHAIN_BYTES - PAGE_SIZE &&
+        memory.contains(low, length, writable);
+      if (!common) {
+        gpa = (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
+        if ((word & VIRTQ_DESC_F_INDIRECT) !== 0) {
+          const bad = this.#badIndirect(nested, word, length >>> 0);
+          if (bad !== null) return this.#broken(bad);
+          nested = true;
+          table = gpa;
+          limit = (length >>> 0) / DESC_BYTES;
+          left = Math.min(limit, size - segments);
+          index = 0;
+          windowEnd = 0;
+          continue;
         }
-        return this.#readChain(chain, gpa, length / DESC_BYTES, 0, true);
+        const bytes = readableBytes + writableBytes;
+        const afterWritable = readableSegments < segments;
+        const bad = this.#badSegment(gpa, length >>> 0, writable, afterWritable, bytes, index);
+        if (bad !== null) return this.#broken(bad);
       }
-      const error = this.#checkSegment(chain, gpa, length, writable, index);
-      if (error !== null) {
-        this.#fail(error);
-        return false;
+      if (segments === gpas.length) ({ gpas, lengths } = chain.grow());
+      gpas[segments] = gpa;
+      lengths[segments] = length;
+      segments++;
+      if (writable) writableBytes += length >>> 0;
+      else {
+        readableSegments++;
+        readableBytes += length >>> 0;
       }
-      if ((flags & VIRTQ_DESC_F_NEXT) === 0) return true;
-      const next = word >>> 16;
-      if (next >= limit) {
-        this.#fail({ kind: 'next-out-of-range', next });
-        return false;
-      }
-      index = next;
+      if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
+      index = word >>> 16;
+      if (index >= limit) return this.#broken({ kind: 'next-out-of-range', next: index });
     }
+    chain.begin(head, segments, readableSegments, readableBytes, writableBytes);
+    return true;
+  }
+
+  #broken(error: QueueError): false {
+    this.error = error;
+    return false;
   }
 
   /** What is wrong with an indirect descriptor, if anything (§ 2.7.5.3). */
@@ -230,17 +243,18 @@ export class SplitDeviceQueue {
     return null;
   }
 
-  #checkSegment(
-    chain: DescriptorChain,
+  /** What is wrong with a segment, if anything, after `bytes` others of the chain. */
+  #badSegment(
     gpa: number,
     length: number,
     writable: boolean,
+    afterWritable: boolean,
+    bytes: number,
     index: number,
   ): QueueError | null {
     if (length === 0) return { kind: 'zero-length', gpa };
-    if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };
-    if (chain.totalBytes + length > MAX_CHAIN_BYTES)
-      return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
+    if (!writable && afterWritable) return { kind: 'readable-after-writable', index };
+    if (bytes + length > MAX_CHAIN_BYTES) return { kind: 'too-many-bytes', bytes: bytes + length };
     // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched. Only looked at:
     // a buffer that is given back or hinted may never have been touched, and is not to be.
     const onePage = pageOffset(gpa) + length <= PAGE_SIZE;
@@ -251,7 +265,6 @@ export class SplitDeviceQueue {
     ) {
       return { kind: 'buffer-not-in-ram', gpa };
     }
-    chain.append(gpa, length, writable);
     return null;
   }
 

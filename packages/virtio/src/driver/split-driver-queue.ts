@@ -205,47 +205,45 @@ export class SplitDriverQueue {
     const base = this.#base;
     const n = Math.min(count, s[base + S_FREE]);
     if (n === 0) return 0;
-    let desc = 0;
-    let avail = 0;
-    let section = 0;
+    const desc = this.#descriptorsBeside(memory) >> 2;
+    const ring = (memory.at + AVAIL_RING) >> 1;
+    const { i32, u16 } = memory;
+    // `| 0`: a field is a tagged number, which V8 would untag at each use in the loop.
+    const bytes = length | 0;
+    const flags = writable ? VIRTQ_DESC_F_WRITE : 0;
+    const mask = (this.size - 1) | 0;
+    const next = this.#next | 0;
+    const token = this.#token | 0;
+    const idx = s[base + S_AVAIL] | 0;
+    let head = s[base + S_FREE_HEAD] | 0;
+    for (let i = 0; i < n; i++) {
+      const at = desc + (head << 2);
+      const gpa = gpas[i];
+      i32[at] = gpa;
+      i32[at + 1] = gpa < 0x1_0000_0000 ? 0 : Math.floor(gpa / 0x1_0000_0000);
+      i32[at + 2] = bytes;
+      i32[at + 3] = flags;
+      u16[ring + ((idx + i) & mask)] = head;
+      s[(token + head) | 0] = head;
+      head = s[(next + head) | 0];
+    }
+    s[base + S_FREE_HEAD] = head;
+    s[base + S_FREE] -= n;
+    const published = (idx + n) & 0xffff;
+    s[base + S_AVAIL] = published;
+    // Publishes descriptors and ring entries. Pairs with `Atomics.load` of avail.idx in `SplitDeviceQueue`.
+    Atomics.store(u16, (memory.at + AVAIL_IDX) >> 1, published);
+    s[base + S_PUBLISHED] = published;
+    return n;
+  }
+
+  /** Byte offset of the descriptor table, in one section with the available ring, whose window is left in `memory`. */
+  #descriptorsBeside(memory: GuestMemory): number {
     for (;;) {
       this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
-      desc = memory.at;
-      section = memory.section;
-      const i32desc = memory.i32;
+      const { at, section } = memory;
       this.#window(memory, this.rings.driver, availBytes(this.size));
-      avail = memory.at;
-      if (memory.section !== section) continue;
-      const u16 = memory.u16;
-      const flags = writable ? VIRTQ_DESC_F_WRITE : 0;
-      const mask = this.size - 1;
-      const next = this.#next;
-      const token = this.#token;
-      const chainLength = this.#count;
-      let head = s[base + S_FREE_HEAD];
-      let idx = s[base + S_AVAIL];
-      const ring = (avail + AVAIL_RING) >> 1;
-      const d = desc >> 2;
-      for (let i = 0; i < n; i++) {
-        const at = d + head * 4;
-        const gpa = gpas[i];
-        i32desc[at] = gpa | 0;
-        i32desc[at + 1] = gpa < 0x1_0000_0000 ? 0 : Math.floor(gpa / 0x1_0000_0000);
-        i32desc[at + 2] = length;
-        i32desc[at + 3] = flags;
-        u16[ring + (idx & mask)] = head;
-        idx = (idx + 1) & 0xffff;
-        s[token + head] = head;
-        s[chainLength + head] = 1;
-        head = s[next + head];
-      }
-      s[base + S_FREE_HEAD] = head;
-      s[base + S_FREE] -= n;
-      s[base + S_AVAIL] = idx;
-      // Publishes descriptors and ring entries. Pairs with `Atomics.load` of avail.idx in `SplitDeviceQueue`.
-      Atomics.store(u16, (avail + AVAIL_IDX) >> 1, idx);
-      s[base + S_PUBLISHED] = idx;
-      return n;
+      if (memory.section === section) return at;
     }
   }
 

@@ -67,8 +67,8 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'chain-unbounded',
     DEVICE_QUEUE,
-    'if (count >= limit || chain.segments >= size) {',
-    'if (count >= 1_000_000) {',
+    'if (left === 0) return',
+    'if (left === -1_000_000) return',
     'hang bound: a descriptor loop',
     BAD_RINGS,
   ),
@@ -83,8 +83,8 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'next-unchecked',
     DEVICE_QUEUE,
-    '        if (index < limit) continue;\n',
-    '        if (index < 65536) continue;\n',
+    '      if (index >= limit) return',
+    '      if (index >= 65536) return',
     'malformed: next beyond the table',
     BAD_RINGS,
   ),
@@ -115,7 +115,7 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'order-of-segments',
     DEVICE_QUEUE,
-    "    if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };\n",
+    "    if (!writable && afterWritable) return { kind: 'readable-after-writable', index };\n",
     '',
     'malformed: readable after writable',
     BAD_RINGS,
