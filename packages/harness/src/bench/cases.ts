@@ -209,7 +209,10 @@ function vcpuRuns(vcpu: Vcpu, pages: number): void {
   }
 }
 function vcpuSequential(vcpu: Vcpu, pages: number): void {
-  for (let p = 0; p < pages; p++) for (let w = 0; w < 1024; w++) vcpu.store32(gfn(p), w, w);
+  for (let p = 0; p < pages; p++) {
+    const page = gfn(p);
+    for (let w = 0; w < 1024; w++) vcpu.store32(page, w, w);
+  }
 }
 function rawScatter(raw: Int32Array, order: Int32Array): void {
   for (let i = 0; i < order.length; i++) raw[order[i]] = order[i];

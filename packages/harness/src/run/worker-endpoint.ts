@@ -2,6 +2,7 @@
  * Comlink over Node's worker threads, main's side: spawning, an endpoint, and the worker's death as a promise. A Comlink
  * call to a dead worker never settles, so every call is raced against `died`.
  */
+import { flushCompileCache } from 'node:module';
 import { Worker } from 'node:worker_threads';
 import { wrap, type Endpoint, type Remote } from 'comlink';
 
@@ -49,6 +50,8 @@ const EXTENSION = import.meta.url.endsWith('.ts') ? '.ts' : '.js';
 
 /** Starts the worker whose module is `file` (relative to this one, no extension) under `name`. */
 export function spawnWorker<Api>(file: string, name: string): SpawnedWorker<Api> {
+  // What this thread has stripped of its types, the new one need not (see bin/launch.mjs).
+  flushCompileCache();
   const worker = new Worker(new URL(file + EXTENSION, import.meta.url), { name });
   let closing = false;
   const died = new Promise<never>((_, reject) => {
