@@ -27,6 +27,8 @@ export class Arena {
   readonly layout: ArenaLayout;
   /** First word of the memmap: page `pfn` is at `memmap + (pfn << 4)`. */
   readonly memmap: number;
+  /** First word of the shadow: page `pfn` is at `shadow + pfn`. */
+  readonly shadow: number;
   readonly maxPfn: number;
 
   constructor(buffer: SharedArrayBuffer, maxPfn: number) {
@@ -34,6 +36,7 @@ export class Arena {
     this.w = sharedI32('arena', buffer, 0, this.layout.words);
     this.f64 = sharedF64('arena', buffer, 0, this.layout.memmap / 2);
     this.memmap = this.layout.memmap;
+    this.shadow = this.layout.shadow;
     this.maxPfn = maxPfn;
   }
 
@@ -42,6 +45,7 @@ export class Arena {
     const { w, layout } = this;
     const last = lastPage(w, layout);
     w.fill(0, 0, this.memmap + last * PAGE_STRUCT_WORDS);
+    w.fill(0, this.shadow, this.shadow + last);
     w.fill(0, layout.sections, layout.words);
   }
 

@@ -23,7 +23,6 @@ import {
   P_FLAGS,
   P_INODE,
   P_REF,
-  P_SHADOW,
   P_STAMP,
   P_ZONE,
   PG_CACHED,
@@ -165,7 +164,7 @@ export function bootMemory(arena: Arena, vcpu: Vcpu, config: GuestConfig): void 
       w[page + P_INODE] = -1;
       if (state === START_ABSENT) {
         w[page + P_FLAGS] = PG_RESERVED;
-        w[page + P_SHADOW] = SHADOW_ABSENT;
+        w[arena.shadow + pfn] = SHADOW_ABSENT;
         continue;
       }
       w[zone + Z_PRESENT]++;
@@ -188,7 +187,7 @@ export function bootMemory(arena: Arena, vcpu: Vcpu, config: GuestConfig): void 
 
 /** Frees what is free, in maximal aligned blocks, and touches what is used. */
 function populate(arena: Arena, vcpu: Vcpu, buddy: Buddy, bases: readonly number[], start: StartState): void {
-  const { w, memmap } = arena;
+  const { w, memmap, shadow } = arena;
   const pcp = new PerCpuPages(arena, buddy, vcpu, bases);
   for (const zone of bases) {
     const end = w[zone + Z_END];
@@ -196,14 +195,13 @@ function populate(arena: Arena, vcpu: Vcpu, buddy: Buddy, bases: readonly number
       const state = start.pages[pfn];
       if (state === START_FREE) {
         let run = pfn;
-        while (run < end && start.pages[run] === START_FREE)
-          w[memmap + (run++ << 4) + P_SHADOW] = SHADOW_BUDDY;
+        while (run < end && start.pages[run] === START_FREE) w[shadow + run++] = SHADOW_BUDDY;
         freeRun(buddy, zone, pfn, run);
         pfn = run;
         continue;
       }
       if (state >= START_PCP) {
-        w[memmap + (pfn << 4) + P_SHADOW] = SHADOW_PCP;
+        w[shadow + pfn] = SHADOW_PCP;
         pcp.seed(w[memmap + (pfn << 4) + P_ZONE], state - START_PCP, pfn, buddy.pageblockType(pfn));
       } else if (state !== START_ABSENT) useAtBoot(arena, vcpu, pfn, state);
       pfn++;
@@ -213,9 +211,9 @@ function populate(arena: Arena, vcpu: Vcpu, buddy: Buddy, bases: readonly number
 
 /** A page in use since before the capture: at its own pfn, touched, stamped. */
 function useAtBoot(arena: Arena, vcpu: Vcpu, pfn: number, state: number): void {
-  const { w, memmap } = arena;
+  const { w, memmap, shadow } = arena;
   const page = memmap + (pfn << 4);
-  w[page + P_SHADOW] = SHADOW_ALLOCATED;
+  w[shadow + pfn] = SHADOW_ALLOCATED;
   w[page + P_REF] = 1;
   w[page + P_STAMP] = 0x7000_0000 | pfn;
   w[page + P_FLAGS] = PG_STAMPED | (state === START_RESERVED ? PG_RESERVED : 0);

@@ -108,6 +108,7 @@ export interface ArenaLayout {
   readonly hash: number;
   /** Power of two. */
   readonly hashBuckets: number;
+  readonly shadow: number;
   readonly sections: number;
   readonly plugged: number;
   readonly words: number;
@@ -136,8 +137,10 @@ export function arenaLayout(maxPfn: number): ArenaLayout {
   const hash = memmap + maxPfn * PAGE_STRUCT_WORDS;
   let hashBuckets = 1024;
   while (hashBuckets < maxPfn / 4) hashBuckets *= 2;
-  const sections = hash + hashBuckets;
+  // One word per page, apart from the memmap: a block's states share cache lines.
+  const shadow = hash + hashBuckets;
+  const sections = shadow + maxPfn;
   const plugged = sections + Math.ceil(maxPfn / MIN_SECTION_PAGES) * SECTION_WORDS;
   const words = plugged + Math.ceil(maxPfn / (1 << PLUGGED_SHIFT) / 32);
-  return { maxPfn, queues, pageblocks, memmap, hash, hashBuckets, sections, plugged, words };
+  return { maxPfn, queues, pageblocks, memmap, hash, hashBuckets, shadow, sections, plugged, words };
 }

@@ -21,14 +21,7 @@ import {
   VIRTIO_F_INDIRECT_DESC,
   VIRTIO_F_VERSION_1,
 } from '@ebb/virtio/uapi';
-import {
-  P_SHADOW,
-  SHADOW_ALLOCATED,
-  SHADOW_BALLOON,
-  SHADOW_BUDDY,
-  SHADOW_ISOLATED,
-  SHADOW_PCP,
-} from '../mm/page.ts';
+import { SHADOW_ALLOCATED, SHADOW_BALLOON, SHADOW_BUDDY, SHADOW_ISOLATED, SHADOW_PCP } from '../mm/page.ts';
 import { H_BALLOON_MUTEX } from '../layout.ts';
 import { Z_MANAGED, ZONE_DMA } from '../mm/zone.ts';
 import { freePages, meminfo, pcpPages } from '../procfs.ts';
@@ -112,7 +105,7 @@ class Script implements VirtioDevice {
   }
   state(pfn: number): number {
     const arena = this.guest?.arena;
-    return arena === undefined ? -1 : arena.w[arena.memmap + (pfn << 4) + P_SHADOW];
+    return arena === undefined ? -1 : arena.w[arena.shadow + pfn];
   }
   /** Answers everything that is held. */
   pump(): void {

@@ -38,7 +38,6 @@ import {
   P_FLAGS,
   P_NEXT,
   P_PREV,
-  P_SHADOW,
   P_ZONE,
   SHADOW_ALLOCATED,
   SHADOW_BALLOON,
@@ -97,6 +96,7 @@ export class BalloonDriver {
   readonly #f64: Float64Array;
   readonly #arena: Arena;
   readonly #memmap: number;
+  readonly #shadow: number;
   readonly #vcpu: Vcpu;
   readonly #alloc: PageAllocator;
   readonly #zones: readonly number[];
@@ -119,6 +119,7 @@ export class BalloonDriver {
     this.#f64 = arena.f64;
     this.#arena = arena;
     this.#memmap = arena.memmap;
+    this.#shadow = arena.shadow;
     this.#vcpu = vcpu;
     this.#alloc = alloc;
     this.#zones = zones;
@@ -355,7 +356,7 @@ export class BalloonDriver {
     w[page + P_PREV] = -1;
     if (first >= 0) w[this.#memmap + (first << 4) + P_PREV] = pfn;
     w[T_BALLOON + V_LIST] = pfn;
-    shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_ALLOCATED, SHADOW_BALLOON);
+    shadowMove(w, this.#shadow, this.#vcpu, pfn, 1, SHADOW_ALLOCATED, SHADOW_BALLOON);
     this.#adjustManaged(pfn, -1);
   }
 
@@ -371,7 +372,7 @@ export class BalloonDriver {
   /** A page that the host has been told of is the guest's again. */
   #release(pfn: number): void {
     this.#w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
-    shadowMove(this.#w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_BALLOON, SHADOW_ALLOCATED);
+    shadowMove(this.#w, this.#shadow, this.#vcpu, pfn, 1, SHADOW_BALLOON, SHADOW_ALLOCATED);
     this.#adjustManaged(pfn, 1);
     this.#alloc.free(pfn, 0);
   }
@@ -384,7 +385,7 @@ export class BalloonDriver {
   migrate(from: number, to: number): boolean {
     const w = this.#w;
     if (!this.ready || !trySpinLock(w, H_BALLOON_MUTEX, this.#vcpu.id)) return false;
-    const isOurs = w[this.#memmap + (from << 4) + P_SHADOW] === SHADOW_BALLOON;
+    const isOurs = w[this.#shadow + from] === SHADOW_BALLOON;
     if (isOurs) {
       this.#putIn(to);
       this.#tellHost(Q_INFLATE, [to]);

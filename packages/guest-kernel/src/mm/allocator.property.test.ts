@@ -3,7 +3,7 @@ import { fc, test } from '@fast-check/vitest';
 import { describe, expect, test as example } from 'vitest';
 import { freeByOrder, freePages, pcpPages } from '../procfs.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
-import { P_FLAGS, P_ORDER, P_SHADOW, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY } from './page.ts';
+import { P_FLAGS, P_ORDER, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY } from './page.ts';
 import {
   listAt,
   MAX_ORDER,
@@ -43,7 +43,7 @@ function audit(guest: TestGuest): void {
           for (let i = 0; i < 1 << order; i++) {
             must(!onList.has(pfn + i), `${pfn + i}: on two lists`);
             onList.add(pfn + i);
-            must(w[memmap + ((pfn + i) << 4) + P_SHADOW] === SHADOW_BUDDY, `${pfn + i}: shadow`);
+            must(w[layout.shadow + pfn + i] === SHADOW_BUDDY, `${pfn + i}: shadow`);
           }
           const buddy = pfn ^ (1 << order);
           if (order < MAX_ORDER && buddy >= w[zone + Z_START] && buddy < w[zone + Z_END]) {
@@ -61,7 +61,7 @@ function audit(guest: TestGuest): void {
     }
     let shadow = 0;
     for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++)
-      if (w[memmap + (pfn << 4) + P_SHADOW] === SHADOW_BUDDY) shadow++;
+      if (w[layout.shadow + pfn] === SHADOW_BUDDY) shadow++;
     must(w[zone + Z_FREE] === free, 'free count');
     must(shadow === free, 'shadow count');
   }

@@ -45,6 +45,7 @@ const FALLBACKS: readonly (readonly number[])[] = [
 export class Buddy {
   readonly w: Int32Array;
   readonly memmap: number;
+  readonly #shadow: number;
   readonly pageblocks: number;
   readonly vcpu: Vcpu;
   readonly #events: number;
@@ -57,6 +58,7 @@ export class Buddy {
   constructor(arena: Arena, vcpu: Vcpu) {
     this.w = arena.w;
     this.memmap = arena.memmap;
+    this.#shadow = arena.shadow;
     this.pageblocks = arena.layout.pageblocks;
     this.vcpu = vcpu;
     this.#events = eventRow(vcpu.id);
@@ -89,7 +91,7 @@ export class Buddy {
 
   #addHead(zone: number, pfn: number, order: number, migratetype: number): void {
     const w = this.w;
-    const list = zone + Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+    const list = zone + Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
     const page = this.memmap + (pfn << 4);
     const head = w[list];
     w[page + P_NEXT] = head;
@@ -104,7 +106,7 @@ export class Buddy {
 
   #addTail(zone: number, pfn: number, order: number, migratetype: number): void {
     const w = this.w;
-    const list = zone + Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+    const list = zone + Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
     const page = this.memmap + (pfn << 4);
     const tail = w[list + 1];
     w[page + P_NEXT] = -1;
@@ -119,7 +121,7 @@ export class Buddy {
 
   #remove(zone: number, pfn: number, order: number, migratetype: number): void {
     const w = this.w;
-    const list = zone + Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+    const list = zone + Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
     const page = this.memmap + (pfn << 4);
     const next = w[page + P_NEXT];
     const prev = w[page + P_PREV];
@@ -305,6 +307,7 @@ export class Buddy {
     const start = w[zone + Z_START];
     const end = w[zone + Z_END];
     const migratetype = w[this.pageblocks + (pfn >>> PAGEBLOCK_ORDER)];
+    const pageZone = w[memmap + (pfn << 4) + P_ZONE];
     let at = pfn;
     let o = order;
     // What is being isolated is nobody's to allocate, and does not count as free.
@@ -318,7 +321,7 @@ export class Buddy {
       if (buddyType !== migratetype && (migratetype >= MIGRATE_HIGHATOMIC || buddyType >= MIGRATE_HIGHATOMIC))
         break;
       // Spans of zones may cross: plugged memory goes to a zone block by block (`page_is_buddy`).
-      if (w[page + P_ZONE] !== w[memmap + (pfn << 4) + P_ZONE]) break;
+      if (w[page + P_ZONE] !== pageZone) break;
       this.#remove(zone, buddy, o, buddyType);
       at &= ~(1 << o);
       o++;
@@ -363,7 +366,7 @@ export class Buddy {
     assert((w[this.memmap + (pfn << 4) + P_FLAGS] & PG_BUDDY) !== 0, 'only a free block is isolated');
     this.#remove(zone, pfn, order, this.pageblockType(pfn));
     w[zone + Z_FREE] -= 1 << order;
-    shadowMove(w, this.memmap, this.vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_ISOLATED);
+    shadowMove(w, this.#shadow, this.vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_ISOLATED);
     return true;
   }
 
@@ -371,7 +374,7 @@ export class Buddy {
   putBack(zone: number, pfn: number, order: number, reported: boolean): void {
     const w = this.w;
     const page = this.memmap + (pfn << 4);
-    shadowMove(w, this.memmap, this.vcpu, pfn, 1 << order, SHADOW_ISOLATED, SHADOW_BUDDY);
+    shadowMove(w, this.#shadow, this.vcpu, pfn, 1 << order, SHADOW_ISOLATED, SHADOW_BUDDY);
     this.freeOne(zone, pfn, order, false);
     if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order)
       w[page + P_FLAGS] |= PG_REPORTED;

@@ -34,7 +34,6 @@ import {
   P_INODE,
   P_NEXT,
   P_ORDER,
-  P_SHADOW,
   P_STAMP,
   P_ZONE,
   SHADOW_ABSENT,
@@ -96,6 +95,7 @@ export class MemoryHotplug {
   /** Looked at without the lock that guards it, as `data_race()` marks in Linux: decides what to try, never what is true. */
   readonly #peek: Int32Array;
   readonly #memmap: number;
+  readonly #shadow: number;
   readonly #sections: number;
   readonly #vcpu: Vcpu;
   readonly #buddy: Buddy;
@@ -127,6 +127,7 @@ export class MemoryHotplug {
     this.#w = arena.w;
     this.#peek = plainView(arena.w);
     this.#memmap = arena.memmap;
+    this.#shadow = arena.shadow;
     this.#sections = arena.layout.sections;
     this.#vcpu = vcpu;
     this.#buddy = buddy;
@@ -382,9 +383,9 @@ export class MemoryHotplug {
   }
 
   #mark(first: number, count: number, flags: number): void {
+    this.#w.fill(SHADOW_ABSENT, this.#shadow + first, this.#shadow + first + count);
     for (let page = this.#memmap + (first << 4); page < this.#memmap + ((first + count) << 4); page += 16) {
       this.#w[page + P_FLAGS] = flags;
-      this.#w[page + P_SHADOW] = SHADOW_ABSENT;
       // Poison goes with the content.
       this.#w[page + P_STAMP] = 0;
     }
@@ -394,7 +395,7 @@ export class MemoryHotplug {
   #release(zone: number, first: number, count: number): void {
     // The balloon changes it as well, without the zone's lock.
     Atomics.add(this.#w, zone + Z_MANAGED, count);
-    shadowMove(this.#w, this.#memmap, this.#vcpu, first, count, SHADOW_ABSENT, SHADOW_BUDDY);
+    shadowMove(this.#w, this.#shadow, this.#vcpu, first, count, SHADOW_ABSENT, SHADOW_BUDDY);
     for (let pfn = first; pfn < first + count; ) {
       let order = 0;
       while (order < MAX_ORDER && pfn % (2 << order) === 0 && pfn + (2 << order) <= first + count) order++;
@@ -440,7 +441,7 @@ export class MemoryHotplug {
       this.#buddy.lock(zone);
       taken = this.#buddy.takeIsolated(zone, first, count);
       if (taken) {
-        shadowMove(w, this.#memmap, this.#vcpu, first, count, SHADOW_BUDDY, SHADOW_ABSENT);
+        shadowMove(w, this.#shadow, this.#vcpu, first, count, SHADOW_BUDDY, SHADOW_ABSENT);
         Atomics.sub(w, zone + Z_MANAGED, count);
         this.#mark(first, count, PG_OFFLINE);
         for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.setPageblockType(p, MIGRATE_MOVABLE);
@@ -470,7 +471,7 @@ export class MemoryHotplug {
         pfn += 1 << Math.min(MAX_ORDER, peek[page + P_ORDER]);
         continue;
       }
-      if (this.#isBalloons(page)) {
+      if (this.#isBalloons(pfn)) {
         pfn++;
         continue;
       }
@@ -484,8 +485,8 @@ export class MemoryHotplug {
   }
 
   /** Whether a page is in a balloon whose pages can be moved. */
-  #isBalloons(page: number): boolean {
-    return this.balloon !== null && this.#peek[page + P_SHADOW] === SHADOW_BALLOON;
+  #isBalloons(pfn: number): boolean {
+    return this.balloon !== null && this.#peek[this.#shadow + pfn] === SHADOW_BALLOON;
   }
 
   /** Whether a page belongs to an allocation: free ones, per-CPU lists included, have no id. */
@@ -500,7 +501,7 @@ export class MemoryHotplug {
       const page = this.#memmap + (pfn << 4);
       if (!this.#inUse(page)) continue;
       const flags = this.#peek[page + P_FLAGS];
-      const isBalloons = this.#isBalloons(page);
+      const isBalloons = this.#isBalloons(pfn);
       if (!isBalloons && (flags & (PG_CACHED | PG_ANON)) === 0) return 'busy';
       const to = this.#alloc.alloc(0, MIGRATE_MOVABLE, MOVABLE_GFP);
       if (to < 0) return 'no room';

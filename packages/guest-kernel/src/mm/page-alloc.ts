@@ -101,6 +101,7 @@ export class PageAllocator {
   pressure: MemoryPressure = { wakeKswapd: () => undefined, reclaim: () => 0, outOfMemory: () => 0 };
   readonly #w: Int32Array;
   readonly #memmap: number;
+  readonly #shadow: number;
   readonly #vcpu: Vcpu;
   readonly #buddy: Buddy;
   readonly #pcp: PerCpuPages;
@@ -124,6 +125,7 @@ export class PageAllocator {
   ) {
     this.#w = arena.w;
     this.#memmap = arena.memmap;
+    this.#shadow = arena.shadow;
     this.#vcpu = vcpu;
     this.#buddy = buddy;
     this.#pcp = pcp;
@@ -181,7 +183,7 @@ export class PageAllocator {
     const taken = this.#buddy.takeExact(zone, pfn);
     this.#buddy.unlock(zone);
     if (!taken) return false;
-    shadowMove(w, this.#memmap, this.#vcpu, pfn, 1, SHADOW_BUDDY, SHADOW_ALLOCATED);
+    shadowMove(w, this.#shadow, this.#vcpu, pfn, 1, SHADOW_BUDDY, SHADOW_ALLOCATED);
     w[page + P_ORDER] = 0;
     w[page + P_REF] = 1;
     w[this.#events + EV.pgalloc]++;
@@ -261,7 +263,7 @@ export class PageAllocator {
     for (const zoneIndex of zonelist) {
       const pfn = this.#pcp.take(zoneIndex, order, migratetype);
       if (pfn < 0) continue;
-      shadowMove(this.#w, this.#memmap, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_ALLOCATED);
+      shadowMove(this.#w, this.#shadow, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_ALLOCATED);
       return pfn;
     }
     return -1;
@@ -271,14 +273,14 @@ export class PageAllocator {
     const w = this.#w;
     if (pcpIndex(order, migratetype) >= 0) {
       const pfn = this.#pcp.alloc(zoneIndex, order, migratetype);
-      if (pfn >= 0) shadowMove(w, this.#memmap, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_ALLOCATED);
+      if (pfn >= 0) shadowMove(w, this.#shadow, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_ALLOCATED);
       return pfn;
     }
     const zone = this.#zones[zoneIndex];
     this.#buddy.lock(zone);
     const pfn = this.#buddy.rmqueue(zone, order, migratetype);
     this.#buddy.unlock(zone);
-    if (pfn >= 0) shadowMove(w, this.#memmap, this.#vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_ALLOCATED);
+    if (pfn >= 0) shadowMove(w, this.#shadow, this.#vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_ALLOCATED);
     return pfn;
   }
 
@@ -373,13 +375,13 @@ export class PageAllocator {
     const migratetype = this.#buddy.pageblockType(pfn);
     // A page of an isolated block goes straight back: on a per-CPU list it would be handed out again.
     if (migratetype !== MIGRATE_ISOLATE && pcpIndex(order, migratetype) >= 0) {
-      shadowMove(w, this.#memmap, vcpu, pfn, count, SHADOW_ALLOCATED, SHADOW_PCP);
+      shadowMove(w, this.#shadow, vcpu, pfn, count, SHADOW_ALLOCATED, SHADOW_PCP);
       this.#pcp.free(zoneIndex, pfn, order, migratetype);
       return;
     }
     const zone = this.#zones[zoneIndex];
     this.#buddy.lock(zone);
-    shadowMove(w, this.#memmap, vcpu, pfn, count, SHADOW_ALLOCATED, SHADOW_BUDDY);
+    shadowMove(w, this.#shadow, vcpu, pfn, count, SHADOW_ALLOCATED, SHADOW_BUDDY);
     this.#buddy.freeOne(zone, pfn, order, true);
     this.#buddy.unlock(zone);
   }

@@ -10,13 +10,9 @@
  * | 5 | migratetype kept while on a per-CPU list | the CPU |
  * | 6, 7, 8 | inode, index, next in hash chain | page-cache lock |
  * | 9 | allocation id: the stamp | owner |
- * | 10 | shadow state | whoever moves the page |
  * | 11 | zone index | boot, hotplug |
  */
 import type { Vcpu } from '@ebb/machine';
-
-/** This module's own name of `P_SHADOW`: exported constants are read at each use, others folded into machine code. */
-const SHADOW_WORD = 10;
 
 export const P_FLAGS = 0;
 export const P_ORDER = 1;
@@ -28,7 +24,6 @@ export const P_INODE = 6;
 export const P_INDEX = 7;
 export const P_HASH_NEXT = 8;
 export const P_STAMP = 9;
-export const P_SHADOW: number = SHADOW_WORD;
 export const P_ZONE = 11;
 
 /** Ends a list of pages. */
@@ -78,18 +73,23 @@ export const SHADOW_NAMES = [
  */
 export function shadowMove(
   w: Int32Array,
-  memmap: number,
+  shadow: number,
   vcpu: Vcpu,
   pfn: number,
   count: number,
   from: number,
   to: number,
 ): void {
-  let at = memmap + (pfn << 4) + SHADOW_WORD;
-  for (let i = 0; i < count; i++, at += 16) {
+  const first = shadow + pfn;
+  for (let at = first; at < first + count; at++) {
     const found = w[at];
     if (found !== from)
-      vcpu.report(found === SHADOW_ISOLATED ? 'reported-reuse' : 'guest-page-state', pfn + i, from, found);
+      vcpu.report(
+        found === SHADOW_ISOLATED ? 'reported-reuse' : 'guest-page-state',
+        at - shadow,
+        from,
+        found,
+      );
     w[at] = to;
   }
 }

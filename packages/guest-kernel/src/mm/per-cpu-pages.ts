@@ -9,7 +9,7 @@
  */
 import { assert, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
-import { MAX_CPUS, PCP_BASE, PCP_WORDS } from '../layout.ts';
+import * as layout from '../layout.ts';
 import type { Buddy } from './buddy.ts';
 import { EV, eventRow } from './events.ts';
 import * as page from './page.ts';
@@ -17,6 +17,7 @@ import { shadowMove } from './page.ts';
 import * as zoneWords from './zone.ts';
 
 // Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
+const { MAX_CPUS, PCP_BASE, PCP_WORDS } = layout;
 const { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP } = page;
 const {
   MIGRATE_MOVABLE,
@@ -71,9 +72,12 @@ function clamp(value: number, low: number, high: number): number {
 export class PerCpuPages {
   readonly #w: Int32Array;
   readonly #memmap: number;
+  readonly #shadow: number;
   readonly #buddy: Buddy;
   readonly #vcpu: Vcpu;
   readonly #zones: readonly number[];
+  /** First word of this CPU's lists, by zone number. */
+  readonly #own: readonly number[];
   readonly #events: number;
   readonly #relax: () => void;
 
@@ -81,9 +85,11 @@ export class PerCpuPages {
   constructor(arena: Arena, buddy: Buddy, vcpu: Vcpu, zones: readonly number[]) {
     this.#w = arena.w;
     this.#memmap = arena.memmap;
+    this.#shadow = arena.shadow;
     this.#buddy = buddy;
     this.#vcpu = vcpu;
     this.#zones = zones;
+    this.#own = zones.map((_, zoneIndex) => PerCpuPages.base(zoneIndex, vcpu.id));
     this.#events = eventRow(vcpu.id);
     this.#relax = () => {
       vcpu.beginSection();
@@ -205,7 +211,7 @@ export class PerCpuPages {
   /** Takes a block of `order` from this CPU's list, refilling it from the buddy; −1 if the zone has none. */
   alloc(zoneIndex: number, order: number, migratetype: number): number {
     const w = this.#w;
-    const pcp = PerCpuPages.base(zoneIndex, this.#vcpu.id);
+    const pcp = this.#own[zoneIndex];
     const list = pcp + C_LISTS + 2 * pcpIndex(order, migratetype);
     w[pcp + C_FREE_COUNT] >>= 1;
     if (w[list] < 0 && this.#refill(zoneIndex, pcp, list, order, migratetype) === 0) return -1;
@@ -214,7 +220,7 @@ export class PerCpuPages {
 
   /** Takes a block that is on this CPU's list already; −1 if none is. */
   take(zoneIndex: number, order: number, migratetype: number): number {
-    const pcp = PerCpuPages.base(zoneIndex, this.#vcpu.id);
+    const pcp = this.#own[zoneIndex];
     const list = pcp + C_LISTS + 2 * pcpIndex(order, migratetype);
     return this.#w[list] < 0 ? -1 : this.#popHead(pcp, list, order);
   }
@@ -240,7 +246,7 @@ export class PerCpuPages {
     while (got < want) {
       const pfn = this.#buddy.rmqueue(zone, order, migratetype);
       if (pfn < 0) break;
-      shadowMove(w, this.#memmap, this.#vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_PCP);
+      shadowMove(w, this.#shadow, this.#vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_PCP);
       this.#pushTail(list, pfn);
       got++;
     }
@@ -279,7 +285,7 @@ export class PerCpuPages {
   free(zoneIndex: number, pfn: number, order: number, migratetype: number): void {
     const w = this.#w;
     const zone = this.#zones[zoneIndex];
-    const pcp = PerCpuPages.base(zoneIndex, this.#vcpu.id);
+    const pcp = this.#own[zoneIndex];
     const index = pcpIndex(order, migratetype);
     w[pcp + C_ALLOC_FACTOR] >>= 1;
     w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
@@ -293,6 +299,14 @@ export class PerCpuPages {
       w[pcp + C_FLAGS] |= PREV_FREE_HIGH_ORDER;
     } else w[pcp + C_FLAGS] &= ~PREV_FREE_HIGH_ORDER;
     if (w[pcp + C_FREE_COUNT] < batch << SCALE_MAX) w[pcp + C_FREE_COUNT] += 1 << order;
+    // Nothing asks for shorter lists, and they are not full: `high` is as it was.
+    if (
+      !freeHigh &&
+      count < w[pcp + C_HIGH] &&
+      count < w[zone + Z_PCP_HIGH_MAX] &&
+      (w[zone + Z_FLAGS] & (ZF_RECLAIM_ACTIVE | ZF_BELOW_HIGH)) === 0
+    )
+      return;
     const high = this.#nrHigh(zone, pcp, batch, freeHigh);
     if (count < high) return;
     this.#freeBulk(zone, pcp, this.#nrFree(pcp, batch, high, freeHigh), index);
@@ -360,7 +374,7 @@ export class PerCpuPages {
         else w[list] = -1;
         left -= 1 << order;
         w[pcp + C_COUNT] -= 1 << order;
-        shadowMove(w, this.#memmap, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_BUDDY);
+        shadowMove(w, this.#shadow, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_BUDDY);
         this.#buddy.freeOne(zone, pfn, order, true);
       } while (left > 0 && w[list + 1] >= 0);
     }
@@ -372,7 +386,7 @@ export class PerCpuPages {
     const w = this.#w;
     for (let z = 0; z < this.#zones.length; z++) {
       const zone = this.#zones[z];
-      const pcp = PerCpuPages.base(z, this.#vcpu.id);
+      const pcp = this.#own[z];
       const min = w[zone + Z_PCP_HIGH_MIN];
       const batch = w[zone + Z_PCP_BATCH];
       if (w[pcp + C_HIGH] > min) {

@@ -3,7 +3,7 @@ import { expect, test, vi } from 'vitest';
 import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { eventSum } from './events.ts';
-import { P_FLAGS, P_REF, P_SHADOW, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
+import { P_FLAGS, P_REF, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
 import { Z_FREE, Z_HIGH, Z_TYPE } from './zone.ts';
 
 /** A guest with eight clean pages in its cache, and where they are. */
@@ -22,7 +22,7 @@ function cached(): { guest: TestGuest; pfns: number[] } {
 test('a page truncated away while it is isolated is freed with the isolation’s reference', () => {
   const { guest, pfns } = cached();
   const { alloc, cache, reclaim } = guest.kernels[0].parts;
-  const { w, memmap } = guest.arena;
+  const { w, shadow } = guest.arena;
   // The other CPU is faster: by the time reclaim decides, the page has left the cache.
   const freeze = cache.freeze.bind(cache);
   cache.freeze = (pfn) => {
@@ -30,7 +30,7 @@ test('a page truncated away while it is isolated is freed with the isolation’s
     return freeze(pfn);
   };
   reclaim.direct(0);
-  for (const pfn of pfns) expect(w[memmap + (pfn << 4) + P_SHADOW]).not.toBe(SHADOW_ALLOCATED);
+  for (const pfn of pfns) expect(w[shadow + pfn]).not.toBe(SHADOW_ALLOCATED);
   expect(guest.log.total).toBe(0);
 });
 
@@ -43,7 +43,7 @@ test('a page whose last reference is gone is left to whoever dropped it', () => 
   w[memmap + (dying << 4) + P_REF] = 0;
   reclaim.direct(0);
   expect(w[memmap + (dying << 4) + P_REF]).toBe(0);
-  expect(w[memmap + (dying << 4) + P_SHADOW]).toBe(SHADOW_ALLOCATED);
+  expect(w[guest.arena.shadow + dying]).toBe(SHADOW_ALLOCATED);
 });
 
 test('kswapd is done when one zone that can serve the request is above its high mark (`pgdat_balanced`)', () => {
@@ -120,5 +120,5 @@ test('a page that a scan takes off its list as its last reference goes is freed 
   alloc.put(pfn);
   vi.restoreAllMocks();
   expect(looks.slice(0, 2)).toEqual(['sub references', 'load flags']);
-  expect(w[memmap + (pfn << 4) + P_SHADOW]).not.toBe(SHADOW_ALLOCATED);
+  expect(w[guest.arena.shadow + pfn]).not.toBe(SHADOW_ALLOCATED);
 });

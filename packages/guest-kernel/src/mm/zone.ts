@@ -56,7 +56,7 @@ export const ZF_RECLAIM_ACTIVE = 2;
 
 /** Offset of the list of (order, migratetype) in a zone: head, then tail. */
 export function listAt(order: number, migratetype: number): number {
-  return Z_LISTS + 2 * (order * MIGRATE_TYPES + migratetype);
+  return Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
 }
 
 export interface ZoneSpan {

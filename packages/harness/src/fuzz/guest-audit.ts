@@ -1,7 +1,6 @@
 /** When all is over: the guest's books against each other, and against its page shadow (I19). */
 import {
   Arena,
-  P_SHADOW,
   P_ZONE,
   PAGEBLOCK_ORDER,
   SECTION_WORDS,
@@ -70,7 +69,7 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
           }
           for (let i = 0; i < 1 << order; i++) {
             same(`zone of free page ${pfn + i}`, w[memmap + ((pfn + i) << 4) + P_ZONE], index);
-            same(`shadow of free page ${pfn + i}`, w[memmap + ((pfn + i) << 4) + P_SHADOW], SHADOW_BUDDY);
+            same(`shadow of free page ${pfn + i}`, w[arena.shadow + pfn + i], SHADOW_BUDDY);
           }
           prev = pfn;
           blocks++;
@@ -80,8 +79,7 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
       same(`free blocks of order ${order}`, w[zone + Z_NR_FREE + order], blocks);
     }
     same('free pages of a zone', w[zone + Z_FREE], free);
-    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++)
-      shadow[w[memmap + (pfn << 4) + P_SHADOW]]++;
+    for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++) shadow[w[arena.shadow + pfn]]++;
   }
   const listed = zoneBases(w).reduce((sum, z) => sum + w[z + Z_FREE], 0);
   same('free pages and shadow', listed, shadow[SHADOW_BUDDY]);
@@ -100,11 +98,10 @@ export function balloonPages(arena: Arena): number {
 export function allocatedPages(arena: Arena): number {
   // An auditor's look is no access of a vCPU's.
   const w = plainView(arena.w);
-  const { memmap } = arena;
   let pages = 0;
   for (const zone of zoneBases(w))
     for (let pfn = w[zone + Z_START]; pfn < w[zone + Z_END]; pfn++)
-      if (w[memmap + (pfn << 4) + P_SHADOW] === SHADOW_ALLOCATED) pages++;
+      if (w[arena.shadow + pfn] === SHADOW_ALLOCATED) pages++;
   return pages;
 }
 
@@ -131,7 +128,7 @@ export function pagesInUseWithin(
 ): number {
   const w = plainView(arena.w);
   for (let pfn = first; pfn < first + count; pfn++) {
-    const state = w[arena.memmap + (pfn << 4) + P_SHADOW];
+    const state = w[arena.shadow + pfn];
     if (state !== SHADOW_ABSENT && !mayBe(pfn)) return pfn;
   }
   return -1;

@@ -5,7 +5,6 @@
 import {
   MIGRATE_MOVABLE,
   P_FLAGS,
-  P_SHADOW,
   PG_CACHED,
   PG_UPTODATE,
   SHADOW_ALLOCATED,
@@ -139,10 +138,10 @@ export class AgentProgram implements Program {
 
   /** Something of the kernel's sits there already. */
   #holdsUnmovable(block: number): boolean {
-    const { w, memmap } = this.#kernel.arena;
+    const { w, memmap, shadow } = this.#kernel.arena;
     for (let pfn = block; pfn < block + HUGE_PAGES; pfn++) {
-      const page = memmap + (pfn << 4);
-      if (w[page + P_SHADOW] === SHADOW_ALLOCATED && (w[page + P_FLAGS] & PG_CACHED) === 0) return true;
+      const flags = w[memmap + (pfn << 4) + P_FLAGS];
+      if (w[shadow + pfn] === SHADOW_ALLOCATED && (flags & PG_CACHED) === 0) return true;
     }
     return false;
   }

@@ -8,7 +8,6 @@ import {
   MIGRATE_MOVABLE,
   P_FLAGS,
   P_ORDER,
-  P_SHADOW,
   PG_CACHED,
   PG_DIRTY,
   PG_UPTODATE,
@@ -208,11 +207,9 @@ export class ReplayProgram implements Program {
   #alive(at: number): number {
     const pfn = this.#handles[at] - 1;
     if (pfn < 0) return -1;
-    const { w, memmap } = this.#kernel.arena;
-    const page = memmap + (pfn << 4);
+    const { w, shadow } = this.#kernel.arena;
     const ours =
-      this.#kernel.parts.alloc.stampOf(pfn) === this.#handles[at + 1] &&
-      w[page + P_SHADOW] === SHADOW_ALLOCATED;
+      this.#kernel.parts.alloc.stampOf(pfn) === this.#handles[at + 1] && w[shadow + pfn] === SHADOW_ALLOCATED;
     return ours ? pfn : -1;
   }
 

@@ -65,7 +65,7 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
   fault(
     'merges-across-zones',
     BUDDY,
-    '      if (w[page + P_ZONE] !== w[memmap + (pfn << 4) + P_ZONE]) break;\n',
+    '      if (w[page + P_ZONE] !== pageZone) break;\n',
     '',
     'I19: a zone lists pages of another (`page_is_buddy`)',
     test('guest-kernel/src/mm/memory-hotplug.test.ts'),
