@@ -554,7 +554,10 @@ export class Vcpu implements GuestMemory {
     for (let i = 0; i < count; i++) {
       const frame = this.runFrame(toGfn(first + i), true);
       if (frame < 0) missing++;
-      else u8[frame >>> CHUNK_FRAME_SHIFT].set(ZERO_PAGE, chunkOffset(frame));
+      else if (this.#controlled) {
+        // Seen by whoever looks for races.
+        u8[frame >>> CHUNK_FRAME_SHIFT].set(ZERO_PAGE, chunkOffset(frame));
+      } else this.#memory.zeroFrames(frame as Hfn, 1);
     }
     this.clock += count * this.costs.guestZeroPageNs;
     return missing;
