@@ -1,5 +1,5 @@
 /** The virtio-mem driver against a scripted device: what its passes do when two CPUs want something of it at once. */
-import { expect, test } from 'vitest';
+import { expect, test, vi } from 'vitest';
 import { MiB, PAGE_SIZE } from '@ebb/machine';
 import {
   EBB_MEM_F_EXCHANGE,
@@ -39,6 +39,30 @@ test('a shrink that the host asked for survives a pass of the OOM notifier, whic
   driver.guest.interruptTaken = false;
   seconds(a, 5);
   expect(device.plugged).toBe(10 * MiB);
+  a.leave();
+});
+
+test('the module is not removed while a vCPU waits for the device (`cancel_work_sync`)', () => {
+  const device = new ScriptedMemory(8 * MiB);
+  const guest = bring(device);
+  const [a, b] = guest.kernels;
+  const [driver] = a.parts.mem;
+  a.enter();
+  seconds(a, 2);
+  const waits = vi.spyOn(a.vcpu.port, 'relax').mockImplementation(() => {
+    throw new Error('waits for the mutex');
+  });
+  device.meanwhile = () => {
+    expect(() => driver.remove()).toThrow('waits for the mutex');
+    expect(driver.ready).toBe(true);
+  };
+  b.enter();
+  expect(b.parts.mem[0].oomNotify()).toBeGreaterThan(0);
+  b.leave();
+  waits.mockRestore();
+  driver.remove();
+  expect(driver.ready).toBe(false);
+  expect(b.parts.mem[0].oomNotify()).toBe(0);
   a.leave();
 });
 

@@ -192,11 +192,16 @@ export class VirtioMemDriver {
     return this.#region.ready;
   }
 
-  /** The module goes (`rmmod`): what is plugged stays as it is, and nobody listens to the device any more. On vCPU 0. */
+  /**
+   * The module goes (`rmmod`): what is plugged stays as it is, and nobody listens to the device any more. On vCPU 0. With
+   * the mutex, as `cancel_work_sync`: who waits for an answer has it before the device is reset.
+   */
   remove(): void {
     if (!this.ready) return;
+    spinLock(this.#w, this.#base + M_MUTEX, this.#vcpu.id, this.#relax);
     Atomics.store(this.#w, this.#base + M_READY, 0);
     this.#region.guest.driver.reset();
+    spinUnlock(this.#w, this.#base + M_MUTEX);
   }
 
   /** It comes back (`insmod`). False: memory that it added is still there, which Linux refuses to take over. On vCPU 0. */
@@ -247,7 +252,9 @@ export class VirtioMemDriver {
     spinLock(w, base + M_MUTEX, this.#vcpu.id, this.#relax);
     const before = w[base + M_PLUGGED];
     const asked = Math.max(MORE_PAGES, w[base + M_BLOCK]);
-    if (this.#region.request(EBB_MEM_REQ_MORE, w[base + M_ADDR], asked) === 'ok') this.#pass(true);
+    // It may have been removed while we waited for the mutex.
+    if (this.ready && this.#region.request(EBB_MEM_REQ_MORE, w[base + M_ADDR], asked) === 'ok')
+      this.#pass(true);
     const gained = w[base + M_PLUGGED] - before;
     spinUnlock(w, base + M_MUTEX);
     return Math.max(0, gained);

@@ -479,4 +479,12 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'H44: kernel memory is traded for Movable memory',
     test('guest-kernel/src/drivers/virtio-mem.test.ts'),
   ),
+  fault(
+    'removed-under-a-waiter',
+    DRIVER,
+    '    spinLock(this.#w, this.#base + M_MUTEX, this.#vcpu.id, this.#relax);\n    Atomics.store(this.#w, this.#base + M_READY, 0);\n',
+    '    Atomics.store(this.#w, this.#base + M_READY, 0);\n',
+    'hang: rmmod resets the device while another vCPU waits for its answer',
+    test('guest-kernel/src/drivers/virtio-mem.test.ts'),
+  ),
 ];
