@@ -32,6 +32,7 @@ import { spawnWorker } from '../run/worker-endpoint.ts';
 import { turn } from '../run/worker-port.ts';
 import { makePlan } from '../trace/replay-plan.ts';
 import { smallMachine } from '../run/small-machine.ts';
+import type { BareWorker } from './bare-worker.ts';
 import type { ExitWorker } from './exit-worker.ts';
 import type { RingWorker } from './ring-worker.ts';
 
@@ -56,6 +57,28 @@ export async function ring(batch: number, chains: boolean, total: number): Promi
     return rate;
   } finally {
     await Promise.all([device.close(), driver.close()]);
+  }
+}
+
+/** What plain loops over typed arrays reach between two workers: million buffers per second, and nanoseconds a round. */
+export async function bare(what: 'ring' | 'words'): Promise<number> {
+  const buffer = new SharedArrayBuffer(MiB);
+  const one = spawnWorker<BareWorker>('../bench/bare-worker', 'bare-one');
+  const other = spawnWorker<BareWorker>('../bench/bare-worker', 'bare-other');
+  try {
+    let figure = 0;
+    for (const n of [128_000, 64 * 125_000]) {
+      new Uint8Array(buffer).fill(0);
+      const rounds = n / 32;
+      const sides =
+        what === 'ring'
+          ? Promise.all([one.api.driver(buffer, n, 64), other.api.device(buffer, n, 64)])
+          : Promise.all([one.api.ping(buffer, rounds), other.api.pong(buffer, rounds)]);
+      [figure] = await Promise.race([sides, one.died, other.died]);
+    }
+    return figure;
+  } finally {
+    await Promise.all([one.close(), other.close()]);
   }
 }
 
