@@ -50,6 +50,8 @@ export class Buddy {
   readonly vcpu: Vcpu;
   readonly #events: number;
   readonly #relax: () => void;
+  /** Blocks that the last `rmqueueRun` took. */
+  taken = 0;
   /** Smallest order of which `onLargeFree` is told. */
   largeOrder: number = PAGEBLOCK_ORDER;
   /** Called with the order when a free block of `largeOrder` or more appears (`page_reporting_notify_free`). */
@@ -153,12 +155,25 @@ export class Buddy {
 
   /** Takes a block of `order` for `migratetype`, falling back to other types' blocks; −1 if the zone has none. */
   rmqueue(zone: number, order: number, migratetype: number): number {
-    const pfn = this.#smallest(zone, order, migratetype);
-    return pfn >= 0 ? pfn : this.#fallback(zone, order, migratetype);
+    return this.rmqueueRun(zone, order, migratetype, 1);
   }
 
-  #smallest(zone: number, order: number, migratetype: number): number {
+  /**
+   * Takes up to `most` blocks of `order` that lie side by side (`taken` tells how many) and returns the first, −1 if there
+   * is none. They are what `rmqueue` would give one by one, which splits a block from its low end and exhausts it before
+   * the next; here a block that is wanted whole is not split.
+   */
+  rmqueueRun(zone: number, order: number, migratetype: number, most: number): number {
+    const pfn = this.#smallest(zone, order, migratetype, most);
+    if (pfn >= 0) return pfn;
+    this.taken = 1;
+    return this.#fallback(zone, order, migratetype);
+  }
+
+  #smallest(zone: number, order: number, migratetype: number, most: number): number {
     const w = this.w;
+    // The order of the largest run that is wanted.
+    const whole = order + 31 - Math.clz32(most);
     for (
       let o = order, list = zone + listAt(order, migratetype);
       o <= MAX_ORDER;
@@ -166,9 +181,11 @@ export class Buddy {
     ) {
       const pfn = w[list];
       if (pfn < 0) continue;
+      const run = o < whole ? o : whole;
       this.#remove(zone, pfn, o, migratetype);
-      this.#expand(zone, pfn, order, o, migratetype);
-      w[zone + Z_FREE] -= 1 << order;
+      this.#expand(zone, pfn, run, o, migratetype);
+      w[zone + Z_FREE] -= 1 << run;
+      this.taken = 1 << (run - order);
       return pfn;
     }
     return -1;
@@ -248,7 +265,7 @@ export class Buddy {
     this.#moveFreepages(zone, block, from, migratetype);
     this.setPageblockType(block, migratetype);
     w[this.#events + EV.fallback_claim]++;
-    return this.#smallest(zone, want, migratetype);
+    return this.#smallest(zone, want, migratetype, 1);
   }
 
   /** Moves the free blocks inside one pageblock from one type's lists to another's; the pages moved. */

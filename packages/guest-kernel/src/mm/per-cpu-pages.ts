@@ -22,6 +22,7 @@ const { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP } = page;
 const {
   MIGRATE_MOVABLE,
   MIGRATE_RECLAIMABLE,
+  PAGEBLOCK_ORDER,
   Z_FLAGS,
   Z_FREE,
   Z_HIGH,
@@ -199,6 +200,23 @@ export class PerCpuPages {
     w[list + 1] = pfn;
   }
 
+  /** Appends `count` blocks of `order` that lie side by side. */
+  #pushRun(list: number, first: number, count: number, order: number): void {
+    const w = this.#w;
+    const step = 1 << order;
+    const last = first + ((count - 1) << order);
+    const tail = w[list + 1];
+    for (let pfn = first, prev = tail; pfn <= last; prev = pfn, pfn += step) {
+      const page = this.#memmap + (pfn << 4);
+      w[page + P_FLAGS] = 0;
+      w[page + P_NEXT] = pfn === last ? -1 : pfn + step;
+      w[page + P_PREV] = prev;
+    }
+    if (tail >= 0) w[this.#memmap + (tail << 4) + P_NEXT] = first;
+    else w[list] = first;
+    w[list + 1] = last;
+  }
+
   /** Puts an order-0 page on `cpu`'s list as a capture found it. Boot only. */
   seed(zoneIndex: number, cpu: number, pfn: number, migratetype: number): void {
     const pcp = PerCpuPages.base(zoneIndex, cpu);
@@ -244,11 +262,12 @@ export class PerCpuPages {
     let got = 0;
     this.#buddy.lock(zone);
     while (got < want) {
-      const pfn = this.#buddy.rmqueue(zone, order, migratetype);
+      const pfn = this.#buddy.rmqueueRun(zone, order, migratetype, want - got);
       if (pfn < 0) break;
-      shadowMove(w, this.#shadow, this.#vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_PCP);
-      this.#pushTail(list, pfn);
-      got++;
+      const { taken } = this.#buddy;
+      shadowMove(w, this.#shadow, this.#vcpu, pfn, taken << order, SHADOW_BUDDY, SHADOW_PCP);
+      this.#pushRun(list, pfn, taken, order);
+      got += taken;
     }
     this.#buddy.unlock(zone);
     w[pcp + C_COUNT] += got << order;
@@ -368,17 +387,37 @@ export class PerCpuPages {
       const order = listOrder(i);
       do {
         const pfn = w[list + 1];
-        const prev = w[this.#memmap + (pfn << 4) + P_PREV];
+        const run = this.#runOrder(pfn, order, left);
+        const last = pfn + ((1 << run) - (1 << order));
+        const prev = w[this.#memmap + (last << 4) + P_PREV];
         w[list + 1] = prev;
         if (prev >= 0) w[this.#memmap + (prev << 4) + P_NEXT] = -1;
         else w[list] = -1;
-        left -= 1 << order;
-        w[pcp + C_COUNT] -= 1 << order;
-        shadowMove(w, this.#shadow, this.#vcpu, pfn, 1 << order, SHADOW_PCP, SHADOW_BUDDY);
-        this.#buddy.freeOne(zone, pfn, order, true);
+        left -= 1 << run;
+        w[pcp + C_COUNT] -= 1 << run;
+        shadowMove(w, this.#shadow, this.#vcpu, pfn, 1 << run, SHADOW_PCP, SHADOW_BUDDY);
+        this.#buddy.freeOne(zone, pfn, run, true);
       } while (left > 0 && w[list + 1] >= 0);
     }
     this.#buddy.unlock(zone);
+  }
+
+  /**
+   * Order of the largest block, up to a pageblock and `left` pages, that the blocks of `order` at a list's end make up,
+   * the last of them being `pfn`. Freed one by one they would merge to that and nothing else, since each one's buddy is
+   * among them.
+   */
+  #runOrder(pfn: number, order: number, left: number): number {
+    const w = this.#w;
+    const step = 1 << order;
+    let run = order;
+    let end = pfn + step;
+    for (let at = pfn; run < PAGEBLOCK_ORDER && (pfn & (1 << run)) === 0 && 2 << run <= left; run++) {
+      const whole = pfn + (2 << run);
+      for (; end < whole; end += step, at += step)
+        if (w[this.#memmap + (at << 4) + P_PREV] !== end) return run;
+    }
+    return run;
   }
 
   /** Lets idle lists shrink, once a second (`decay_pcp_high` in `vmstat_update`). */

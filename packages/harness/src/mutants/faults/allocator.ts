@@ -33,8 +33,8 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
   fault(
     'free-count-drifts',
     BUDDY,
-    '      w[zone + Z_FREE] -= 1 << order;\n      return pfn;\n    }\n    return -1;',
-    '      w[zone + Z_FREE] -= 1;\n      return pfn;\n    }\n    return -1;',
+    '      w[zone + Z_FREE] -= 1 << run;\n',
+    '      w[zone + Z_FREE] -= 1;\n',
     'I19: the free count drifts',
     props('allocator'),
   ),
@@ -77,5 +77,21 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
     '    if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0)\n',
     'L28: half of a merged block is never reported',
     test('guest-kernel/src/mm/allocator.property.test.ts'),
+  ),
+  fault(
+    'run-of-strangers',
+    PCP,
+    '        if (w[this.#memmap + (at << 4) + P_PREV] !== end) return run;\n',
+    '        if (w[this.#memmap + (at << 4) + P_PREV] < 0) return run;\n',
+    'I19: pages that are not on the list are freed with those that are',
+    test('guest-kernel/src/mm/page-runs.property.test.ts'),
+  ),
+  fault(
+    'run-too-long',
+    BUDDY,
+    '    const whole = order + 31 - Math.clz32(most);\n',
+    '    const whole = order + 32 - Math.clz32(most);\n',
+    'I19: a refill takes more than was asked for',
+    test('guest-kernel/src/mm/page-runs.property.test.ts'),
   ),
 ];
