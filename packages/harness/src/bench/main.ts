@@ -1,19 +1,24 @@
 /**
  * `npm run bench`: figures as ratios in one run, against our own small C counterpart where a compiler is present.
  * Ebb and C take turns; each figure is the best of its repetitions, since a neighbour on the machine only ever adds time.
- * Writes `out/bench.json`.
+ * Writes `out/bench.json`. `--package NAME`: what that package is responsible for.
  */
 import { execFileSync, spawnSync } from 'node:child_process';
 import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
 import { allowedCores, onCore } from '../fuzz/cores.ts';
 import * as cases from './cases.ts';
 import { resizeBalloon, resizeRegion, resizeReporting, type ResizeFigures } from './resize.ts';
 
 const ROUNDS = 5;
+
+const { package: only } = parseArgs({ options: { package: { type: 'string' } } }).values;
+/** Whether the figures of these packages are asked for: all are, unless one is named (`--package machine`). */
+const wants = (...packages: string[]): boolean => only === undefined || packages.includes(only);
 
 interface Row {
   readonly name: string;
@@ -82,37 +87,49 @@ async function pair(
 
 const c = (...args: string[]): (() => number) | null => (twin === null ? null : () => twin(...args));
 
-await pair(
-  'split queue, batch 64',
-  'M buffers/s',
-  true,
-  () => cases.ring(64, false, 8_000_000),
-  c('ring', '64'),
-  0.5,
-);
-await pair(
-  'split queue, indirect chains of 3, validated',
-  'M buffers/s',
-  true,
-  () => cases.ring(64, true, 1_500_000),
-  c('ring', '64'),
-  0.25,
-);
-await pair(
-  'split ring, bare JavaScript (no checks)',
-  'M buffers/s',
-  true,
-  () => cases.bare('ring'),
-  c('ring', '64'),
-  null,
-);
-for (const what of ['bulk', 'random', 'mixed'] as const) {
-  await pair(`buddy, ${what}`, 'ns/op', false, () => cases.buddy(what), c('buddy', what), 0.35);
+if (wants('virtio')) {
+  await pair(
+    'split queue, batch 64',
+    'M buffers/s',
+    true,
+    () => cases.ring(64, false, 8_000_000),
+    c('ring', '64'),
+    0.5,
+  );
+  await pair(
+    'split queue, indirect chains of 3, validated',
+    'M buffers/s',
+    true,
+    () => cases.ring(64, true, 1_500_000),
+    c('ring', '64'),
+    0.25,
+  );
+  await pair(
+    'split ring, bare JavaScript (no checks)',
+    'M buffers/s',
+    true,
+    () => cases.bare('ring'),
+    c('ring', '64'),
+    null,
+  );
 }
-await pair('two words in turn, bare JavaScript', 'ns', false, () => cases.bare('words'), c('pingpong'), null);
-await pair('demand-zero fault, inline', 'ns', false, cases.demandZero, c('fault'), 0.5);
+if (wants('guest-kernel'))
+  for (const what of ['bulk', 'random', 'mixed'] as const) {
+    await pair(`buddy, ${what}`, 'ns/op', false, () => cases.buddy(what), c('buddy', what), 0.35);
+  }
+if (wants('machine'))
+  await pair(
+    'two words in turn, bare JavaScript',
+    'ns',
+    false,
+    () => cases.bare('words'),
+    c('pingpong'),
+    null,
+  );
+if (wants('host-kvm', 'memfs'))
+  await pair('demand-zero fault, inline', 'ns', false, cases.demandZero, c('fault'), 0.5);
 
-{
+if (wants('machine')) {
   const runs: cases.AccessFigures[] = [];
   cases.access();
   for (let round = 0; round < ROUNDS; round++) runs.push(cases.access());
@@ -136,7 +153,7 @@ await pair('demand-zero fault, inline', 'ns', false, cases.demandZero, c('fault'
   }
 }
 
-{
+if (wants('machine', 'host-kvm')) {
   const ours: number[] = [];
   const theirs: number[] = [];
   for (let round = 0; round < ROUNDS; round++) {
@@ -174,21 +191,22 @@ await pair('demand-zero fault, inline', 'ns', false, cases.demandZero, c('fault'
     met: null,
   });
 }
-for (const schedule of ['threads', 'inline'] as const) {
-  const rate = await cases.replay(schedule);
-  rows.push({
-    name: `trace replay, two vCPUs, ledger on, ${schedule}`,
-    unit: 'M events/s',
-    ebb: rate,
-    other: null,
-    ratio: null,
-    target: '≥ 1',
-    met: rate >= 1,
-  });
-  process.stderr.write(`replay ${schedule}: ${rate.toFixed(2)} M events/s\n`);
-}
+if (wants('harness'))
+  for (const schedule of ['threads', 'inline'] as const) {
+    const rate = await cases.replay(schedule);
+    rows.push({
+      name: `trace replay, two vCPUs, ledger on, ${schedule}`,
+      unit: 'M events/s',
+      ebb: rate,
+      other: null,
+      ratio: null,
+      target: '≥ 1',
+      met: rate >= 1,
+    });
+    process.stderr.write(`replay ${schedule}: ${rate.toFixed(2)} M events/s\n`);
+  }
 
-{
+if (wants('host-kvm', 'guest-kernel', 'memfs')) {
   const line = (name: string, f: ResizeFigures, balloon: ResizeFigures): void => {
     const add = (what: string, unit: string, ebb: number, other: number | null = null): void => {
       const ratio = other === null ? null : ebb / other;
@@ -214,53 +232,56 @@ for (const schedule of ['threads', 'inline'] as const) {
     }
 }
 
-rows.push({
-  name: 'controlled schedule: a point without a switch',
-  unit: 'ns',
-  ebb: cases.pointCost(),
-  other: null,
-  ratio: null,
-  target: '≤ 300',
-  met: cases.pointCost() <= 300,
-});
-{
-  // On one core, both sides alike, where the platform can pin.
-  const [core] = allowedCores();
-  const pinned = (...command: string[]): number => {
-    const [program, ...args] = [...onCore(core), ...command];
-    return measured(program, ...args);
-  };
-  const script = fileURLToPath(new URL('./handover.ts', import.meta.url));
-  if (core !== undefined) {
-    const mine = pinned(process.execPath, '--conditions=ebb-source', script);
-    const other = twinPath === null ? null : pinned(twinPath, 'futex');
-    rows.push({
-      name: 'controlled schedule: a hand-over, one core (times slower than a C futex)',
-      unit: 'ns',
-      ebb: mine,
-      other,
-      ratio: other === null ? null : mine / other,
-      target: '≤ 1.5',
-      met: other === null ? null : mine / other <= 1.5,
-    });
+if (wants('machine', 'harness')) {
+  rows.push({
+    name: 'controlled schedule: a point without a switch',
+    unit: 'ns',
+    ebb: cases.pointCost(),
+    other: null,
+    ratio: null,
+    target: '≤ 300',
+    met: cases.pointCost() <= 300,
+  });
+  {
+    // On one core, both sides alike, where the platform can pin.
+    const [core] = allowedCores();
+    const pinned = (...command: string[]): number => {
+      const [program, ...args] = [...onCore(core), ...command];
+      return measured(program, ...args);
+    };
+    const script = fileURLToPath(new URL('./handover.ts', import.meta.url));
+    if (core !== undefined) {
+      const mine = pinned(process.execPath, '--conditions=ebb-source', script);
+      const other = twinPath === null ? null : pinned(twinPath, 'futex');
+      rows.push({
+        name: 'controlled schedule: a hand-over, one core (times slower than a C futex)',
+        unit: 'ns',
+        ebb: mine,
+        other,
+        ratio: other === null ? null : mine / other,
+        target: '≤ 1.5',
+        met: other === null ? null : mine / other <= 1.5,
+      });
+    }
   }
 }
 // Two vCPUs and no device; one vCPU and a device.
-for (const property of ['invalidation', 'queue'] as const)
-  for (const strategy of ['random', 'pct'] as const) {
-    const { perSecond, points, pointsPerSecond } = await cases.executions(property, strategy);
-    const target = strategy === 'random' ? 300 : 2000;
-    rows.push({
-      name: `controlled executions, ${property}: ${points.toFixed(0)} points each, ${strategy}, all cores`,
-      unit: '/s',
-      ebb: perSecond,
-      other: null,
-      ratio: null,
-      target: `≥ ${target} (of 200 points)`,
-      met: pointsPerSecond >= 200 * target,
-    });
-    process.stderr.write(`controlled, ${property}, ${strategy}: ${perSecond.toFixed(0)} executions/s\n`);
-  }
+if (wants('harness'))
+  for (const property of ['invalidation', 'queue'] as const)
+    for (const strategy of ['random', 'pct'] as const) {
+      const { perSecond, points, pointsPerSecond } = await cases.executions(property, strategy);
+      const target = strategy === 'random' ? 300 : 2000;
+      rows.push({
+        name: `controlled executions, ${property}: ${points.toFixed(0)} points each, ${strategy}, all cores`,
+        unit: '/s',
+        ebb: perSecond,
+        other: null,
+        ratio: null,
+        target: `≥ ${target} (of 200 points)`,
+        met: pointsPerSecond >= 200 * target,
+      });
+      process.stderr.write(`controlled, ${property}, ${strategy}: ${perSecond.toFixed(0)} executions/s\n`);
+    }
 
 const table = new Table({
   head: ['benchmark', 'Ebb', 'C', 'unit', 'ratio', 'first step', ''],
