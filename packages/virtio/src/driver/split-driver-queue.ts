@@ -214,6 +214,7 @@ export class SplitDriverQueue {
     const mask = (this.size - 1) | 0;
     const next = this.#next | 0;
     const token = this.#token | 0;
+    const chainLength = this.#count | 0;
     const idx = s[base + S_AVAIL] | 0;
     let head = s[base + S_FREE_HEAD] | 0;
     for (let i = 0; i < n; i++) {
@@ -225,6 +226,7 @@ export class SplitDriverQueue {
       i32[at + 3] = flags;
       u16[ring + ((idx + i) & mask)] = head;
       s[(token + head) | 0] = head;
+      s[(chainLength + head) | 0] = 1;
       head = s[(next + head) | 0];
     }
     s[base + S_FREE_HEAD] = head;

@@ -104,6 +104,30 @@ test('the batch path agrees with the single path', () => {
   expect(r.queue.free).toBe(r.queue.size);
 });
 
+test('buffers added in a batch are reaped one by one as well, through descriptors that were parts of longer chains', () => {
+  const r = rig();
+  const device = r.device.queue;
+  if (device === null) throw new Error('active');
+  const reapAll = (): number => {
+    for (let chain = device.pop(); chain !== null; chain = device.pop()) device.push(chain, 0);
+    let reaped = 0;
+    while (r.queue.popUsed(r.memory) >= 0) reaped++;
+    return reaped;
+  };
+  const segments = Array.from({ length: 3 }, (_, i) => ({ gpa: 0x20000 + i * 64, length: 8 }));
+  while (r.queue.add(r.memory, segments, [], 1));
+  r.queue.publish(r.memory);
+  expect(reapAll()).toBe(Math.floor(r.queue.size / 3));
+  const gpas = Float64Array.from({ length: r.queue.size }, (_, i) => 0x20000 + i * 256);
+  expect(r.queue.addSingles(r.memory, gpas, r.queue.size, 256, true)).toBe(r.queue.size);
+  expect(reapAll()).toBe(r.queue.size);
+  expect(r.queue.free).toBe(r.queue.size);
+  // The free list holds each of them once.
+  expect(r.queue.addSingles(r.memory, gpas, r.queue.size, 256, true)).toBe(r.queue.size);
+  expect(reapAll()).toBe(r.queue.size);
+  expect(r.queue.broken).toBe(false);
+});
+
 test('a device that returns a buffer twice breaks the queue', () => {
   const r = rig({});
   r.queue.add(r.memory, [{ gpa: 0x20000, length: 8 }], [], 7);
