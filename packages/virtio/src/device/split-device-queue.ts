@@ -132,7 +132,8 @@ export class SplitDeviceQueue {
     const head = memory.u16[memory.at >> 1];
     if (head >= this.size) return this.#fail({ kind: 'head-out-of-range', head });
     const chain = this.#spare.pop() ?? new DescriptorChain(memory, this.#onLeaseBroken);
-    if (!this.#readChain(chain, head)) return null;
+    const bad = this.#readChain(chain, head);
+    if (bad !== null) return this.#fail(bad);
     this.#lastAvail = (this.#lastAvail + 1) & 0xffff;
     this.inFlight++;
     return chain;
@@ -140,9 +141,9 @@ export class SplitDeviceQueue {
 
   /**
    * Copies and checks the descriptors of the chain that starts at `head`: those in the ring's table, then those of an
-   * indirect table, with which a chain may end (§ 2.7.5.3.2). False when malformed.
+   * indirect table, with which a chain may end (§ 2.7.5.3.2). What is wrong with it, if anything.
    */
-  #readChain(chain: DescriptorChain, head: number): boolean {
+  #readChain(chain: DescriptorChain, head: number): QueueError | null {
     const memory = this.memory;
     const size = this.size | 0;
     let { gpas, lengths } = chain;
@@ -162,7 +163,7 @@ export class SplitDeviceQueue {
     let readableBytes = 0;
     let writableBytes = 0;
     for (;;) {
-      if (left === 0) return this.#broken({ kind: 'chain-too-long', limit: Math.min(limit, size) });
+      if (left === 0) return { kind: 'chain-too-long', limit: Math.min(limit, size) };
       left--;
       if (index >= windowEnd || index < windowFirst) {
         const at = table + index * DESC_BYTES;
@@ -170,7 +171,7 @@ export class SplitDeviceQueue {
         const whole = ((PAGE_SIZE - offset) / DESC_BYTES) | 0;
         const covered = whole < limit - index ? whole : limit - index;
         if (covered < 1 || (offset & 3) !== 0 || !memory.window(at, covered * DESC_BYTES, false))
-          return this.#broken({ kind: 'ring-not-in-ram', gpa: at });
+          return { kind: 'ring-not-in-ram', gpa: at };
         i32 = memory.i32;
         words = memory.at >> 2;
         windowFirst = index;
@@ -197,7 +198,7 @@ export class SplitDeviceQueue {
         gpa = (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
         if ((word & VIRTQ_DESC_F_INDIRECT) !== 0) {
           const bad = this.#badIndirect(nested, word, length >>> 0);
-          if (bad !== null) return this.#broken(bad);
+          if (bad !== null) return bad;
           nested = true;
           table = gpa;
           limit = (length >>> 0) / DESC_BYTES;
@@ -209,7 +210,7 @@ export class SplitDeviceQueue {
         const bytes = readableBytes + writableBytes;
         const afterWritable = readableSegments < segments;
         const bad = this.#badSegment(gpa, length >>> 0, writable, afterWritable, bytes, index);
-        if (bad !== null) return this.#broken(bad);
+        if (bad !== null) return bad;
       }
       if (segments === gpas.length) ({ gpas, lengths } = chain.grow());
       gpas[segments] = gpa;
@@ -222,15 +223,10 @@ export class SplitDeviceQueue {
       }
       if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
       index = word >>> 16;
-      if (index >= limit) return this.#broken({ kind: 'next-out-of-range', next: index });
+      if (index >= limit) return { kind: 'next-out-of-range', next: index };
     }
     chain.begin(head, segments, readableSegments, readableBytes, writableBytes);
-    return true;
-  }
-
-  #broken(error: QueueError): false {
-    this.error = error;
-    return false;
+    return null;
   }
 
   /** What is wrong with an indirect descriptor, if anything (§ 2.7.5.3). */
