@@ -108,6 +108,7 @@ export interface ArenaLayout {
   readonly hash: number;
   /** Power of two. */
   readonly hashBuckets: number;
+  /** One word per page, apart from the memmap: the states of a block's pages share cache lines. */
   readonly shadow: number;
   readonly sections: number;
   readonly plugged: number;
@@ -137,7 +138,6 @@ export function arenaLayout(maxPfn: number): ArenaLayout {
   const hash = memmap + maxPfn * PAGE_STRUCT_WORDS;
   let hashBuckets = 1024;
   while (hashBuckets < maxPfn / 4) hashBuckets *= 2;
-  // One word per page, apart from the memmap: a block's states share cache lines.
   const shadow = hash + hashBuckets;
   const sections = shadow + maxPfn;
   const plugged = sections + Math.ceil(maxPfn / MIN_SECTION_PAGES) * SECTION_WORDS;

@@ -93,7 +93,7 @@ export class Buddy {
 
   #addHead(zone: number, pfn: number, order: number, migratetype: number): void {
     const w = this.w;
-    const list = zone + Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
+    const list = zone + listAt(order, migratetype);
     const page = this.memmap + (pfn << 4);
     const head = w[list];
     w[page + P_NEXT] = head;
@@ -108,7 +108,7 @@ export class Buddy {
 
   #addTail(zone: number, pfn: number, order: number, migratetype: number): void {
     const w = this.w;
-    const list = zone + Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
+    const list = zone + listAt(order, migratetype);
     const page = this.memmap + (pfn << 4);
     const tail = w[list + 1];
     w[page + P_NEXT] = -1;
@@ -123,7 +123,7 @@ export class Buddy {
 
   #remove(zone: number, pfn: number, order: number, migratetype: number): void {
     const w = this.w;
-    const list = zone + Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
+    const list = zone + listAt(order, migratetype);
     const page = this.memmap + (pfn << 4);
     const next = w[page + P_NEXT];
     const prev = w[page + P_PREV];

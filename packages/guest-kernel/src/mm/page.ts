@@ -1,5 +1,6 @@
 /**
- * `struct page`: one 64-byte line per page frame in the arena's memmap, and the guest-page shadow that checks it.
+ * `struct page`: one 64-byte line per page frame in the arena's memmap; and the guest-page shadow that checks it, a table of
+ * its own (`Arena.shadow`) with a word per page, written by whoever moves the page and read by checkers.
  *
  * | word | field | guarded by |
  * | --- | --- | --- |

@@ -189,17 +189,6 @@ export class PerCpuPages {
     w[list] = pfn;
   }
 
-  #pushTail(list: number, pfn: number): void {
-    const w = this.#w;
-    const page = this.#memmap + (pfn << 4);
-    const tail = w[list + 1];
-    w[page + P_NEXT] = -1;
-    w[page + P_PREV] = tail;
-    if (tail >= 0) w[this.#memmap + (tail << 4) + P_NEXT] = pfn;
-    else w[list] = pfn;
-    w[list + 1] = pfn;
-  }
-
   /** Appends `count` blocks of `order` that lie side by side. */
   #pushRun(list: number, first: number, count: number, order: number): void {
     const w = this.#w;
@@ -220,7 +209,7 @@ export class PerCpuPages {
   /** Puts an order-0 page on `cpu`'s list as a capture found it. Boot only. */
   seed(zoneIndex: number, cpu: number, pfn: number, migratetype: number): void {
     const pcp = PerCpuPages.base(zoneIndex, cpu);
-    this.#pushTail(pcp + C_LISTS + 2 * pcpIndex(0, migratetype), pfn);
+    this.#pushRun(pcp + C_LISTS + 2 * pcpIndex(0, migratetype), pfn, 1, 0);
     this.#w[pcp + C_COUNT]++;
   }
 
@@ -318,14 +307,6 @@ export class PerCpuPages {
       w[pcp + C_FLAGS] |= PREV_FREE_HIGH_ORDER;
     } else w[pcp + C_FLAGS] &= ~PREV_FREE_HIGH_ORDER;
     if (w[pcp + C_FREE_COUNT] < batch << SCALE_MAX) w[pcp + C_FREE_COUNT] += 1 << order;
-    // Nothing asks for shorter lists, and they are not full: `high` is as it was.
-    if (
-      !freeHigh &&
-      count < w[pcp + C_HIGH] &&
-      count < w[zone + Z_PCP_HIGH_MAX] &&
-      (w[zone + Z_FLAGS] & (ZF_RECLAIM_ACTIVE | ZF_BELOW_HIGH)) === 0
-    )
-      return;
     const high = this.#nrHigh(zone, pcp, batch, freeHigh);
     if (count < high) return;
     this.#freeBulk(zone, pcp, this.#nrFree(pcp, batch, high, freeHigh), index);

@@ -13,7 +13,7 @@ import {
   type GuestConfig,
   type HotplugConfig,
 } from '@ebb/guest-kernel';
-import { type RebootPolicy } from '@ebb/host-kvm';
+import type { RebootPolicy } from '@ebb/host-kvm';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_MUST_TELL_HOST } from '@ebb/virtio/uapi';
 import type { VmSpec } from '../run/spec.ts';
