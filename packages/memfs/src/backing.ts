@@ -21,6 +21,11 @@ export interface FrameSource {
  */
 export type HugePolicy = 'always' | 'madvise' | 'never' | 'hugetlb' | '64k';
 
+/** Order of the smallest block that a file of this policy can have and give back. */
+export function unitOrder(policy: HugePolicy): FrameOrder {
+  return policy === 'hugetlb' ? 9 : policy === '64k' ? 4 : 0;
+}
+
 /** Told before a file's blocks go away, and after. KVM is one; sharers and pinned devices will be others. */
 export interface InvalidationListener {
   /**

@@ -7,7 +7,13 @@
  * issue. Offsets and counts are in blocks of 4 KiB; a hole is −1.
  */
 import { assert, err, HUGE_PAGES, hfn, ok, ownerOf, USE_RAM, type Result } from '@ebb/machine';
-import type { FrameOrder, FrameSource, HugePolicy, InvalidationListener } from './backing.ts';
+import {
+  unitOrder,
+  type FrameOrder,
+  type FrameSource,
+  type HugePolicy,
+  type InvalidationListener,
+} from './backing.ts';
 
 export interface MemFileOptions {
   readonly name: string;
@@ -51,10 +57,7 @@ export class MemFile {
 
   /** Pages of the smallest unit that can be had and given back: 512 for `hugetlb`, 16 for `64k`, else 1. */
   get granularity(): number {
-    return 1 << this.#unitOrder;
-  }
-  get #unitOrder(): FrameOrder {
-    return this.huge === 'hugetlb' ? 9 : this.huge === '64k' ? 4 : 0;
+    return 1 << unitOrder(this.huge);
   }
 
   /** Registers a mapper once; a second registration has no effect. */
@@ -80,7 +83,8 @@ export class MemFile {
   assign(index: number, allowHuge: boolean): number {
     const have = this.blocks[index];
     if (have >= 0) return have;
-    if (this.#unitOrder > 0) return this.#assignBlock(index, this.#unitOrder);
+    const unit = unitOrder(this.huge);
+    if (unit > 0) return this.#assignBlock(index, unit);
     if (this.#wantsHuge && allowHuge) {
       const frame = this.#assignBlock(index, 9);
       if (frame >= 0) return frame;

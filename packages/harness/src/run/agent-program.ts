@@ -19,7 +19,7 @@ const DONE = 1;
 const COUNT = 2;
 /** Pages of cached files wanted. */
 const CACHED = 3;
-/** What becomes of the memory drivers: a `DRIVER_ORDERS` number; and the block it is about, by first page. */
+/** What becomes of the memory drivers: a `DRIVER_ORDERS` number, which the agent clears; and the block's first page. */
 const DRIVER = 4;
 const BLOCK = 5;
 const LIST = 16;

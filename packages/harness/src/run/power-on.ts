@@ -32,8 +32,8 @@ import {
   type RegionPort,
   type UserMemoryRegion,
 } from '@ebb/host-kvm';
-import { assert, HUGE_PAGES, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
-import { MemFile, type FrameSource } from '@ebb/memfs';
+import { assert, PAGE_SIZE, type Schedule, type ViolationLog } from '@ebb/machine';
+import { MemFile, unitOrder, type FrameSource } from '@ebb/memfs';
 import type { MmioTransport, VirtioDevice } from '@ebb/virtio/device';
 import { VGA_HOLE_END, VGA_HOLE_START } from '../trace/vga-hole.ts';
 import type { RunningVm } from './run-result.ts';
@@ -302,7 +302,7 @@ function bootBlocks(spec: VmSpec, backing: Backing): number {
     spec.guest.hotplug === undefined || spec.guest.hotplug.adopts === 'in-place'
       ? spec.guest.maxPfn
       : Math.max(...spec.guest.e820.map((r) => r.end));
-  const unit = backing === 'hugetlb' ? HUGE_PAGES : backing === '64k' ? 16 : 1;
+  const unit = 1 << unitOrder(HUGE_POLICY[backing]);
   return Math.ceil(end / unit) * unit;
 }
 

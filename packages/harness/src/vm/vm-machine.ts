@@ -149,32 +149,25 @@ export class VmMachine implements Machine {
   /** Boot memory, node by node; RAM continues above 4 GiB where it ended below. */
   #bootRanges(): FlatRange[] {
     const { e820, nodes } = this.#description.vm.guest;
-    const ranges: FlatRange[] = [];
-    let offset = 0;
-    let name = '';
-    for (const [i, node] of nodes.entries()) {
-      const of = this.nodes[i]?.memdev ?? BOOT_RAM;
-      if (of !== name) offset = 0;
-      name = of;
-      for (const range of e820) {
-        const start = Math.max(range.start, node.start);
-        const end = Math.min(range.end, node.end);
-        if (start >= end) continue;
-        // What lies between two ranges below 1 MiB is the machine's, but counts.
-        const before = ranges.at(-1);
-        if (start < HIGH_START && before?.name === name && offset > 0)
-          offset += start - (before.last + 1) / PAGE_SIZE;
-        ranges.push({
-          start: start * PAGE_SIZE,
-          last: end * PAGE_SIZE - 1,
-          kind: 'ram',
-          name,
-          offset: offset * PAGE_SIZE,
-        });
-        offset += end - start;
-      }
-    }
-    return ranges;
+    const low = e820.findLast((r) => r.start < HIGH_START)?.end ?? 0;
+    const linear = (pfn: number): number => (pfn < HIGH_START ? pfn : pfn - HIGH_START + low);
+    const backends = nodes.map((_, i) => this.nodes[i]?.memdev ?? BOOT_RAM);
+    return nodes.flatMap((node, i) => {
+      const name = backends[i];
+      const base = linear(nodes[backends.indexOf(name)].start);
+      return e820
+        .map((r) => ({ start: Math.max(r.start, node.start), end: Math.min(r.end, node.end) }))
+        .filter(({ start, end }) => start < end)
+        .map(
+          ({ start, end }): FlatRange => ({
+            start: start * PAGE_SIZE,
+            last: end * PAGE_SIZE - 1,
+            kind: 'ram',
+            name,
+            offset: (linear(start) - base) * PAGE_SIZE,
+          }),
+        );
+    });
   }
 
   get running(): boolean {

@@ -19,6 +19,50 @@ test('the session of the 2017 RFC answers as printed there (H47–H54)', async (
   expect(answered).toBe(printed);
 }, 60_000);
 
+const TWO_BACKENDS =
+  '-m 4G -smp 2 -object memory-backend-ram,id=a,size=2G -object memory-backend-ram,id=b,size=2G ' +
+  '-numa node,cpus=0,memdev=a -numa node,cpus=1,memdev=b';
+
+test.each([
+  [
+    '-m 256M -smp 2 -numa node,cpus=0 -numa node,cpus=1',
+    [
+      '0000000000000000-000000000009ffff (prio 0, ram): pc.ram',
+      '0000000000100000-0000000007ffffff (prio 0, ram): pc.ram @0000000000100000',
+      '0000000008000000-000000000fffffff (prio 0, ram): pc.ram @0000000008000000',
+    ],
+  ],
+  [
+    TWO_BACKENDS,
+    [
+      '0000000000000000-000000000009ffff (prio 0, ram): a',
+      '0000000000100000-000000007fffffff (prio 0, ram): a @0000000000100000',
+      '0000000080000000-00000000bfffffff (prio 0, ram): b',
+      '0000000100000000-000000013fffffff (prio 0, ram): b @0000000040000000',
+    ],
+  ],
+  [
+    '-m 4G,maxmem=8G -object memory-backend-ram,id=m,size=256M -device virtio-mem-pci,id=v,memdev=m',
+    [
+      '0000000000000000-000000000009ffff (prio 0, ram): pc.ram',
+      '0000000000100000-00000000bfffffff (prio 0, ram): pc.ram @0000000000100000',
+      '0000000100000000-000000013fffffff (prio 0, ram): pc.ram @00000000c0000000',
+      '0000000140000000-000000014fffffff (prio 0, ram): m',
+    ],
+  ],
+])('`info mtree -f` of %s: which bytes of which backend are where', async (line, ranges) => {
+  const { loop, run } = session(line.split(' '), 512 * MiB);
+  const view = await loop.do(() => loop.hmp.execute('info mtree -f'));
+  expect(
+    view
+      .split('\n')
+      .filter((l) => l.includes('prio'))
+      .map((l) => l.trim()),
+  ).toEqual(ranges);
+  await loop.do(() => loop.hmp.execute('quit'));
+  await run;
+});
+
 const SMALL = [
   '-m',
   '256M,maxmem=4G',

@@ -100,20 +100,20 @@ class GuestRun {
         this.#kernel.parts.reclaim.sync();
         break;
       case 'store':
-        this.#store(a, b);
+        this.#store(this.#process(a), b);
         break;
       case 'load':
-        this.#load(a, b);
+        this.#load(this.#process(a), b);
         break;
       case 'hammer':
         // Through one translation, as long as it lasts: what moves its page meanwhile must tell it.
         for (let i = 0; i < 6; i++) {
-          this.#store(0, b);
-          this.#load(0, b);
+          this.#store(this.#processes[0], b);
+          this.#load(this.#processes[0], b);
         }
         break;
       case 'discard':
-        this.#discard(a, b);
+        this.#discard(this.#process(a), b);
         break;
       case 'fork':
         this.#fork(a, b);
@@ -133,7 +133,7 @@ class GuestRun {
         for (let i = 0; i < b; i++) this.#lab.schedule.point('wait', 0);
         this.#kernel.enter();
         // What it was told to forget while it was away must be forgotten now.
-        if (this.#lab.model[PROCESSES_ON] !== 0) this.#load(a, b);
+        if (this.#lab.model[PROCESSES_ON] !== 0) this.#load(this.#process(a), b);
         break;
     }
   }
@@ -209,8 +209,7 @@ class GuestRun {
     return process === SHARED_PROCESS ? page - (page % 2) + this.#id : page;
   }
 
-  #store(a: number, b: number): void {
-    const { id, values, unknown } = this.#process(a);
+  #store({ id, values, unknown }: Process, b: number): void {
     const vpn = this.#page(id, b);
     const value = ((this.#id + 1) << 28) | ++this.#sequence;
     if (!this.#kernel.parts.processes.store32(id, vpn, 9, value)) return;
@@ -218,8 +217,7 @@ class GuestRun {
     unknown.delete(vpn);
   }
 
-  #load(a: number, b: number): void {
-    const { id, values, unknown } = this.#process(a);
+  #load({ id, values, unknown }: Process, b: number): void {
     const vpn = this.#page(id, b);
     const found = this.#kernel.parts.processes.load32(id, vpn, 9);
     if (found === undefined) return;
@@ -232,8 +230,7 @@ class GuestRun {
       );
   }
 
-  #discard(a: number, b: number): void {
-    const { id, values, unknown } = this.#process(a);
+  #discard({ id, values, unknown }: Process, b: number): void {
     const vpn = this.#page(id, b);
     this.#kernel.parts.processes.discard(id, vpn);
     values.delete(vpn);
@@ -250,16 +247,17 @@ class GuestRun {
       return;
     }
     const parent = this.#process(a);
-    if ((b & 1) !== 0) this.#store(a, b);
+    if ((b & 1) !== 0) this.#store(parent, b);
     const id = processes.fork(parent.id);
     if (id < 0) return;
     const unknown = new Set(parent.unknown);
     if (parent.id === SHARED_PROCESS)
       for (let vpn = 1 - this.#id; vpn < AREA_PAGES; vpn += 2) unknown.add(vpn);
     const values = new Map(parent.values);
-    if ((b & 2) !== 0) this.#store(2 * this.#processes.indexOf(parent) + 1, b);
-    this.#processes.push({ id, values, unknown });
-    if ((b & 4) !== 0) this.#load(2 * this.#processes.length - 1, this.#page(parent.id, b));
+    if ((b & 2) !== 0) this.#store(parent, b);
+    const child = { id, values, unknown };
+    this.#processes.push(child);
+    if ((b & 4) !== 0) this.#load(child, this.#page(parent.id, b));
   }
 
   #exit(a: number): void {
@@ -270,9 +268,8 @@ class GuestRun {
 
   /** Reads everything back and ends the vCPU's own processes. */
   endProcesses(): void {
-    this.#processes.forEach(({ values, unknown }, which) => {
-      for (const vpn of [...values.keys(), ...unknown]) this.#load(2 * which + 1, vpn);
-    });
+    for (const process of this.#processes)
+      for (const vpn of [...process.values.keys(), ...process.unknown]) this.#load(process, vpn);
     while (this.#processes.length > 1) this.#exit(0);
   }
 
