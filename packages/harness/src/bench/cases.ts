@@ -9,17 +9,7 @@ import {
   bootMemory,
   type GuestConfig,
 } from '@ebb/guest-kernel';
-import {
-  ControlledSchedule,
-  gfn,
-  GiB,
-  MiB,
-  NS_PER_S,
-  PAGE_SIZE,
-  Prng,
-  ScheduleBuffer,
-  type Vcpu,
-} from '@ebb/machine';
+import { ControlledSchedule, gfn, MiB, NS_PER_S, PAGE_SIZE, Prng, ScheduleBuffer } from '@ebb/machine';
 import { fuzz } from '../fuzz/fuzz.ts';
 import { loadTrace } from '../compare/options.ts';
 import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
@@ -28,80 +18,14 @@ import { guestOf, REPLAY_DISK_BYTES } from '../run/guest-of.ts';
 import { runInline } from '../run/inline-run.ts';
 import type { RunSpec } from '../run/spec.ts';
 import { runThreads, ThreadPool } from '../run/threads-run.ts';
-import { spawnWorker } from '../run/worker-endpoint.ts';
-import { turn } from '../run/worker-port.ts';
 import { makePlan } from '../trace/replay-plan.ts';
 import { smallMachine } from '../run/small-machine.ts';
-import type { BareWorker } from './bare-worker.ts';
-import type { ExitWorker } from './exit-worker.ts';
-import type { RingWorker } from './ring-worker.ts';
+import { timed } from './timed.ts';
+
+export * from './across-threads.ts';
+export * from './vcpu-access.ts';
 
 export const ARCH: string = arch();
-
-/** Million buffers per second across two workers. */
-export async function ring(batch: number, chains: boolean, total: number): Promise<number> {
-  const buffer = new SharedArrayBuffer(MiB);
-  const device = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-device');
-  const driver = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-driver');
-  try {
-    // The driver resets the ring first; both are warm after a short round.
-    let rate = 0;
-    for (const n of [total / 10, total]) {
-      new Uint8Array(buffer).fill(0);
-      const sides = Promise.all([
-        driver.api.driver(buffer, n, batch, chains),
-        device.api.device(buffer, n, batch, chains),
-      ]);
-      [rate] = await Promise.race([sides, driver.died, device.died]);
-    }
-    return rate;
-  } finally {
-    await Promise.all([device.close(), driver.close()]);
-  }
-}
-
-/** What plain loops over typed arrays reach between two workers: million buffers per second, and nanoseconds a round. */
-export async function bare(what: 'ring' | 'words'): Promise<number> {
-  const buffer = new SharedArrayBuffer(MiB);
-  const one = spawnWorker<BareWorker>('../bench/bare-worker', 'bare-one');
-  const other = spawnWorker<BareWorker>('../bench/bare-worker', 'bare-other');
-  try {
-    let figure = 0;
-    for (const n of [128_000, 64 * 125_000]) {
-      new Uint8Array(buffer).fill(0);
-      const rounds = n / 32;
-      const sides =
-        what === 'ring'
-          ? Promise.all([one.api.driver(buffer, n, 64), other.api.device(buffer, n, 64)])
-          : Promise.all([one.api.ping(buffer, rounds), other.api.pong(buffer, rounds)]);
-      [figure] = await Promise.race([sides, one.died, other.died]);
-    }
-    return figure;
-  } finally {
-    await Promise.all([one.close(), other.close()]);
-  }
-}
-
-/** Nanoseconds per exit round trip, or per demand fault, between two threads. */
-export async function exitThreads(count: number, faults: boolean): Promise<number> {
-  const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'never' });
-  const worker = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
-  try {
-    let result = -1;
-    const call = Promise.race([worker.api.run(machine.buffers, count, faults), worker.died]).then((ns) => {
-      result = ns;
-    });
-    await turn();
-    while (result < 0) {
-      for (let i = 0; i < 20_000; i++) machine.poll();
-      await turn();
-    }
-    await call;
-    return result;
-  } finally {
-    await worker.close();
-  }
-}
 
 /** Nanoseconds of one EPT violation served inline by an exit nobody answers (cost without a page). */
 export function exitInline(count: number): number {
@@ -135,111 +59,6 @@ export function demandZero(): number {
   return best;
 }
 
-function timed(ops: number, body: () => void): number {
-  const began = performance.now();
-  body();
-  return ((performance.now() - began) * 1e6) / ops;
-}
-
-export interface AccessFigures {
-  /** Ratios, vCPU ÷ raw typed array (1 is as fast). */
-  readonly runs: number;
-  readonly word: number;
-  readonly random: number;
-  readonly copy: number;
-}
-
-let accessVcpu: Vcpu | null = null;
-let accessRaw: Int32Array | null = null;
-
-/** vCPU access to 1 GiB (huge pages, gate on) against the same loop over the raw typed array, in one run. */
-export function access(): AccessFigures {
-  const pages = GiB / PAGE_SIZE;
-  if (accessVcpu === null) {
-    const machine = smallMachine({ ramBytes: GiB, huge: 'always' });
-    accessVcpu = machine.vms[0].vcpu(18);
-    accessRaw = machine.memory.i32;
-    accessVcpu.enterGuest();
-    for (let p = 0; p < pages; p++) accessVcpu.store32(gfn(p), 0, p);
-  }
-  const vcpu = accessVcpu;
-  const raw = accessRaw as Int32Array;
-  const count = 1_000_000;
-  const order = new Int32Array(count);
-  const random = new Prng(5);
-  for (let i = 0; i < count; i++) order[i] = random.below(pages * 1024);
-  const from = new Uint8Array(PAGE_SIZE).fill(3);
-  const flat = new Uint8Array(raw.buffer, 0, GiB);
-  // Turn and turn about in short slices, best of each: a neighbour on the machine then spoils neither side alone.
-  const best = { raw: Infinity, runs: Infinity, word: Infinity, rawRandom: Infinity, random: Infinity };
-  const copies = { raw: Infinity, guest: Infinity };
-  const slice = 4096;
-  for (let round = 0; round < 12; round++) {
-    const words = slice * 1024;
-    best.raw = Math.min(
-      best.raw,
-      timed(words, () => rawSequential(raw, words)),
-    );
-    best.runs = Math.min(
-      best.runs,
-      timed(words, () => vcpuRuns(vcpu, slice)),
-    );
-    best.word = Math.min(
-      best.word,
-      timed(words, () => vcpuSequential(vcpu, slice)),
-    );
-    best.rawRandom = Math.min(
-      best.rawRandom,
-      timed(count, () => rawScatter(raw, order)),
-    );
-    best.random = Math.min(
-      best.random,
-      timed(count, () => void vcpu.scatter32(order, order, 0, count)),
-    );
-    copies.raw = Math.min(
-      copies.raw,
-      timed(slice, () => {
-        for (let p = 0; p < slice; p++) flat.set(from, p * PAGE_SIZE);
-      }),
-    );
-    copies.guest = Math.min(
-      copies.guest,
-      timed(slice, () => {
-        for (let p = 0; p < slice; p++) {
-          vcpu.window(p * PAGE_SIZE, PAGE_SIZE, true);
-          vcpu.u8.set(from, vcpu.at);
-        }
-      }),
-    );
-  }
-  return {
-    runs: best.raw / best.runs,
-    word: best.raw / best.word,
-    random: best.rawRandom / best.random,
-    copy: copies.raw / copies.guest,
-  };
-}
-
-function rawSequential(raw: Int32Array, words: number): void {
-  for (let i = 0; i < words; i++) raw[i] = i;
-}
-function vcpuRuns(vcpu: Vcpu, pages: number): void {
-  for (let p = 0; p < pages; p++) {
-    vcpu.window(p * PAGE_SIZE, PAGE_SIZE, true);
-    const { i32 } = vcpu;
-    const at = vcpu.at >> 2;
-    for (let w = 0; w < 1024; w++) i32[at + w] = w;
-  }
-}
-function vcpuSequential(vcpu: Vcpu, pages: number): void {
-  for (let p = 0; p < pages; p++) {
-    const page = gfn(p);
-    for (let w = 0; w < 1024; w++) vcpu.store32(page, w, w);
-  }
-}
-function rawScatter(raw: Int32Array, order: Int32Array): void {
-  for (let i = 0; i < order.length; i++) raw[order[i]] = order[i];
-}
 /** Nanoseconds per operation of the guest's allocator, locks, counters and shadow in; no page is touched. */
 export function buddy(what: 'bulk' | 'random' | 'mixed'): number {
   const maxPfn = 131072;

@@ -8,17 +8,26 @@ import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { parseArgs } from 'node:util';
 import Table from 'cli-table3';
+import { Command, Option } from 'commander';
 import { allowedCores, onCore } from '../fuzz/cores.ts';
 import * as cases from './cases.ts';
 import { resizeBalloon, resizeRegion, resizeReporting, type ResizeFigures } from './resize.ts';
 
 const ROUNDS = 5;
 
-const { package: only } = parseArgs({ options: { package: { type: 'string' } } }).values;
-/** Whether the figures of these packages are asked for: all are, unless one is named (`--package machine`). */
-const wants = (...packages: string[]): boolean => only === undefined || packages.includes(only);
+const PACKAGES = ['machine', 'virtio', 'memfs', 'guest-kernel', 'host-kvm', 'harness'] as const;
+type Package = (typeof PACKAGES)[number];
+
+const { package: only } = new Command('npm run bench --')
+  .description('Figures of Ebb as ratios in one run, a table and out/bench.json; about 75 seconds.')
+  .addOption(new Option('--package <name>', 'what one package is responsible for').choices(PACKAGES))
+  .addHelpText('after', '\nExamples:\n  npm run bench\n  npm run bench -- --package virtio')
+  .exitOverride(({ exitCode }) => process.exit(exitCode === 0 ? 0 : 2))
+  .parse()
+  .opts<{ package?: Package }>();
+/** Whether the figures of these packages are asked for: all are, unless one is named. */
+const wants = (...packages: Package[]): boolean => only === undefined || packages.includes(only);
 
 interface Row {
   readonly name: string;
@@ -51,6 +60,11 @@ const twinPath = cases.ARCH === 'x64' ? buildTwin() : null;
 const twin = twinPath === null ? null : (...args: string[]): number => measured(twinPath, ...args);
 if (twin === null) process.stderr.write('no C compiler (or not x86-64): Ebb ÷ C is left out\n');
 const rows: Row[] = [];
+
+/** A figure without a counterpart in C; `met`: whether it is what `target` says. */
+function figure(name: string, unit: string, ebb: number, target = '', met: boolean | null = null): void {
+  rows.push({ name, unit, ebb, other: null, ratio: null, target, met });
+}
 
 /** `higherIsBetter`: a rate; otherwise a time. The ratio is a ratio of speeds. */
 async function pair(
@@ -87,32 +101,13 @@ async function pair(
 
 const c = (...args: string[]): (() => number) | null => (twin === null ? null : () => twin(...args));
 
-if (wants('virtio')) {
-  await pair(
-    'split queue, batch 64',
-    'M buffers/s',
-    true,
-    () => cases.ring(64, false, 8_000_000),
-    c('ring', '64'),
-    0.5,
-  );
-  await pair(
-    'split queue, indirect chains of 3, validated',
-    'M buffers/s',
-    true,
-    () => cases.ring(64, true, 1_500_000),
-    c('ring', '64'),
-    0.25,
-  );
-  await pair(
-    'split ring, bare JavaScript (no checks)',
-    'M buffers/s',
-    true,
-    () => cases.bare('ring'),
-    c('ring', '64'),
-    null,
-  );
-}
+if (wants('virtio'))
+  for (const [name, rate, target] of [
+    ['split queue, batch 64', () => cases.ring(64, false, 8_000_000), 0.5],
+    ['split queue, indirect chains of 3, validated', () => cases.ring(64, true, 1_500_000), 0.25],
+    ['split ring, bare JavaScript (no checks)', () => cases.bare('ring'), null],
+  ] as const)
+    await pair(name, 'M buffers/s', true, rate, c('ring', '64'), target);
 if (wants('guest-kernel'))
   for (const what of ['bulk', 'random', 'mixed'] as const) {
     await pair(`buddy, ${what}`, 'ns/op', false, () => cases.buddy(what), c('buddy', what), 0.35);
@@ -172,37 +167,13 @@ if (wants('machine', 'host-kvm')) {
     target: '≤ 2',
     met: slower === null ? null : slower <= 2,
   });
-  rows.push({
-    name: 'exit, inline',
-    unit: 'ns',
-    ebb: cases.exitInline(300_000),
-    other: null,
-    ratio: null,
-    target: '',
-    met: null,
-  });
-  rows.push({
-    name: 'demand fault, threads',
-    unit: 'ns',
-    ebb: await cases.exitThreads(60_000, true),
-    other: null,
-    ratio: null,
-    target: '',
-    met: null,
-  });
+  figure('exit, inline', 'ns', cases.exitInline(300_000));
+  figure('demand fault, threads', 'ns', await cases.exitThreads(60_000, true));
 }
 if (wants('harness'))
   for (const schedule of ['threads', 'inline'] as const) {
     const rate = await cases.replay(schedule);
-    rows.push({
-      name: `trace replay, two vCPUs, ledger on, ${schedule}`,
-      unit: 'M events/s',
-      ebb: rate,
-      other: null,
-      ratio: null,
-      target: '≥ 1',
-      met: rate >= 1,
-    });
+    figure(`trace replay, two vCPUs, ledger on, ${schedule}`, 'M events/s', rate, '≥ 1', rate >= 1);
     process.stderr.write(`replay ${schedule}: ${rate.toFixed(2)} M events/s\n`);
   }
 
@@ -233,36 +204,27 @@ if (wants('host-kvm', 'guest-kernel', 'memfs')) {
 }
 
 if (wants('machine', 'harness')) {
-  rows.push({
-    name: 'controlled schedule: a point without a switch',
-    unit: 'ns',
-    ebb: cases.pointCost(),
-    other: null,
-    ratio: null,
-    target: '≤ 300',
-    met: cases.pointCost() <= 300,
-  });
-  {
-    // On one core, both sides alike, where the platform can pin.
-    const [core] = allowedCores();
-    const pinned = (...command: string[]): number => {
-      const [program, ...args] = [...onCore(core), ...command];
-      return measured(program, ...args);
-    };
-    const script = fileURLToPath(new URL('./handover.ts', import.meta.url));
-    if (core !== undefined) {
-      const mine = pinned(process.execPath, '--conditions=ebb-source', script);
-      const other = twinPath === null ? null : pinned(twinPath, 'futex');
-      rows.push({
-        name: 'controlled schedule: a hand-over, one core (times slower than a C futex)',
-        unit: 'ns',
-        ebb: mine,
-        other,
-        ratio: other === null ? null : mine / other,
-        target: '≤ 1.5',
-        met: other === null ? null : mine / other <= 1.5,
-      });
-    }
+  const point = cases.pointCost();
+  figure('controlled schedule: a point without a switch', 'ns', point, '≤ 300', point <= 300);
+  // On one core, both sides alike, where the platform can pin.
+  const [core] = allowedCores();
+  const pinned = (...command: string[]): number => {
+    const [program, ...args] = [...onCore(core), ...command];
+    return measured(program, ...args);
+  };
+  const script = fileURLToPath(new URL('./handover.ts', import.meta.url));
+  if (core !== undefined) {
+    const mine = pinned(process.execPath, '--conditions=ebb-source', script);
+    const other = twinPath === null ? null : pinned(twinPath, 'futex');
+    rows.push({
+      name: 'controlled schedule: a hand-over, one core (times slower than a C futex)',
+      unit: 'ns',
+      ebb: mine,
+      other,
+      ratio: other === null ? null : mine / other,
+      target: '≤ 1.5',
+      met: other === null ? null : mine / other <= 1.5,
+    });
   }
 }
 // Two vCPUs and no device; one vCPU and a device.
@@ -271,15 +233,8 @@ if (wants('harness'))
     for (const strategy of ['random', 'pct'] as const) {
       const { perSecond, points, pointsPerSecond } = await cases.executions(property, strategy);
       const target = strategy === 'random' ? 300 : 2000;
-      rows.push({
-        name: `controlled executions, ${property}: ${points.toFixed(0)} points each, ${strategy}, all cores`,
-        unit: '/s',
-        ebb: perSecond,
-        other: null,
-        ratio: null,
-        target: `≥ ${target} (of 200 points)`,
-        met: pointsPerSecond >= 200 * target,
-      });
+      const name = `controlled executions, ${property}: ${points.toFixed(0)} points each, ${strategy}, all cores`;
+      figure(name, '/s', perSecond, `≥ ${target} (of 200 points)`, pointsPerSecond >= 200 * target);
       process.stderr.write(`controlled, ${property}, ${strategy}: ${perSecond.toFixed(0)} executions/s\n`);
     }
 

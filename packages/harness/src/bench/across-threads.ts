@@ -1,0 +1,73 @@
+/** Benchmarks between two threads: a split ring, the bare loops beside it, and exits. */
+import { MiB } from '@ebb/machine';
+import { smallMachine } from '../run/small-machine.ts';
+import { spawnWorker } from '../run/worker-endpoint.ts';
+import { turn } from '../run/worker-port.ts';
+import type { BareWorker } from './bare-worker.ts';
+import type { ExitWorker } from './exit-worker.ts';
+import type { RingWorker } from './ring-worker.ts';
+
+/** Million buffers per second across two workers. */
+export async function ring(batch: number, chains: boolean, total: number): Promise<number> {
+  const buffer = new SharedArrayBuffer(MiB);
+  const device = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-device');
+  const driver = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-driver');
+  try {
+    // The driver resets the ring first; both are warm after a short round.
+    let rate = 0;
+    for (const n of [total / 10, total]) {
+      new Uint8Array(buffer).fill(0);
+      const sides = Promise.all([
+        driver.api.driver(buffer, n, batch, chains),
+        device.api.device(buffer, n, batch, chains),
+      ]);
+      [rate] = await Promise.race([sides, driver.died, device.died]);
+    }
+    return rate;
+  } finally {
+    await Promise.all([device.close(), driver.close()]);
+  }
+}
+
+/** What plain loops over typed arrays reach between two workers: million buffers per second, and nanoseconds a round. */
+export async function bare(what: 'ring' | 'words'): Promise<number> {
+  const buffer = new SharedArrayBuffer(MiB);
+  const one = spawnWorker<BareWorker>('../bench/bare-worker', 'bare-one');
+  const other = spawnWorker<BareWorker>('../bench/bare-worker', 'bare-other');
+  try {
+    let figure = 0;
+    for (const n of [128_000, 64 * 125_000]) {
+      new Uint8Array(buffer).fill(0);
+      const rounds = n / 32;
+      const sides =
+        what === 'ring'
+          ? Promise.all([one.api.driver(buffer, n, 64), other.api.device(buffer, n, 64)])
+          : Promise.all([one.api.ping(buffer, rounds), other.api.pong(buffer, rounds)]);
+      [figure] = await Promise.race([sides, one.died, other.died]);
+    }
+    return figure;
+  } finally {
+    await Promise.all([one.close(), other.close()]);
+  }
+}
+
+/** Nanoseconds per exit round trip, or per demand fault, between two threads. */
+export async function exitThreads(count: number, faults: boolean): Promise<number> {
+  const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'never' });
+  const worker = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
+  try {
+    let result = -1;
+    const call = Promise.race([worker.api.run(machine.buffers, count, faults), worker.died]).then((ns) => {
+      result = ns;
+    });
+    await turn();
+    while (result < 0) {
+      for (let i = 0; i < 20_000; i++) machine.poll();
+      await turn();
+    }
+    await call;
+    return result;
+  } finally {
+    await worker.close();
+  }
+}
