@@ -190,10 +190,12 @@ describe('a DIMM of the command line is judged as one that is added later', () =
   test('its address is honoured, and refused when it is no address for it', () => {
     const [placed] = parse('-device pc-dimm,id=d,memdev=a,addr=0x110000000').dimms;
     expect(placed.dimm.addr).toBe(0x1_1000_0000);
-    expect(() => parse('-device pc-dimm,id=d,memdev=a,addr=0x110000001')).toThrow(/-device pc-dimm,id=d: /);
+    expect(() => parse('-device pc-dimm,id=d,memdev=a,addr=0x110000001')).toThrow(
+      /^-device pc-dimm,id=d: address must be aligned to 0x200000 bytes$/,
+    );
     expect(() =>
       parse('-device pc-dimm,memdev=a,addr=0x110000000 -device pc-dimm,memdev=b,addr=0x110000000'),
-    ).toThrow(/address range conflicts|overlap/);
+    ).toThrow(/^-device pc-dimm: address range conflicts with memory device id='dimm0'$/);
   });
 
   test('its id is an identifier that nobody else has', () => {
