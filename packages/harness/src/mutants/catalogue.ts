@@ -9,6 +9,7 @@ import { HOST_FAULTS } from './faults/host.ts';
 import { IN_USE_FAULTS } from './faults/in-use.ts';
 import { LOCKS_FAULTS } from './faults/locks.ts';
 import { MEMORY_DEVICE_FAULTS } from './faults/memory-device.ts';
+import { MEMORY_DRIVER_FAULTS } from './faults/memory-driver.ts';
 import { PROCESSES_FAULTS } from './faults/processes.ts';
 import { QUEUES_FAULTS } from './faults/queues.ts';
 import { VCPU_FAULTS } from './faults/vcpu.ts';
@@ -23,6 +24,7 @@ export const MUTANTS: readonly Mutant[] = [
   ...CACHE_FAULTS,
   ...QUEUES_FAULTS,
   ...MEMORY_DEVICE_FAULTS,
+  ...MEMORY_DRIVER_FAULTS,
   ...PROCESSES_FAULTS,
   ...IN_USE_FAULTS,
 ];

@@ -1,31 +1,20 @@
-/** Seeded faults. Memory that comes and goes: device, driver, hotplug, monitors. */
+/** Seeded faults. Memory that comes and goes, the host's side: devices, slots, monitors. */
 import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const DEVICE = 'packages/host-kvm/src/devices/memory-device.ts';
 const VM = 'packages/host-kvm/src/kvm/vm.ts';
 const VM_MEMORY = 'packages/host-kvm/src/kvm/vm-memory.ts';
-const DRIVER = 'packages/guest-kernel/src/drivers/virtio-mem.ts';
-const REGION = 'packages/guest-kernel/src/drivers/mem-region.ts';
-const SUB_BLOCKS = 'packages/guest-kernel/src/drivers/mem-sub-blocks.ts';
-const HOTPLUG = 'packages/guest-kernel/src/mm/memory-hotplug.ts';
-const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
-const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
-const ARENA = 'packages/guest-kernel/src/arena.ts';
 const EVENTS = 'packages/host-kvm/src/vmm/monitor/events.ts';
 const QMP = 'packages/host-kvm/src/vmm/monitor/qmp.ts';
 const QOM = 'packages/host-kvm/src/vmm/monitor/qom.ts';
 
 const DEVICE_TEST = test('host-kvm/src/devices/memory-device.test.ts');
 const UNPLUGGED_TEST = test('host-kvm/src/devices/unplugged-memory.test.ts');
-const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
-const DRIVER_MODEL = test('guest-kernel/src/drivers/virtio-mem.property.test.ts');
-const FIDELITY = test('harness/src/memory-device/fidelity.test.ts');
 const SESSION = test('harness/src/vm/vm.test.ts');
 const DIMMS = test('harness/src/vm/dimms.test.ts');
 const MONITOR = test('host-kvm/src/vmm/monitor/monitor.test.ts');
 
 export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
-  // ── Device ──
   fault(
     'plug-beyond-request',
     DEVICE,
@@ -146,7 +135,6 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     '5.15.6: no DMA to unplugged memory',
     UNPLUGGED_TEST,
   ),
-
   fault(
     'map-count-unchecked',
     DEVICE,
@@ -155,156 +143,6 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'H64: more mappings than an address space may have',
     UNPLUGGED_TEST,
   ),
-
-  // ── Driver ──
-  fault(
-    'unplug-in-use',
-    SUB_BLOCKS,
-    "    if (online && !this.#hotplug.fakeOffline(pfn, pages, true)) return 'EBUSY';\n",
-    '',
-    'I20: memory is unplugged while it is on the free lists',
-    props('memory-device'),
-  ),
-  fault(
-    'bits-not-cleared',
-    REGION,
-    'if (type < VIRTIO_MEM_REQ_UNPLUG_ALL) this.setPlugged(pfn, pages, type === VIRTIO_MEM_REQ_PLUG);',
-    'if (type === VIRTIO_MEM_REQ_PLUG) this.setPlugged(pfn, pages, true);',
-    'the driver forgets what it unplugged',
-    props('memory-device'),
-  ),
-  fault(
-    'no-retry',
-    DRIVER,
-    "      case 'ETXTBSY':\n      case 'ENOMEM':\n        this.#armRetry();",
-    "      case 'ETXTBSY':\n      case 'ENOMEM':",
-    'BUSY is never tried again (I24)',
-    FIDELITY,
-  ),
-  fault(
-    'retry-too-soon',
-    DRIVER,
-    'const RETRY_MIN_MS = 50_000;',
-    'const RETRY_MIN_MS = 5_000;',
-    'the retry timer of Linux: 50 s',
-    FIDELITY,
-  ),
-  fault(
-    'new-before-holes',
-    SUB_BLOCKS,
-    'const PLUG_ORDER = [KERNEL_PARTIAL, MOVABLE_PARTIAL, OFFLINE_PARTIAL] as const;',
-    'const PLUG_ORDER = [OFFLINE_PARTIAL] as const;',
-    'H8: replug before growth',
-    FIDELITY,
-  ),
-  fault(
-    'unplug-from-the-bottom',
-    SUB_BLOCKS,
-    '      for (let b = r.nextBlock - 1; b >= r.firstBlock && left > 0; b--) {\n        if (r.state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
-    '      for (let b = r.firstBlock; b < r.nextBlock && left > 0; b++) {\n        if (r.state(b) !== state) continue;\n        const outcome = this.#unplugFrom(b, left);',
-    "Linux's order: from the highest block",
-    FIDELITY,
-  ),
-  fault(
-    'holes-one-by-one',
-    SUB_BLOCKS,
-    '      while (pages < left * sub && pfn + pages < end && !r.isPlugged(pfn + pages)) pages += sub;',
-    '      pages = sub;',
-    "Linux's order: one request per run of holes",
-    FIDELITY,
-  ),
-  fault(
-    'never-whole-blocks',
-    SUB_BLOCKS,
-    '    if (left >= all && r.pluggedIn(block) === all) {',
-    '    if (left > all * 1000) {',
-    "Linux's order: a full block whole first",
-    FIDELITY,
-  ),
-
-  // ── Hotplug ──
-  fault(
-    'memmap-leaks',
-    HOTPLUG,
-    '    this.#freeMemmap(w[record + S_MEMMAP]);\n    w[this.#events + EV.memory_removed]++;',
-    '    w[this.#events + EV.memory_removed]++;',
-    'H31: the memmap of a removed block is free again',
-    props('memory-device'),
-  ),
-  fault(
-    'isolated-counts-free',
-    BUDDY,
-    '    if (migratetype !== MIGRATE_ISOLATE) w[zone + Z_FREE] += 1 << order;',
-    '    w[zone + Z_FREE] += 1 << order;',
-    'I19: pages under isolation count as free',
-    HOTPLUG_TEST,
-  ),
-  fault(
-    'take-what-is-not-free',
-    BUDDY,
-    '      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) return false;\n      p += 1 << w[page + P_ORDER];',
-    '      p += 1 << w[page + P_ORDER];',
-    'I20: pages are taken that somebody allocated meanwhile',
-    HOTPLUG_TEST,
-  ),
-  fault(
-    'unisolate-forgets-type',
-    BUDDY,
-    '    this.setPageblockType(block, migratetype);\n    for (let p = block;',
-    '    for (let p = block;',
-    'I19: a pageblock stays isolated for ever',
-    HOTPLUG_TEST,
-  ),
-  fault(
-    'isolate-without-lock',
-    HOTPLUG,
-    '    this.#buddy.lock(zone);\n    for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.isolatePageblock(zone, p);\n    this.#buddy.unlock(zone);\n',
-    '    for (let p = first; p < end; p += PAGEBLOCK_PAGES) this.#buddy.isolatePageblock(zone, p);\n',
-    'the zone lock around isolation',
-    HOTPLUG_TEST,
-  ),
-  fault(
-    'managed-not-reduced',
-    HOTPLUG,
-    '        Atomics.sub(w, zone + Z_MANAGED, count);\n',
-    '',
-    'I19: counters of a zone that lost memory',
-    HOTPLUG_TEST,
-  ),
-  fault(
-    'migrate-without-content',
-    CACHE,
-    '    this.#vcpu.copyPage(gfn(from), gfn(to));\n    const flags',
-    '    const flags',
-    'I22: a page moves and its content stays',
-    props('migration'),
-  ),
-  fault(
-    'migrate-forgets-dirty',
-    CACHE,
-    'const flags = w[page + P_FLAGS] & (PG_DIRTY | PG_UPTODATE | PG_REFERENCED);',
-    'const flags = w[page + P_FLAGS] & (PG_UPTODATE | PG_REFERENCED);',
-    'I22: a dirty page moves and is never written back',
-    props('migration'),
-  ),
-  fault(
-    'migrate-while-used',
-    CACHE,
-    '      Atomics.compareExchange(w, page + P_REF, 1, 0) !== 1\n',
-    '      Atomics.load(w, page + P_REF) === 0\n',
-    'I22: a page moves under somebody who writes to it',
-    HOTPLUG_TEST,
-  ),
-  fault(
-    'reset-keeps-arena',
-    ARENA,
-    '    w.fill(0, 0, this.memmap + last * PAGE_STRUCT_WORDS);\n',
-    '    w.fill(0, 0, last > 0 ? 1 : 0);\n',
-    'a kernel boots over the books of the one before',
-    HOTPLUG_TEST,
-  ),
-
-  // ── Monitors ──
   fault(
     'events-not-limited',
     EVENTS,
@@ -330,30 +168,6 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     MONITOR,
   ),
   fault(
-    'big-block-not-put-back',
-    'packages/guest-kernel/src/drivers/mem-big-blocks.ts',
-    '      for (let p = first; p < pfn; p += sectionPages) backInUse(p);\n',
-    '',
-    'I20: an unplug that fails halfway keeps the first half offline',
-    test('guest-kernel/src/drivers/virtio-mem.test.ts'),
-  ),
-  fault(
-    'adopts-half',
-    REGION,
-    '    const end = first + this.unit;\n    for (let pfn = first; pfn < end; pfn += sectionPages) {\n      if',
-    '    const end = first + sectionPages;\n    for (let pfn = first; pfn < end; pfn += sectionPages) {\n      if',
-    'I20: half of a big block is plugged and never used',
-    test('guest-kernel/src/drivers/virtio-mem.test.ts'),
-  ),
-  fault(
-    'poison-outlives-content',
-    HOTPLUG,
-    '      this.#w[page + P_STAMP] = 0;\n',
-    '',
-    'I20: pages that come back are checked for poison that went with their content',
-    HOTPLUG_TEST,
-  ),
-  fault(
     'slot-stays',
     DEVICE,
     '    yield* this.#deactivate(addr / PAGE_SIZE, pages);\n',
@@ -368,50 +182,6 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'if (this.#isThere(n)) yield*',
     'I20: plugged memory loses its slot with the first block that goes',
     test('host-kvm/src/devices/region.test.ts'),
-  ),
-
-  // ── The driver against its model ──
-  fault(
-    'offline-without-limit',
-    REGION,
-    'return this.offlinePages + this.unit <= this.offlineThreshold;',
-    'return this.unit <= this.offlineThreshold;',
-    'memory that nobody puts online is added without end',
-    DRIVER_MODEL,
-  ),
-  fault(
-    'administrator-unheard',
-    DRIVER,
-    '    if (done) region.settle(Math.floor(pfn / region.unit));\n',
-    '',
-    'the driver does not know that a block went offline',
-    DRIVER_MODEL,
-  ),
-  fault(
-    'offline-half-undone',
-    HOTPLUG,
-    '      for (let p = first; p < pfn; p += PAGEBLOCK_PAGES) if (plugged(p)) this.fakeOnline(p, PAGEBLOCK_PAGES);\n',
-    '',
-    'what could go of a block that could not is lost',
-    DRIVER_MODEL,
-  ),
-  fault(
-    'full-blocks-first',
-    SUB_BLOCKS,
-    '[OFFLINE_PARTIAL, OFFLINE, MOVABLE_PARTIAL, KERNEL_PARTIAL, MOVABLE, KERNEL]',
-    '[OFFLINE_PARTIAL, OFFLINE, MOVABLE, KERNEL, MOVABLE_PARTIAL, KERNEL_PARTIAL]',
-    'formats 4.10: partial blocks go before full ones',
-    DRIVER_MODEL,
-  ),
-
-  // ── DIMMs under a monitor ──
-  fault(
-    'dimm-not-found-at-boot',
-    'packages/guest-kernel/src/drivers/acpi-memory.ts',
-    '      } else if (isFirst) this.#add(slot);\n      else if',
-    '      } else if',
-    'G20: the kernel after a reset does without the DIMMs that are in',
-    DIMMS,
   ),
   fault(
     'busy-backend-deleted',
@@ -429,8 +199,6 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'a DIMM is put where another device is',
     MONITOR,
   ),
-
-  // ── Exchange ──
   fault(
     'exchange-not-undone',
     DEVICE,
@@ -462,29 +230,5 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
     'bytes: d.pluggedBytes })),',
     'a DIMM is put over the unplugged part of a region',
     DIMMS,
-  ),
-  fault(
-    'offline-limit-of-one',
-    REGION,
-    'return Math.max(2 * this.unit, this.#hotplug.config.offlinePages);',
-    'return Math.max(this.unit, this.#hotplug.config.offlinePages);',
-    'two blocks may be offline, however large they are',
-    DRIVER_MODEL,
-  ),
-  fault(
-    'compact-across-zones',
-    SUB_BLOCKS,
-    'partial.filter((b) => b !== donor && r.state(b) === r.state(donor));',
-    'partial.filter((b) => b !== donor);',
-    'H44: kernel memory is traded for Movable memory',
-    test('guest-kernel/src/drivers/virtio-mem.test.ts'),
-  ),
-  fault(
-    'removed-under-a-waiter',
-    DRIVER,
-    '    spinLock(this.#w, this.#base + M_MUTEX, this.#vcpu.id, this.#relax);\n    Atomics.store(this.#w, this.#base + M_READY, 0);\n',
-    '    Atomics.store(this.#w, this.#base + M_READY, 0);\n',
-    'hang: rmmod resets the device while another vCPU waits for its answer',
-    test('guest-kernel/src/drivers/virtio-mem.test.ts'),
   ),
 ];
