@@ -152,7 +152,8 @@ export const MEMORY_DEVICE_VARIANTS: readonly Scenario[] = [
         atLeast('granted: bytes plugged again', grantedMem.plugged, 64 * MiB),
         atLeast('denied: requests for more', deniedMem.counters.moreRequests, 1),
         exactly('denied: bytes the host lets it have', deniedMem.requested, 0),
-        atLeast('denied: pages taken back from the balloon', 12288 - denied.balloonPages, 1),
+        // What was taken back, not what is missing at the end: the driver may have filled it again by then.
+        atLeast('denied: pages taken back from the balloon', denied.ballooned['deflatedPages'] ?? 0, 1),
       ];
     },
   },
