@@ -32,12 +32,13 @@ export class MemFile {
   readonly nrBlocks: number;
   readonly vm: number;
   readonly huge: HugePolicy;
+  /** Whether a first touch takes 2 MiB where it may. */
+  readonly wantsHuge: boolean;
   /** Frame of each block, −1 for a hole. */
   readonly blocks: Int32Array;
   /** Blocks that have a frame (`st_blocks`). */
   assigned = 0;
   readonly #frames: FrameSource;
-  readonly #wantsHuge: boolean;
   readonly #listeners = new Set<InvalidationListener>();
   readonly #owner: number;
 
@@ -49,7 +50,7 @@ export class MemFile {
     this.blocks = new Int32Array(options.nrBlocks).fill(-1);
     this.#frames = options.frames;
     this.#owner = ownerOf(options.vm, USE_RAM);
-    this.#wantsHuge =
+    this.wantsHuge =
       options.huge === 'always' ||
       options.huge === 'hugetlb' ||
       (options.huge === 'madvise' && options.hugeAdvised === true);
@@ -85,7 +86,7 @@ export class MemFile {
     if (have >= 0) return have;
     const unit = unitOrder(this.huge);
     if (unit > 0) return this.#assignBlock(index, unit);
-    if (this.#wantsHuge && allowHuge) {
+    if (this.wantsHuge && allowHuge) {
       const frame = this.#assignBlock(index, 9);
       if (frame >= 0) return frame;
     }
@@ -110,7 +111,7 @@ export class MemFile {
 
   /** True if the 512 blocks from `base` lie in one aligned run of frames, so that a 2 MiB leaf may map them. */
   isHuge(base: number): boolean {
-    if (!this.#wantsHuge) return false;
+    if (!this.wantsHuge) return false;
     const first = this.blocks[base];
     if (first < 0 || first % HUGE_PAGES !== 0 || base + HUGE_PAGES > this.nrBlocks) return false;
     for (let i = 1; i < HUGE_PAGES; i++) if (this.blocks[base + i] !== first + i) return false;

@@ -118,7 +118,7 @@ export class TdpMmu {
     const pages = pagesPerEntry(level);
     this.#pool.ledger.ref(hfn(frame), pages, 1);
     this.#install(word, frame, flags);
-    this.#live[Math.floor(word / 1024)]++;
+    this.#live[word >>> 10]++;
     if (level === 1) this.counters.mapped4k++;
     else if (level === 2) this.counters.mapped2m++;
     else this.counters.mapped1g++;

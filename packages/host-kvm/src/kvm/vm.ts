@@ -18,7 +18,6 @@ import {
   ok,
   ownerOf,
   PAGE_SIZE,
-  pagesPerEntry,
   RESULT_EMULATED,
   RESULT_KILLED,
   RESULT_RETRY,
@@ -166,7 +165,9 @@ export class Vm implements InvalidationListener {
 
   /** Whether a 2 MiB leaf around the page reaches no further than the slot and the verdict do. */
   #mayBeHuge(slot: Memslot, gfn: number): boolean {
-    return hugeFits(slot, gfn) && (this.#gate(gfn)?.unitPages ?? HUGE_PAGES) >= HUGE_PAGES;
+    return (
+      slot.file.wantsHuge && hugeFits(slot, gfn) && (this.#gate(gfn)?.unitPages ?? HUGE_PAGES) >= HUGE_PAGES
+    );
   }
 
   // ── Exits ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -345,10 +346,14 @@ export class Vm implements InvalidationListener {
   #install(vcpu: number, slot: Memslot, gfn: number, frame: number): void {
     const zeros = frame === this.#zeroFrame;
     const writable = (slot.flags & KVM_MEM_READONLY) === 0 && !zeros;
-    const huge = !zeros && this.#mayBeHuge(slot, gfn);
-    const level = huge ? leafLevelFor(slot, slot.fileOffset + (gfn - slot.baseGfn), gfn) : 1;
-    const offset = gfn & (pagesPerEntry(level) - 1);
-    if (!this.mmu.map(gfn - offset, frame - offset, level, writable)) {
+    const within = gfn & (HUGE_PAGES - 1);
+    // The largest leaf that may map the page: 2 MiB where slot, verdict and frames allow it.
+    const huge =
+      !zeros &&
+      this.#mayBeHuge(slot, gfn) &&
+      slot.file.isHuge(slot.fileOffset + (gfn - within - slot.baseGfn));
+    const offset = huge ? within : 0;
+    if (!this.mmu.map(gfn - offset, frame - offset, huge ? 2 : 1, writable)) {
       this.#kill(vcpu);
       return;
     }
@@ -570,15 +575,10 @@ export const SCRIBBLE = 0x5c21_bb1e;
 
 /** Whether the aligned 2 MiB around `gfn` lies in the slot and is aligned alike in the file. */
 function hugeFits(slot: Memslot, gfn: number): boolean {
-  const base = gfn - (gfn % HUGE_PAGES);
+  const base = gfn - (gfn & (HUGE_PAGES - 1));
   return (
     base >= slot.baseGfn &&
     base + HUGE_PAGES <= slot.baseGfn + slot.nrPages &&
-    (slot.fileOffset - slot.baseGfn) % HUGE_PAGES === 0
+    ((slot.fileOffset - slot.baseGfn) & (HUGE_PAGES - 1)) === 0
   );
-}
-
-/** Largest leaf that may map the page: 2 MiB where slot and frames allow it. */
-function leafLevelFor(slot: Memslot, index: number, gfn: number): number {
-  return hugeFits(slot, gfn) && slot.file.isHuge(index - (gfn % HUGE_PAGES)) ? 2 : 1;
 }
