@@ -243,7 +243,9 @@ export class HostSide {
       device.setRequested(Math.min(device.regionBytes, Math.max(0, wanted)));
     } else {
       const actualBytes = balloon.actual * PAGE_SIZE;
-      balloon.setTarget(this.#policy({ stats: balloon.stats, ramBytes, actualBytes }));
+      const size = this.#policy({ stats: balloon.stats, ramBytes, actualBytes });
+      if (size !== vm.policySize) balloon.setTarget(size);
+      vm.policySize = size;
     }
   }
 

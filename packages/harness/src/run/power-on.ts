@@ -201,6 +201,7 @@ export function powerOn(options: PowerOn): RunningVm {
     regionFiles,
     transports,
     policyDue: options.policyDue,
+    policySize: -1,
     targets: [...(spec.balloonTargets ?? [])],
     resets: [...(spec.resets ?? [])],
     assigned,

@@ -124,6 +124,8 @@ export interface RunningVm {
   readonly regionFiles: readonly (MemFile | null)[];
   readonly transports: MmioTransport[];
   policyDue: number;
+  /** Bytes the policy wanted last; −1 before. */
+  policySize: number;
   targets: (readonly [number, number])[];
   resets: (readonly [number, RebootPolicy])[];
   readonly assigned: AssignedDevice | null;

@@ -130,11 +130,12 @@ function pageblockTypes(folder: string, pages: Uint8Array): Uint8Array {
   }
   const info = findFile(folder, 'start.pagetypeinfo');
   if (info === undefined) return types;
+  const zones = zoneBlocks(folder, nr);
   for (const match of readMaybeGz(info)
     .toString('latin1')
-    .matchAll(/^Node\s+\d+, zone\s+(\w+)((?:\s+\d+){3,})\s*$/gm)) {
-    const counts = match[2].trim().split(/\s+/).map(Number);
-    const [from, to] = match[1] === 'DMA' ? [0, 8] : [8, nr];
+    .matchAll(/^Node\s+(\d+), zone\s+(\w+)((?:\s+\d+){3,})\s*$/gm)) {
+    const counts = match[3].trim().split(/\s+/).map(Number);
+    const [from, to] = zones(Number(match[1]), match[2]);
     const blocks = Array.from({ length: Math.min(to, nr) - from }, (_, i) => from + i).toSorted(
       (a, b) => movableShare[a] - movableShare[b],
     );
@@ -144,6 +145,29 @@ function pageblockTypes(folder: string, pages: Uint8Array): Uint8Array {
     });
   }
   return types;
+}
+
+/**
+ * Pageblocks `[from, to)` of a zone: from `start_pfn` and `spanned` in zoneinfo, or as x86 lays zones out where there is none.
+ */
+function zoneBlocks(folder: string, nr: number): (node: number, zone: string) => readonly [number, number] {
+  const file = findFile(folder, 'start.zoneinfo') ?? findFile(folder, 'end.zoneinfo');
+  const text = file === undefined ? '' : readMaybeGz(file).toString('latin1');
+  const found = new Map<string, readonly [number, number]>();
+  for (const section of text.split(/^(?=Node \d)/m)) {
+    const name = /^Node (\d+), zone\s+(\w+)/.exec(section);
+    const spanned = /^\s+spanned\s+(\d+)/m.exec(section);
+    const start = /^\s+start_pfn:\s+(\d+)/m.exec(section);
+    if (name === null || spanned === null || start === null) continue;
+    const end = Number(start[1]) + Number(spanned[1]);
+    found.set(`${name[1]} ${name[2]}`, [Math.floor(Number(start[1]) / 512), Math.ceil(end / 512)]);
+  }
+  const x86: Record<string, readonly [number, number]> = {
+    DMA: [0, 8],
+    DMA32: [8, 2048],
+    Normal: [2048, nr],
+  };
+  return (node, zone) => found.get(`${node} ${zone}`) ?? x86[zone] ?? [0, 0];
 }
 
 function readEnd(folder: string): TraceEnd | undefined {

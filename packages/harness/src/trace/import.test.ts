@@ -79,6 +79,21 @@ describe('a bad trace is one line with its number and text', () => {
     ['a missing field', line('mm_page_free: page=1 order=0'), /line 1: no valid pfn=/],
     ['a truncated field', line('mm_page_alloc: page=1 pfn=0x'), /line 1: no valid (pfn|order)=/],
     ['an order that cannot be', line('mm_page_free: page=1 pfn=0x1 order=12'), /order 12 is above 10/],
+    [
+      'an order that cannot be, of an event that drives nothing',
+      `${line(alloc)}\n${line('mm_page_pcpu_drain: page=1 pfn=0x9 order=40 migratetype=1')}`,
+      /t: line 2: order 40 is above 10/,
+    ],
+    [
+      'a page that no guest has',
+      line('mm_page_free: page=1 pfn=0xfffffffff order=0'),
+      /line 1: page number 68719476735 is above 1 TiB/,
+    ],
+    [
+      'a drain without a page',
+      line('mm_page_pcpu_drain: page=1 order=0 migratetype=1'),
+      /line 1: no valid pfn=/,
+    ],
     ['no events at all', '# tracer: nop\n', /no page events/],
     [
       'a capture cut off before its end mark',

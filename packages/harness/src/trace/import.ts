@@ -23,6 +23,9 @@ import {
   type TraceEvents,
 } from './trace.ts';
 
+/** Pages of 1 TiB: a number beyond is no page of a guest we could replay, and does not fit the tables. */
+const MAX_PFN = 2 ** 28;
+const MAX_ORDER = 10;
 /** A page number or a count: `0x…` or decimal. */
 const NUMBER = /^(0x[0-9a-f]+|\d+)$/i;
 /** `TASK-PID [CPU] FLAGS TIME: EVENT: FIELDS`; the task may hold anything, the flags may be absent. */
@@ -138,6 +141,16 @@ export function importTraceText(text: string, source: string): ImportedEvents {
       if (!NUMBER.test(text) || !Number.isSafeInteger(value)) fail(line, `no valid ${name}=`);
       return value;
     };
+    const order = (): number => {
+      const value = number('order');
+      if (value > MAX_ORDER) fail(line, `order ${value} is above ${MAX_ORDER}`);
+      return value;
+    };
+    const page = (): number => {
+      const value = number('pfn');
+      if (value >= MAX_PFN) fail(line, `page number ${value} is above 1 TiB`);
+      return value;
+    };
     if (event === 'tracing_mark_write' || event === 'print') {
       const name = fields.trim();
       marks.push({ timeUs: timeUs - origin, name });
@@ -152,14 +165,15 @@ export function importTraceText(text: string, source: string): ImportedEvents {
       continue;
     }
     if (event === 'mm_page_alloc_zone_locked') {
-      const pfn = Number(field('pfn'));
-      const order = Number(field('order') ?? 0);
-      for (let p = pfn; p < pfn + 2 ** order; p++) if (!firstSeen.has(p)) firstSeen.set(p, -1);
+      const pfn = page();
+      const end = pfn + 2 ** order();
+      for (let p = pfn; p < end; p++) if (!firstSeen.has(p)) firstSeen.set(p, -1);
     }
     if (event === 'mm_page_pcpu_drain') {
       // Drained before anything else happened to it: it sat on a per-CPU list, too (docs/decisions/0003).
-      const pfn = Number(field('pfn'));
-      for (let p = pfn; p < pfn + 2 ** Number(field('order') ?? 0); p++) {
+      const pfn = page();
+      const end = pfn + 2 ** order();
+      for (let p = pfn; p < end; p++) {
         if (firstSeen.has(p)) continue;
         firstSeen.set(p, cpu);
         onPcp.set(p, cpu);
@@ -172,29 +186,27 @@ export function importTraceText(text: string, source: string): ImportedEvents {
           skipped['failed allocation (page=(null))'] = (skipped['failed allocation (page=(null))'] ?? 0) + 1;
           break;
         }
-        const pfn = number('pfn');
-        const order = number('order');
-        if (order > 10) fail(line, `order ${order} is above 10`);
-        columns.push(timeUs - origin, OP_ALLOC, cpu, pfn, order);
+        const pfn = page();
+        const allocated = order();
+        columns.push(timeUs - origin, OP_ALLOC, cpu, pfn, allocated);
         const row = columns.op.length - 1;
         columns.migratetype[row] = Math.min(2, number('migratetype'));
         columns.gfp[row] = packGfp(fields.slice(fields.indexOf('gfp_flags=') + 10));
-        for (let p = pfn; p < pfn + 2 ** order; p++) {
+        for (let p = pfn; p < pfn + 2 ** allocated; p++) {
           if (!firstSeen.has(p)) {
             firstSeen.set(p, cpu);
             onPcp.set(p, cpu);
           }
         }
-        maxPfn = Math.max(maxPfn, pfn + 2 ** order);
+        maxPfn = Math.max(maxPfn, pfn + 2 ** allocated);
         break;
       }
       case 'mm_page_free': {
-        const pfn = number('pfn');
-        const order = number('order');
-        if (order > 10) fail(line, `order ${order} is above 10`);
-        columns.push(timeUs - origin, OP_FREE, cpu, pfn, order);
+        const pfn = page();
+        const freed = order();
+        columns.push(timeUs - origin, OP_FREE, cpu, pfn, freed);
         if (!firstSeen.has(pfn)) firstSeen.set(pfn, -1);
-        maxPfn = Math.max(maxPfn, pfn + 2 ** order);
+        maxPfn = Math.max(maxPfn, pfn + 2 ** freed);
         break;
       }
       case 'mm_filemap_add_to_page_cache':
@@ -204,7 +216,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         const id = files.get(`${key[1]}/${key[2]}`) ?? files.size;
         files.set(`${key[1]}/${key[2]}`, id);
         const op = event === 'mm_filemap_add_to_page_cache' ? OP_CACHE_ADD : OP_CACHE_DELETE;
-        columns.push(timeUs - origin, op, cpu, number('pfn'), Number(field('order') ?? 0));
+        columns.push(timeUs - origin, op, cpu, page(), field('order') === undefined ? 0 : order());
         columns.file[columns.op.length - 1] = id;
         columns.index[columns.op.length - 1] = Math.floor(number('ofs') / 4096);
         break;

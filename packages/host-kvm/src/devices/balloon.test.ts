@@ -10,6 +10,7 @@ import {
   BALLOON_CFG_NUM_PAGES,
   BALLOON_CFG_POISON_VAL,
   Features,
+  MMIO_CONFIG_GENERATION,
   VIRTIO_BALLOON_F_FREE_PAGE_HINT,
   VIRTIO_BALLOON_F_PAGE_POISON,
   VIRTIO_BALLOON_F_REPORTING,
@@ -43,6 +44,8 @@ interface Bench {
   readonly discarded: [number, number][];
   /** Used indices of all queues at the end of each discard. */
   readonly usedAtEnd: number[][];
+  /** Lines as QEMU prints them. */
+  readonly trace: string[];
   readonly step: () => boolean;
   /** Starts a task that has nothing to do. */
   readonly company: () => void;
@@ -64,6 +67,7 @@ function bench(
   const discarded: [number, number][] = [];
   const usedAtEnd: number[][] = [];
   const ring: RawRing[] = [];
+  const trace: string[] = [];
   const host =
     world === 'a VM of this host'
       ? testHost({ ramBytes: 16 * MiB, huge: unitPages > 1 ? 'hugetlb' : 'always' })
@@ -87,6 +91,7 @@ function bench(
     memory: port,
     features,
     numbering,
+    trace: (line) => trace.push(line),
   });
   const transport = new MmioTransport({ device, memory, interrupt: () => undefined });
   const driver = new MmioDriver(transport);
@@ -110,6 +115,7 @@ function bench(
     ring,
     discarded,
     usedAtEnd,
+    trace,
     step: () => tasks.step(),
     company: () =>
       void tasks.spawn(
@@ -165,6 +171,18 @@ describe.each(worlds)('over %s', (world) => {
     expect(b.usedAtEnd.map((used) => used[0])).toEqual([0]);
     expect(raw.usedIdx).toBe(1);
     expect(b.device.counters.inflatedPages).toBe(2);
+  });
+
+  test('a page inflated again goes back again, if it was touched or not, and is counted once', () => {
+    b.send(0, pfns(600));
+    b.send(0, pfns(600, 600));
+    expect([b.discarded, b.device.counters.inflatedPages]).toEqual([
+      [
+        [600, 1],
+        [600, 1],
+      ],
+      1,
+    ]);
   });
 
   test('a PFN twice, or beyond any RAM, is counted once and harmless', () => {
@@ -273,6 +291,21 @@ describe.each(worlds)('over %s', (world) => {
     expect(b.device.stopHinting().count()).toBe(0);
   });
 
+  test('hinting: an id that is not the round’s ends it, and a reset leaves nothing of it', () => {
+    const id = (): number => b.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID);
+    const page: (readonly [number, number])[] = [[0x400000, 0x400000]];
+    b.device.startHinting();
+    b.send(3, pfns(id()));
+    b.send(3, pfns(id() + 7));
+    b.send(3, null, page);
+    expect(b.device.stopHinting().count()).toBe(0);
+    b.device.startHinting();
+    b.send(3, pfns(id()));
+    b.send(3, null, page);
+    b.driver.reset();
+    expect([b.device.stopHinting().count(), id()]).toEqual([0, 0]);
+  });
+
   test('num_pages and the command id are read-only, actual and poison_val are the driver’s; narrow writes are ignored', () => {
     b.device.setTarget(8 * MiB);
     b.driver.writeConfig32(BALLOON_CFG_NUM_PAGES, 1);
@@ -286,9 +319,22 @@ describe.each(worlds)('over %s', (world) => {
     ]).toEqual([2048, 0, 5]);
   });
 
-  test('a target above RAM size means no balloon', () => {
+  test('a target above RAM size means no balloon; one byte leaves no whole page; the trace names the size taken', () => {
     b.device.setTarget(64 * MiB);
     expect(b.device.numPages).toBe(0);
+    b.device.setTarget(1);
+    expect(b.device.numPages).toBe(4095);
+    expect(b.trace).toEqual([
+      'virtio_balloon_to_target balloon target: 0x1000000 num_pages: 0',
+      'virtio_balloon_to_target balloon target: 0x1 num_pages: 4095',
+    ]);
+  });
+
+  test('the guest is told of a target it was told of before', () => {
+    b.device.setTarget(8 * MiB);
+    const generation = b.transport.read(MMIO_CONFIG_GENERATION, 4);
+    b.device.setTarget(8 * MiB);
+    expect(b.transport.read(MMIO_CONFIG_GENERATION, 4)).not.toBe(generation);
   });
 
   test('a malformed ring asks for a reset, and after the reset the device works again', () => {

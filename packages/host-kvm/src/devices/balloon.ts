@@ -184,6 +184,7 @@ export class BalloonDevice implements VirtioDevice {
     this.ballooned.clear();
     this.#partial.clear();
     this.#hintState = 'stop';
+    this.#hintBitmap = null;
     this.hintCommandId = FREE_PAGE_HINT_STOP;
   }
 
@@ -212,15 +213,17 @@ export class BalloonDevice implements VirtioDevice {
       this.poisonValue = value >>> 0;
   }
 
-  /** Asks the guest for a logical size of `bytes`; sizes above RAM mean no balloon. Returns before anything is done. */
+  /**
+   * Asks the guest for a logical size of `bytes`; sizes above RAM mean no balloon. Returns before anything is done. The
+   * guest is told even if it was asked before: after an OOM deflate that is what fills the balloon again.
+   */
   setTarget(bytes: number): void {
-    const pages = Math.max(
-      0,
-      Math.min(this.#memory.ramPages, this.#memory.ramPages - Math.floor(bytes / 4096)),
+    const ramBytes = this.#memory.ramPages * 4096;
+    const size = Math.max(0, Math.min(bytes, ramBytes));
+    this.numPages = Math.floor((ramBytes - size) / 4096);
+    this.#trace?.(
+      `virtio_balloon_to_target balloon target: 0x${size.toString(16)} num_pages: ${this.numPages}`,
     );
-    this.#trace?.(`virtio_balloon_to_target balloon target: 0x${bytes.toString(16)} num_pages: ${pages}`);
-    if (pages === this.numPages) return;
-    this.numPages = pages;
     this.#host?.configChanged();
   }
 
@@ -281,21 +284,27 @@ export class BalloonDevice implements VirtioDevice {
 
   *#inflate(chain: DescriptorChain): Generator<TaskYield, number, void> {
     let cost = 0;
-    for (let offset = 0; offset < chain.readableBytes; offset += PFN_CHUNK_BYTES)
+    for (let offset = 0; offset < chain.readableBytes; offset += PFN_CHUNK_BYTES) {
+      // A discard yields, but there may be nothing to discard.
+      if (offset > 0) yield undefined;
       cost += yield* this.#inflatePages(this.#pfns(chain, offset).toSorted());
+    }
     return cost;
   }
 
   *#inflatePages(pfns: Uint32Array): Generator<TaskYield, number, void> {
     const runs: number[] = [];
     const unit = this.#memory.unitPages;
+    let last = -1;
     for (const pfn of pfns) {
+      if (pfn === last) continue;
+      last = pfn;
       if (pfn >= this.ballooned.length) {
         this.counters.badPfns++;
         continue;
       }
-      if (!this.ballooned.add(pfn)) continue;
-      this.counters.inflatedPages++;
+      // A page that is in already may have been touched since, and has memory again: it goes back like the others.
+      if (this.ballooned.add(pfn)) this.counters.inflatedPages++;
       if (unit === 1) appendPage(runs, pfn, 1);
       else if (this.#partial.add(pfn)) {
         const base = pfn - (pfn % unit);
@@ -406,22 +415,29 @@ export class BalloonDevice implements VirtioDevice {
     return true;
   }
 
-  /** Ends the round: the guest may use hinted pages for good. Returns those hinted, one bit per PFN; none was: no round. */
+  /**
+   * Ends the round: the guest may use hinted pages for good. Returns those hinted, one bit per PFN; none without a round, or
+   * if the device was reset in it.
+   */
   stopHinting(): Bitmap {
-    if (this.#hintBitmap === null) return new Bitmap(this.ballooned.length);
+    const hinted = this.#hintBitmap;
+    if (hinted === null) return new Bitmap(this.ballooned.length);
+    this.#hintBitmap = null;
     this.hintCommandId = FREE_PAGE_HINT_DONE;
     this.#hintState = 'done';
     this.#host?.configChanged();
-    return this.#hintBitmap;
+    return hinted;
   }
 
   #hint(chain: DescriptorChain): number {
     if (chain.readableBytes >= 4) {
       const [id] = this.#pfns(chain, 0);
-      if (id === FREE_PAGE_HINT_STOP) {
+      if (id === this.hintCommandId && this.#hintState === 'requested') this.#hintState = 'start';
+      else {
+        // STOP, or an id that is not the round's: what follows does not belong to it.
         if (this.#hintState === 'start') this.#hintState = 'stop';
-      } else if (id === this.hintCommandId && this.#hintState === 'requested') this.#hintState = 'start';
-      else this.counters.staleHints++;
+        if (id !== FREE_PAGE_HINT_STOP) this.counters.staleHints++;
+      }
     }
     if (this.#hintState === 'start') {
       for (let i = chain.readableSegments; i < chain.segments; i++) {

@@ -126,6 +126,27 @@ test('a guest that adds deflate buffers as fast as they are taken does not hold 
   expect(count.looks).toBeLessThan(5000);
 });
 
+test('a long inflate buffer with one page in it again and again does not hold the host', () => {
+  const host = small();
+  const { driver, rings } = attach(host, balloonOn(host));
+  rings[INFLATE].desc(0, 4 * MiB, 8 * MiB, 0);
+  rings[INFLATE].avail(0);
+  let turns = 0;
+  host.tasks.spawn(
+    'company',
+    (function* () {
+      for (;;) {
+        turns++;
+        yield undefined;
+      }
+    })(),
+  );
+  driver.kick(INFLATE);
+  while (rings[INFLATE].usedIdx === 0) host.tasks.step();
+  // Eight chunks of PFN 0, most of which have nothing to discard.
+  expect(turns).toBeGreaterThan(8);
+});
+
 test('a guest that adds disk requests as fast as they are taken does not hold the host', () => {
   const host = small();
   const disk = { bytes: MiB, read: () => undefined, write: () => undefined, flush: () => undefined };

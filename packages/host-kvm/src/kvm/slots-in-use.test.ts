@@ -112,6 +112,27 @@ test('a discard while a slot is resized is carried out', () => {
   expect([freed, host.file.bmap(2000)]).toEqual([1, -1]);
 });
 
+test('a discard across slots that show a file’s blocks in another order, some of them twice', () => {
+  const host = small();
+  const { vm, file } = host;
+  const show = (slot: number, guestPhysAddr: number, fileOffset: number): void => {
+    const shown = host.finish(
+      vm.setUserMemoryRegion({ slot, flags: 0, guestPhysAddr, memorySize: 4 * MiB, file, fileOffset }),
+    );
+    expect(shown.ok).toBe(true);
+  };
+  host.finish(vm.setUserMemoryRegion({ ...ram(host, 0), memorySize: 0 }));
+  show(0, 0, 1024);
+  show(1, 4 * MiB, 0);
+  show(2, 8 * MiB, 512);
+  const [vcpu] = host.vcpus;
+  vcpu.enterGuest();
+  for (const page of [0, 1024, 1600]) vcpu.store32(gfn(page), 0, 1);
+  vcpu.leaveGuest();
+  expect(host.finish(vm.discard(Int32Array.of(0, 3072), 1))).toBe(3);
+  expect([file.assigned, host.log.total]).toEqual([0, 0]);
+});
+
 test('tables that a failed walk left empty are flushed before they are freed', () => {
   const host = small();
   // Frames for the page and two of the three tables.

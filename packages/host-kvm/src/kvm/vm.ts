@@ -534,7 +534,7 @@ export class Vm implements InvalidationListener {
    */
   *discard(runs: Int32Array, nrRuns: number): Generator<TaskYield, number, void> {
     this.counters.discardRequests++;
-    const perFile = new Map<MemFile, number[]>();
+    const perFile = new Map<MemFile, [first: number, count: number][]>();
     for (let r = 0; r < nrRuns; r++) {
       const end = runs[2 * r] + runs[2 * r + 1];
       // A run may cross from one slot into the next.
@@ -549,15 +549,14 @@ export class Vm implements InvalidationListener {
         gfn = stop;
         if (from >= to) continue;
         const list = perFile.get(slot.file) ?? [];
-        if (list.length > 0 && list[list.length - 2] + list[list.length - 1] === from)
-          list[list.length - 1] += to - from;
-        else list.push(from, to - from);
+        list.push([from, to - from]);
         perFile.set(slot.file, list);
       }
     }
     let freed = 0;
     for (const [file, list] of perFile) {
-      const result = yield* file.punchHoles(Int32Array.from(list), list.length / 2) as Generator<
+      const blocks = ascendingRuns(list);
+      const result = yield* file.punchHoles(blocks, blocks.length / 2) as Generator<
         TaskYield,
         Result<number, 'EINVAL'>,
         void
@@ -572,6 +571,19 @@ export class Vm implements InvalidationListener {
 const EMPTY = new Int32Array(0);
 /** What a device of the profile `scribble` leaves in unplugged memory. */
 export const SCRIBBLE = 0x5c21_bb1e;
+
+/** Sorted, what touches or overlaps joined: slots may show a file's blocks in any order, and some of them twice. */
+function ascendingRuns(runs: [first: number, count: number][]): Int32Array {
+  runs.sort((a, b) => a[0] - b[0]);
+  const joined: number[] = [];
+  for (const [first, count] of runs) {
+    const last = joined.length - 2;
+    if (last >= 0 && joined[last] + joined[last + 1] >= first)
+      joined[last + 1] = Math.max(joined[last + 1], first + count - joined[last]);
+    else joined.push(first, count);
+  }
+  return Int32Array.from(joined);
+}
 
 /** Whether the aligned 2 MiB around `gfn` lies in the slot and is aligned alike in the file. */
 function hugeFits(slot: Memslot, gfn: number): boolean {

@@ -8,6 +8,7 @@ const BALLOON = 'packages/guest-kernel/src/drivers/balloon.ts';
 const GUEST_QUEUE = 'packages/guest-kernel/src/drivers/virtio-guest.ts';
 const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
 const BALLOON_TEST = test('host-kvm/src/devices/balloon.test.ts');
+const HOSTILE_TEST = test('host-kvm/src/devices/hostile-timing.test.ts');
 const DRIVER_TEST = test('guest-kernel/src/drivers/balloon.conformance.test.ts');
 const ALLOC_TEST = test('guest-kernel/src/mm/allocator.property.test.ts');
 
@@ -79,9 +80,41 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
   fault(
     'hint-of-old-round',
     BALLOON_DEVICE,
-    "} else if (id === this.hintCommandId && this.#hintState === 'requested') this.#hintState = 'start';",
-    "} else if (this.#hintState === 'requested') this.#hintState = 'start';",
+    "if (id === this.hintCommandId && this.#hintState === 'requested') this.#hintState = 'start';",
+    "if (this.#hintState === 'requested') this.#hintState = 'start';",
     'The device MUST ignore pages of a command ID that does not match',
+    BALLOON_TEST,
+  ),
+  fault(
+    'stale-id-keeps-round',
+    BALLOON_DEVICE,
+    "if (this.#hintState === 'start') this.#hintState = 'stop';",
+    "if (this.#hintState === 'start' && id === FREE_PAGE_HINT_STOP) this.#hintState = 'stop';",
+    'The device MUST ignore pages of a command ID that does not match, in the middle of a round as well',
+    BALLOON_TEST,
+  ),
+  fault(
+    'inflated-again-kept',
+    BALLOON_DEVICE,
+    'if (this.ballooned.add(pfn)) this.counters.inflatedPages++;',
+    'if (!this.ballooned.add(pfn)) continue;\n      this.counters.inflatedPages++;',
+    'a page that the guest touched and inflates again stays backed',
+    BALLOON_TEST,
+  ),
+  fault(
+    'long-inflate-holds-host',
+    BALLOON_DEVICE,
+    '      if (offset > 0) yield undefined;\n      cost +=',
+    '      cost +=',
+    'one buffer of a guest stops the host',
+    HOSTILE_TEST,
+  ),
+  fault(
+    'same-target-not-told',
+    BALLOON_DEVICE,
+    '    this.numPages = Math.floor((ramBytes - size) / 4096);\n',
+    '    const pages = Math.floor((ramBytes - size) / 4096);\n    if (pages === this.numPages) return;\n    this.numPages = pages;\n',
+    'after an OOM deflate the same target does not fill the balloon again',
     BALLOON_TEST,
   ),
   fault(

@@ -1,0 +1,59 @@
+/** A capture folder, written here: what its text files say about the start state. */
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterEach, beforeEach, expect, test } from 'vitest';
+import { readCapture } from './capture.ts';
+
+const KPF_BUDDY = 1 << 10;
+let folder = '';
+
+beforeEach(() => {
+  folder = mkdtempSync(join(tmpdir(), 'capture-'));
+});
+afterEach(() => {
+  rmSync(folder, { recursive: true });
+});
+
+const zone = (node: number, name: string, start: number, spanned: number): string =>
+  `Node ${node}, zone ${name.padStart(8)}\n        spanned  ${spanned}\n  start_pfn:           ${start}\n`;
+
+/** Writes a capture of free pages; `files` beside its trace and page flags. */
+function capture(pages: number, files: Record<string, string>): void {
+  const stamp = (event: string): string => `    x-1     [000] .....     1.000000: ${event}\n`;
+  writeFileSync(
+    join(folder, 'trace.txt'),
+    stamp('tracing_mark_write: SNAP_start_END') +
+      stamp('mm_page_alloc: page=1 pfn=0x200 order=0 migratetype=1 gfp_flags=GFP_KERNEL') +
+      stamp('tracing_mark_write: SNAP_end_END'),
+  );
+  writeFileSync(join(folder, 'start.kpageflags'), new BigUint64Array(pages).fill(BigInt(KPF_BUDDY)));
+  for (const [name, text] of Object.entries(files)) writeFileSync(join(folder, name), text);
+}
+
+test('pageblock types are counted per zone, where zoneinfo says the zone lies', () => {
+  const pagetypeinfo = [
+    'Node 0, zone      DMA            0            8            0            0            0',
+    'Node 0, zone    DMA32            1            1            0            0            0',
+    'Node 0, zone   Normal            0            2            0            0            0',
+    'Node 1, zone   Normal            0            1            1            0            0',
+  ].join('\n');
+  const zoneinfo =
+    zone(0, 'DMA', 1, 4095) +
+    zone(0, 'DMA32', 4096, 1024) +
+    zone(0, 'Normal', 5120, 1024) +
+    zone(1, 'Normal', 6144, 1024);
+  capture(7168, { 'start.pagetypeinfo': pagetypeinfo, 'start.zoneinfo': zoneinfo });
+  const types = readCapture(folder).start?.pageblocks ?? [];
+  expect([...types.slice(8)]).toEqual([0, 1, 1, 1, 2, 1]);
+});
+
+test('without zoneinfo DMA32 ends at 4 GiB', () => {
+  const pagetypeinfo = [
+    'Node 0, zone    DMA32            2         2038            0            0            0',
+    'Node 0, zone   Normal            0            2            0            0            0',
+  ].join('\n');
+  capture(2050 * 512, { 'start.pagetypeinfo': pagetypeinfo });
+  const types = readCapture(folder).start?.pageblocks ?? [];
+  expect([types[8], types[9], types[10], types[2048], types[2049]]).toEqual([0, 0, 1, 1, 1]);
+});
