@@ -45,7 +45,7 @@ test('pageblock types are counted per zone, where zoneinfo says the zone lies', 
     zone(1, 'Normal', 6144, 1024);
   capture(7168, { 'start.pagetypeinfo': pagetypeinfo, 'start.zoneinfo': zoneinfo });
   const types = readCapture(folder).start?.pageblocks ?? [];
-  expect([...types.slice(8)]).toEqual([0, 1, 1, 1, 2, 1]);
+  expect(Array.from(types).slice(8)).toEqual([0, 1, 1, 1, 2, 1]);
 });
 
 test('without zoneinfo DMA32 ends at 4 GiB', () => {
