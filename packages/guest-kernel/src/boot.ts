@@ -181,7 +181,7 @@ export function bootMemory(arena: Arena, vcpu: Vcpu, config: GuestConfig): void 
   const bases = zoneBases(w);
   w[H_TOTAL_PAGES] = bases.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
   w[H_THP] = w[H_TOTAL_PAGES] >= THP_LEAST_PAGES ? 1 : 0;
-  setupWatermarks(w, bases, config.nrCpus);
+  setupWatermarks(w, bases, config.cpuNode);
   populate(arena, vcpu, buddy, bases, start);
 }
 

@@ -119,7 +119,7 @@ export class GuestKernel {
         processes,
         zones,
         config.hotplug,
-        config.nrCpus,
+        config.cpuNode,
         config.initOnAlloc,
       );
       const { balloonCompaction = false } = config;
@@ -208,11 +208,11 @@ export class GuestKernel {
 
   /** Virtual time at which a kernel thread of this vCPU is due; Infinity when none is. */
   nextDue(): number {
-    const { balloon, reporting, reclaim, mem, acpi, kswapdNodes } = this.parts;
+    const { balloon, reporting, reclaim, mem, acpi, kswapdNodes, pcp } = this.parts;
     const now = this.vcpu.clock;
-    let due = Number.POSITIVE_INFINITY;
+    let due = pcp.decays ? Math.max(now, this.#nextVmstat) : Number.POSITIVE_INFINITY;
     if (this.vcpu.id === 0) {
-      due = Math.min(balloon.nextDue(now), reporting.nextDue());
+      due = Math.min(due, balloon.nextDue(now), reporting.nextDue());
       for (const driver of mem) due = Math.min(due, driver.nextDue(now));
       // An interrupt that a driver took while it waited for a buffer is still to be handled.
       const taken = balloon.guest.interruptTaken || mem.some((driver) => driver.guest.interruptTaken);

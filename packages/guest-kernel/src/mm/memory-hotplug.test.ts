@@ -51,7 +51,7 @@ function world(over: Partial<GuestConfig> = {}, sectionPages = 1024): World {
     processes,
     zones,
     config,
-    1,
+    [0],
     true,
   );
   // DMA32: all above 16 MiB.
@@ -233,7 +233,7 @@ test('memory that comes as Movable raises no kernel zone’s watermarks: nothing
   const movable = ZONE_BASE + (MAX_ZONES - 1) * ZONE_WORDS;
   words[movable + Z_TYPE] = ZONE_MOVABLE;
   words[movable + Z_MANAGED] = 1 << 20;
-  setupWatermarks(words, [...zones, movable], 2);
+  setupWatermarks(words, [...zones, movable], [0, 0]);
   expect(marks()).toEqual(before);
   expect(words[movable + Z_MIN]).toBe(128);
 });

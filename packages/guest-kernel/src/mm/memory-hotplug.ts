@@ -105,7 +105,7 @@ export class MemoryHotplug {
   readonly #processes: Processes;
   readonly #zones: readonly number[];
   readonly config: HotplugConfig;
-  readonly #nrCpus: number;
+  readonly #cpuNode: readonly number[];
   readonly #initOnAlloc: boolean;
   readonly #events: number;
   readonly #relax: () => void;
@@ -120,7 +120,7 @@ export class MemoryHotplug {
     processes: Processes,
     zones: readonly number[],
     config: HotplugConfig,
-    nrCpus: number,
+    cpuNode: readonly number[],
     initOnAlloc: boolean,
   ) {
     this.sectionPages = config.sectionPages;
@@ -137,7 +137,7 @@ export class MemoryHotplug {
     this.#processes = processes;
     this.#zones = zones;
     this.config = config;
-    this.#nrCpus = nrCpus;
+    this.#cpuNode = cpuNode;
     this.#initOnAlloc = initOnAlloc;
     this.#events = eventRow(vcpu.id);
     this.#relax = () => {
@@ -369,7 +369,7 @@ export class MemoryHotplug {
   #newTotals(): void {
     const w = this.#w;
     this.#lock();
-    setupWatermarks(w, this.#zones, this.#nrCpus);
+    setupWatermarks(w, this.#zones, this.#cpuNode);
     w[H_TOTAL_PAGES] = this.#zones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
     this.#unlock();
   }
@@ -433,7 +433,7 @@ export class MemoryHotplug {
     this.#buddy.unlock(zone);
     let taken = false;
     for (let tries = 0; tries < MIGRATE_TRIES && !taken; tries++) {
-      this.#pcp.drainAll(this.#nrCpus);
+      this.#pcp.drainAll(this.#cpuNode.length);
       const moved = this.#migrateRange(first, end);
       if (moved === 'no room') break;
       // Held for a moment, or being set up: it may have gone by the next look.

@@ -275,12 +275,12 @@ export class PerCpuPages {
       w[pcp + C_HIGH] = high;
       return 1;
     }
-    if (min !== max && (w[zone + Z_FLAGS] & ZF_BELOW_HIGH) === 0) high = Math.min(high + base, max);
+    let batch = order === 0 ? base << w[pcp + C_ALLOC_FACTOR] : base;
+    // With a longer list the buddy need not have been asked.
+    if (min !== max && (w[zone + Z_FLAGS] & ZF_BELOW_HIGH) === 0) high = Math.min(high + batch, max);
     w[pcp + C_HIGH] = high;
-    let batch = base;
     if (order === 0) {
       const most = Math.max(high - w[pcp + C_COUNT] - base, base);
-      batch = base << w[pcp + C_ALLOC_FACTOR];
       if (batch <= most && w[pcp + C_ALLOC_FACTOR] < SCALE_MAX) w[pcp + C_ALLOC_FACTOR]++;
       batch = Math.min(batch, most);
     }
@@ -399,6 +399,12 @@ export class PerCpuPages {
         if (w[this.#memmap + (at << 4) + P_PREV] !== end) return run;
     }
     return run;
+  }
+
+  /** Whether a list may still grow beyond its least: then `decay` has work, even if this CPU is idle. */
+  get decays(): boolean {
+    const w = this.#w;
+    return this.#zones.some((zone, z) => w[this.#own[z] + C_HIGH] > w[zone + Z_PCP_HIGH_MIN]);
   }
 
   /** Lets idle lists shrink, once a second (`decay_pcp_high` in `vmstat_update`). */

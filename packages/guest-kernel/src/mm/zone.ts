@@ -119,8 +119,11 @@ export function pcpBatch(managed: number): number {
   return Math.max(1, power - 1);
 }
 
-/** Writes watermarks, reserves and per-CPU limits of all zones. `bases` are the zones' first words. */
-export function setupWatermarks(w: Int32Array, bases: readonly number[], nrCpus: number): void {
+/**
+ * Writes watermarks, reserves and per-CPU limits of all zones. `bases` are the zones' first words, `cpuNode` is the node of
+ * each CPU.
+ */
+export function setupWatermarks(w: Int32Array, bases: readonly number[], cpuNode: readonly number[]): void {
   const kernelZones = bases.filter((z) => w[z + Z_TYPE] !== ZONE_MOVABLE && w[z + Z_MANAGED] > 0);
   const kernel = kernelZones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
   const minFree = minFreePages(kernel, kernelZones.length, w[H_THP] !== 0);
@@ -135,9 +138,12 @@ export function setupWatermarks(w: Int32Array, bases: readonly number[], nrCpus:
     w[z + Z_LOW] = min + step;
     w[z + Z_HIGH] = min + 2 * step;
     const batch = pcpBatch(pages);
+    // A zone's lists are those of its node's CPUs; of all of them if the node has none (`zone_highsize`).
+    const own = cpuNode.filter((node) => node === w[z + Z_NODE]).length;
+    const sharers = own > 0 ? own : cpuNode.length;
     w[z + Z_PCP_BATCH] = batch;
-    w[z + Z_PCP_HIGH_MIN] = batch === 1 ? 0 : Math.max(Math.floor(w[z + Z_LOW] / nrCpus), batch * 4);
-    w[z + Z_PCP_HIGH_MAX] = batch === 1 ? 0 : Math.max(Math.floor((pages >> 3) / nrCpus), batch * 4);
+    w[z + Z_PCP_HIGH_MIN] = batch === 1 ? 0 : Math.max(Math.floor(w[z + Z_LOW] / sharers), batch * 4);
+    w[z + Z_PCP_HIGH_MAX] = batch === 1 ? 0 : Math.max(Math.floor((pages >> 3) / sharers), batch * 4);
     // `lowmem_reserve_ratio`: 256 for DMA and DMA32, 32 for Normal.
     for (let type = 0; type < 4; type++) {
       let above = 0;

@@ -3,6 +3,9 @@ import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
 const PCP = 'packages/guest-kernel/src/mm/per-cpu-pages.ts';
+const ZONE = 'packages/guest-kernel/src/mm/zone.ts';
+const KERNEL = 'packages/guest-kernel/src/kernel.ts';
+const PCP_TEST = test('guest-kernel/src/mm/per-cpu-pages.test.ts');
 const ALLOC = 'packages/guest-kernel/src/mm/page-alloc.ts';
 
 export const ALLOCATOR_FAULTS: readonly Mutant[] = [
@@ -93,5 +96,29 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
     '    const whole = order + 32 - Math.clz32(most);\n',
     'I19: a refill takes more than was asked for',
     test('guest-kernel/src/mm/page-runs.property.test.ts'),
+  ),
+  fault(
+    'list-grows-by-base',
+    PCP,
+    'high = Math.min(high + batch, max);',
+    'high = Math.min(high + base, max);',
+    'the lists of a CPU that only allocates stay short (`nr_pcp_alloc`)',
+    PCP_TEST,
+  ),
+  fault(
+    'idle-lists-stay',
+    KERNEL,
+    'let due = pcp.decays ? Math.max(now, this.#nextVmstat) : Number.POSITIVE_INFINITY;',
+    'let due = Number.POSITIVE_INFINITY;',
+    'the lists of a CPU that has nothing to do do not shrink (`decay_pcp_high`)',
+    PCP_TEST,
+  ),
+  fault(
+    'lists-shared-by-all',
+    ZONE,
+    'const sharers = own > 0 ? own : cpuNode.length;',
+    'const sharers = own > 0 ? cpuNode.length : own;',
+    'a zone’s lists are shorter by the CPUs of other nodes (`zone_highsize`)',
+    PCP_TEST,
   ),
 ];

@@ -1,0 +1,74 @@
+/** How long a CPU's lists may grow, and that they shrink again. */
+import { expect, test } from 'vitest';
+import { MiB, NS_PER_S } from '@ebb/machine';
+import { pcpPages } from '../procfs.ts';
+import { guestConfig, testGuest } from '../testing-guest.ts';
+import { PerCpuPages } from './per-cpu-pages.ts';
+import { Z_LOW, Z_PCP_BATCH, Z_PCP_HIGH_MAX, Z_PCP_HIGH_MIN } from './zone.ts';
+
+const DMA32 = 1;
+
+test('allocations without frees fetch twice as much each time, and the list may grow by what was fetched (`nr_pcp_alloc`)', () => {
+  const guest = testGuest(guestConfig(512 * MiB));
+  const [kernel] = guest.kernels;
+  const { pcp, zones } = kernel.parts;
+  const { w } = guest.arena;
+  const zone = zones[DMA32];
+  const batch = w[zone + Z_PCP_BATCH];
+  // Far apart, so that neither limit is reached.
+  w[zone + Z_PCP_HIGH_MIN] = 8 * batch;
+  w[zone + Z_PCP_HIGH_MAX] = 1000 * batch;
+  kernel.enter();
+  const fetched: number[] = [];
+  while (fetched.length < 4) {
+    const before = pcpPages(guest.arena, 1);
+    pcp.alloc(DMA32, 0, 1);
+    const after = pcpPages(guest.arena, 1);
+    if (after > before) fetched.push(after + 1 - before);
+  }
+  expect(fetched.map((n) => n / batch)).toEqual([1, 2, 4, 8]);
+  expect(PerCpuPages.high(w, DMA32, 0)).toBe((8 + 1 + 2 + 4 + 8) * batch);
+});
+
+test('the lists of a CPU that has nothing to do shrink by an eighth a second (`decay_pcp_high`)', () => {
+  const guest = testGuest(guestConfig(512 * MiB));
+  const [kernel] = guest.kernels;
+  const { pcp, zones } = kernel.parts;
+  const zone = zones[DMA32];
+  const { w } = guest.arena;
+  w[zone + Z_PCP_HIGH_MIN] = 100;
+  w[zone + Z_PCP_HIGH_MAX] = 4096;
+  kernel.enter();
+  const held = Array.from({ length: 3000 }, () => pcp.alloc(DMA32, 0, 1));
+  for (const pfn of held) pcp.free(DMA32, pfn, 0, 1);
+  const high = PerCpuPages.high(w, DMA32, 0);
+  expect(high).toBeGreaterThan(100);
+  const least: number[] = [];
+  for (let second = 1; kernel.nextDue() < Number.POSITIVE_INFINITY; second++) {
+    expect(second).toBeLessThan(60);
+    guest.vcpus[0].clock = kernel.nextDue();
+    kernel.runDue(Number.POSITIVE_INFINITY);
+    least.push(PerCpuPages.high(w, DMA32, 0));
+  }
+  expect(least[0]).toBe(high - (high >> 3));
+  expect([least.at(-1), pcpPages(guest.arena, 1) <= 100]).toEqual([100, true]);
+  expect(guest.vcpus[0].clock).toBe(least.length * NS_PER_S);
+});
+
+test('the lists of a zone share its low watermark among its own node’s CPUs (`zone_highsize`)', () => {
+  const half = (512 * MiB) / 4096 / 2;
+  const nodes = [
+    { start: 0, end: half },
+    { start: half, end: 2 * half },
+  ];
+  const limits = (cpuNode: readonly number[]): number[] => {
+    const { arena, kernels } = testGuest(guestConfig(512 * MiB, { nodes, cpuNode }));
+    const zone = kernels[0].parts.zones[DMA32];
+    return [arena.w[zone + Z_LOW], arena.w[zone + Z_PCP_HIGH_MIN]];
+  };
+  const [low, alone] = limits([0, 1]);
+  expect(alone).toBe(low);
+  expect(limits([0, 0])[1]).toBe(low >> 1);
+  // No CPU is near: all share.
+  expect(limits([1, 1])[1]).toBe(low >> 1);
+});
