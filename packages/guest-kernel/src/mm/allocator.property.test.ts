@@ -172,6 +172,25 @@ describe('the allocator', () => {
     buddy.unlock(zone);
   });
 
+  example('what was reported is the last to be handed out, and its pageblocks are Movable then', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { buddy, zones } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const [, zone] = zones;
+    const { w } = guest.arena;
+    const reported = w[zone + listAt(10, 1)];
+    buddy.setPageblockType(reported + 512, 0);
+    buddy.lock(zone);
+    expect(buddy.isolate(zone, reported, 10)).toBe(true);
+    buddy.putBack(zone, reported, 10, true);
+    expect(buddy.pageblockType(reported + 512)).toBe(1);
+    const handedOut: number[] = [];
+    while (w[zone + listAt(10, 1)] >= 0) handedOut.push(buddy.rmqueue(zone, 10, 1));
+    buddy.unlock(zone);
+    expect(handedOut.at(-1)).toBe(reported);
+    expect(handedOut.length).toBeGreaterThan(8);
+  });
+
   example(
     'isolation is refused below the min watermark (L35) and an isolated page cannot be allocated (L25)',
     () => {

@@ -315,8 +315,8 @@ export class Buddy {
   /**
    * Frees a block: merges it with its buddies as far as it goes and puts it on the list of its pageblock's type. At the
    * tail when its buddy of the next order is free too, so that it may merge before it is used again. `notify` false
-   * keeps free page reporting quiet (putting back what was just reported). `atTail`: boot frees ascending memory to the
-   * tails, so that low addresses are handed out first.
+   * keeps free page reporting quiet (putting back what was just reported). `atTail` (`FPI_TO_TAIL`): so is that, and boot
+   * frees ascending memory to the tails, so that low addresses are handed out first.
    */
   freeOne(zone: number, pfn: number, order: number, notify: boolean, atTail = false): void {
     const w = this.w;
@@ -374,8 +374,9 @@ export class Buddy {
   // ── Isolation for reporting ──────────────────────────────────────────────────────────────────────────────────────
 
   /**
-   * Takes a free block off its list so that nobody can allocate it (L25). Refused below the min watermark (L35). The
-   * caller holds the lock and puts the block back with `putBack` after the host has acknowledged.
+   * Takes a free block off its list so that nobody can allocate it (L25). Refused below the min watermark (L35). What is
+   * half a pageblock or more turns its pageblocks Movable, as an allocation of it would leave them. The caller holds the
+   * lock and puts the block back with `putBack` after the host has acknowledged.
    */
   isolate(zone: number, pfn: number, order: number): boolean {
     const w = this.w;
@@ -384,15 +385,28 @@ export class Buddy {
     this.#remove(zone, pfn, order, this.pageblockType(pfn));
     w[zone + Z_FREE] -= 1 << order;
     shadowMove(w, this.#shadow, this.vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_ISOLATED);
+    if (order >= PAGEBLOCK_ORDER - 1) {
+      const end = pfn + (1 << order);
+      for (let block = pfn & -PAGEBLOCK_PAGES; block < end; block += PAGEBLOCK_PAGES) {
+        const type = this.pageblockType(block);
+        const whole = block >= w[zone + Z_START] && block + PAGEBLOCK_PAGES <= w[zone + Z_END];
+        if (!whole || type === MIGRATE_MOVABLE || type >= MIGRATE_HIGHATOMIC) continue;
+        this.#moveFreepages(zone, block, type, MIGRATE_MOVABLE);
+        this.setPageblockType(block, MIGRATE_MOVABLE);
+      }
+    }
     return true;
   }
 
-  /** Puts an isolated block back and, if it did not merge, marks it reported: a merged one must be reported again. */
+  /**
+   * Puts an isolated block back, at the tail: what was just reported is the last to be handed out. If it did not merge it
+   * is marked reported; a merged one must be reported again.
+   */
   putBack(zone: number, pfn: number, order: number, reported: boolean): void {
     const w = this.w;
     const page = this.memmap + (pfn << 4);
     shadowMove(w, this.#shadow, this.vcpu, pfn, 1 << order, SHADOW_ISOLATED, SHADOW_BUDDY);
-    this.freeOne(zone, pfn, order, false);
+    this.freeOne(zone, pfn, order, false, true);
     if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order)
       w[page + P_FLAGS] |= PG_REPORTED;
   }

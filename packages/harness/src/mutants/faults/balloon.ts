@@ -70,6 +70,14 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     BALLOON_TEST,
   ),
   fault(
+    'reported-first-in-line',
+    BUDDY,
+    'this.freeOne(zone, pfn, order, false, true);\n    if (reported',
+    'this.freeOne(zone, pfn, order, false);\n    if (reported',
+    'what the host has just taken is the first to be handed out',
+    ALLOC_TEST,
+  ),
+  fault(
     'partial-survives-reset',
     BALLOON_DEVICE,
     '    this.#partial.clear();\n',
