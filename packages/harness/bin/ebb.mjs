@@ -1,4 +1,4 @@
 #!/usr/bin/env node
 import { launch } from './launch.mjs';
 
-process.exit(launch('cli', process.argv.slice(2)));
+process.exit(await launch('cli', process.argv.slice(2)));

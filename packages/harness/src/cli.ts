@@ -64,11 +64,19 @@ function fail(error: unknown): number {
   return 3;
 }
 
-// A reader that has seen enough (`| head`) is no error.
-process.stdout.on('error', (error: NodeJS.ErrnoException) => {
-  if (error.code === 'EPIPE') process.exit(0);
-  throw error;
-});
+// A reader that has seen enough (`| head`) is no error: what was asked for is still done, and says how it ended.
+for (const stream of [process.stdout, process.stderr]) {
+  stream.on('error', (error: NodeJS.ErrnoException) => {
+    if (error.code === 'EPIPE') return;
+    process.stderr.write(`ebb: what it has to say cannot be written: ${error.message}\n`);
+    process.exit(2);
+  });
+}
+// The launcher is gone: nobody waits for us.
+if (process.channel !== undefined) {
+  process.once('disconnect', () => process.exit(3));
+  process.channel.unref();
+}
 try {
   await program.parseAsync(process.argv);
 } catch (error) {

@@ -33,9 +33,10 @@ export interface Fidelity {
 /** Replays `trace` on one VM with as many vCPUs as it has CPUs (at most 8), without a balloon. */
 export function fidelity(trace: Trace): Fidelity {
   if (trace.end === undefined || trace.start === undefined) {
-    throw new UserError(
-      `trace '${trace.name}': has no start and end states to compare with; import a capture folder that holds start.* and end.*`,
-    );
+    const lacks = trace.marks.some((mark) => mark.name === 'SNAP_start_END')
+      ? 'import a capture folder that holds start.* and end.*'
+      : 'it has no SNAP_start_END mark, which says what of it comes after the start state';
+    throw new UserError(`trace '${trace.name}': has no start and end states to compare with: ${lacks}`);
   }
   const vcpus = Math.min(8, trace.nrCpus);
   const plan = makePlan(trace, vcpus);

@@ -100,9 +100,9 @@ export async function compare(
       : 1;
   const lanes = Array.from({ length: nrLanes }, () => new Lane(options));
   const done = new Map<string, SeedRun & { readonly wallMs: number }>();
-  const notes: string[] = [];
-  const deviceTrace: string[] = [];
-  const allocTrace: string[] = [];
+  const notes = Object.entries(plan.dropped).map(([why, n]) => `not applied: ${n} × ${why}`);
+  let deviceTrace: readonly string[] = [];
+  let allocTrace: readonly string[] = [];
   const runJob = async ({ technique, seed }: Job, lane: Lane): Promise<void> => {
     const began = performance.now();
     const run = await countFor(options, seed, async (vms, exact) => {
@@ -115,8 +115,8 @@ export async function compare(
           onProgress({ technique, seed, vms: up, exact, nowNs, hostUsedBytes, finished }),
       );
       if (traceOut) {
-        deviceTrace.splice(0, deviceTrace.length, ...result.deviceTrace);
-        allocTrace.splice(0, allocTrace.length, ...alloc);
+        ({ deviceTrace } = result);
+        allocTrace = alloc;
       }
       if (result.ledgerViolations > 0)
         notes.push(...result.violations.map((v) => `${technique}, seed ${seed}: ${v}`));

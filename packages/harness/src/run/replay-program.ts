@@ -7,6 +7,7 @@
 import {
   MIGRATE_MOVABLE,
   P_FLAGS,
+  P_NEXT,
   P_ORDER,
   PG_CACHED,
   PG_DIRTY,
@@ -14,7 +15,7 @@ import {
   SHADOW_ALLOCATED,
   type GuestKernel,
 } from '@ebb/guest-kernel';
-import { NS_PER_MS } from '@ebb/machine';
+import { HUGE_PAGES, NS_PER_MS } from '@ebb/machine';
 import {
   PLAN_ADD,
   PLAN_ALLOC,
@@ -36,9 +37,13 @@ import {
 } from '../trace/trace.ts';
 import { idle, type Program } from './program.ts';
 
-/** Words of a handle: page + 1 (0: not yet, −1: failed or gone), stamp, next ordinal. */
+/**
+ * Words of a handle: page + 1 (0: not yet, −1: failed or gone, below: a huge page made of small ones, of which this is −2 −
+ * the first; each links the next), stamp, next ordinal.
+ */
 const HANDLE_WORDS = 3;
 const FAILED = -1;
+const FIRST_SMALL = -2;
 const CACHE_BATCH = 32;
 /** How often, in events, interrupts and threads are looked at while events are dense. */
 const THREADS_EVERY = 32;
@@ -62,8 +67,6 @@ export class ReplayProgram implements Program {
   #next: number;
   #events = 0;
   #deferred: number[] = [];
-  /** Pages of huge allocations that had to be made of small ones. */
-  readonly #split = new Map<number, Int32Array>();
   readonly #fill = new Int32Array(CACHE_BATCH);
   #fillCount = 0;
 
@@ -141,7 +144,7 @@ export class ReplayProgram implements Program {
         this.#alloc(row, at);
         break;
       case PLAN_FREE:
-        this.#free(at, plan.handle[row]);
+        this.#free(at);
         break;
       case PLAN_ADD:
         this.#add(row, at);
@@ -169,8 +172,7 @@ export class ReplayProgram implements Program {
     const gfp = (plan.gfp[row] & GFP_BITS) | (plan.gfp[row] >> TG_ZONE_SHIFT);
     let pfn = alloc.alloc(order, migratetype, gfp);
     if (pfn < 0 && order === 9) {
-      this.#allocSplit(plan.handle[row], gfp);
-      this.#handles[at] = FAILED;
+      this.#handles[at] = FIRST_SMALL - this.#allocSplit(gfp);
       return;
     }
     // The capture says this request succeeded: what does not wait there may wait here before it counts as failed.
@@ -185,22 +187,25 @@ export class ReplayProgram implements Program {
     this.#handles[at + 1] = alloc.stampOf(pfn);
   }
 
-  /** A huge page that could not be had becomes 512 small ones, as Linux's fault handler falls back. */
-  #allocSplit(handle: number, gfp: number): void {
-    const pages = new Int32Array(512);
+  /** A huge page that could not be had becomes 512 small ones, as Linux's fault handler falls back: the first, −1 without any. */
+  #allocSplit(gfp: number): number {
+    const { w, memmap } = this.#kernel.arena;
     this.counters.thpFallback++;
-    for (let i = 0; i < pages.length; i++) {
-      pages[i] = this.#kernel.parts.alloc.alloc(
+    let first = -1;
+    for (let i = 0; i < HUGE_PAGES; i++) {
+      const pfn = this.#kernel.parts.alloc.alloc(
         0,
         MIGRATE_MOVABLE,
         gfp & ~(NEVER_WAITS | TG_NORETRY | TG_NO_KSWAPD | TG_THISNODE),
       );
-      if (pages[i] < 0) {
+      if (pfn < 0) {
         this.failure = 'allocation of a huge page, and of small ones in its place, failed';
         break;
       }
+      w[memmap + (pfn << 4) + P_NEXT] = first;
+      first = pfn;
     }
-    this.#split.set(handle, pages);
+    return first;
   }
 
   /** The page of a handle if its allocation is still alive, else −1. */
@@ -213,22 +218,25 @@ export class ReplayProgram implements Program {
     return ours ? pfn : -1;
   }
 
-  #free(at: number, handle: number): void {
+  #free(at: number): void {
     const { alloc } = this.#kernel.parts;
+    const { w, memmap } = this.#kernel.arena;
     if (this.#fillCount > 0) this.#flushFill();
-    const split = this.#split.get(handle);
-    if (split !== undefined) {
-      for (const pfn of split) if (pfn >= 0) alloc.free(pfn, 0);
-      this.#split.delete(handle);
-      return;
-    }
+    const handle = this.#handles[at];
     const pfn = this.#alive(at);
     this.#handles[at] = FAILED;
+    if (handle <= FIRST_SMALL) {
+      for (let small = FIRST_SMALL - handle; small >= 0; ) {
+        const next = w[memmap + (small << 4) + P_NEXT];
+        alloc.free(small, 0);
+        small = next;
+      }
+      return;
+    }
     if (pfn < 0) {
       this.counters.reclaimedFirst++;
       return;
     }
-    const { w, memmap } = this.#kernel.arena;
     // A page freed without a deletion event leaves the cache first.
     if ((w[memmap + (pfn << 4) + P_FLAGS] & PG_CACHED) !== 0)
       this.#kernel.parts.cache.remove(pfn, this.#handles[at + 1]);

@@ -1,9 +1,10 @@
 /** A capture folder, written here: what its text files say about the start state. */
-import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, expect, test } from 'vitest';
 import { readCapture } from './capture.ts';
+import { UserError } from './trace.ts';
 
 const KPF_BUDDY = 1 << 10;
 let folder = '';
@@ -56,4 +57,40 @@ test('without zoneinfo DMA32 ends at 4 GiB', () => {
   capture(2050 * 512, { 'start.pagetypeinfo': pagetypeinfo });
   const types = readCapture(folder).start?.pageblocks ?? [];
   expect([types[8], types[9], types[10], types[2048], types[2049]]).toEqual([0, 0, 1, 1, 1]);
+});
+
+test('a folder that lacks its end mark, or whose states are cut off or hold something else, is the user’s mistake', () => {
+  const mistakes: readonly (readonly [Record<string, string>, RegExp])[] = [
+    [
+      { 'trace.txt': 'x-1 [000] ..... 1.0: tracing_mark_write: SNAP_start_END\n' },
+      /line 1: ends before SNAP_end_END/,
+    ],
+    [{ max_pfn: 'abc' }, /max_pfn: holds no page number/],
+    [{ max_pfn: '9000' }, /start.kpageflags: has 7168 entries, of 9000; is it truncated\?/],
+    [{ 'start.kpageflags': '' }, /start.kpageflags: has 0 entries/],
+    [{ 'start.pagetypeinfo': 'nonsense' }, /start.pagetypeinfo: has no such lines/],
+    [
+      { 'end.buddyinfo': 'hello', 'end.zoneinfo': zone(0, 'DMA', 1, 4095) },
+      /end.buddyinfo: has no such lines/,
+    ],
+    [{ 'end.buddyinfo': 'Node 0, zone DMA 1 2 3', 'end.zoneinfo': '' }, /end.zoneinfo: has no such lines/],
+  ];
+  for (const [files, message] of mistakes) {
+    capture(7168, files);
+    expect(() => readCapture(folder)).toThrow(message);
+    expect(() => readCapture(folder)).toThrow(UserError);
+    rmSync(folder, { recursive: true });
+    mkdirSync(folder);
+  }
+});
+
+test('without a start state the guest is as large as its memory is said to be', () => {
+  capture(4096, {});
+  rmSync(join(folder, 'start.kpageflags'));
+  const trace = readCapture(folder);
+  expect([trace.maxPfn * 4096, trace.guestMemoryBytes]).toEqual([64 << 20, 64 << 20]);
+  expect(trace.e820).toEqual([
+    { start: 0, end: 160 },
+    { start: 256, end: 16384 },
+  ]);
 });

@@ -3,9 +3,9 @@
  * starts freshly booted. Node only: reads host files.
  */
 import { existsSync, readdirSync, readFileSync, statSync } from 'node:fs';
-import { basename, dirname, join } from 'node:path';
+import { basename, dirname, join, resolve } from 'node:path';
 import { gunzipSync } from 'node:zlib';
-import { MiB } from '@ebb/machine';
+import { MiB, PAGE_SIZE } from '@ebb/machine';
 import {
   START_ABSENT,
   START_FILE,
@@ -33,6 +33,9 @@ const KPF_RESERVED_HIGH = 1;
 /** Bit 21 (KSM) is set on every anonymous page of the captures and means nothing. */
 const KPF_USED = ~(1 << 21);
 
+/** Guests come in steps of 64 MiB. */
+const ROUND_PAGES: number = (64 * MiB) / PAGE_SIZE;
+
 function readMaybeGz(path: string): Buffer {
   try {
     const bytes = readFileSync(path);
@@ -48,6 +51,15 @@ function findFile(folder: string, name: string): string | undefined {
   return undefined;
 }
 
+/** What a folder holds, for a message; nothing if it cannot be read. */
+function foundIn(folder: string): string {
+  try {
+    return ` (found: ${readdirSync(folder).slice(0, 5).join(', ')})`;
+  } catch (error) {
+    return `: ${(error as Error).message.split('\n')[0]}`;
+  }
+}
+
 /** Reads a capture from a folder or from the trace file inside one (or alone). */
 export function readCapture(path: string): Trace {
   if (!existsSync(path))
@@ -55,17 +67,14 @@ export function readCapture(path: string): Trace {
   const isFolder = statSync(path).isDirectory();
   const folder = isFolder ? path : dirname(path);
   const file = isFolder ? (findFile(path, 'trace.txt') ?? findFile(path, 'trace')) : path;
-  if (file === undefined)
-    throw new UserError(
-      `${path}: has no trace.txt or trace.txt.gz (found: ${readdirSync(path).slice(0, 5).join(', ')})`,
-    );
+  if (file === undefined) throw new UserError(`${path}: has no trace.txt or trace.txt.gz${foundIn(path)}`);
   const imported = importTraceText(readMaybeGz(file).toString('latin1'), file);
-  const base = basename(isFolder ? path : file).replace(/(\.txt)?(\.gz)?$/, '');
-  const name = isFolder ? base : base === 'trace' ? basename(folder) : base;
+  const base = basename(resolve(isFolder ? path : file)).replace(/(\.txt)?(\.gz)?$/, '');
+  const name = isFolder ? base : base === 'trace' ? basename(resolve(folder)) : base;
   const flags = imported.windowed ? findFile(folder, 'start.kpageflags') : undefined;
   const start = flags === undefined ? undefined : readStart(folder, flags, imported);
   // Pages beyond the start state (hot-plugged later) have no place of their own; events on them are counted as unknown.
-  const maxPfn = start?.pages.length ?? imported.maxPfn;
+  const maxPfn = start?.pages.length ?? Math.ceil(imported.maxPfn / ROUND_PAGES) * ROUND_PAGES;
   const end = imported.windowed && start !== undefined ? readEnd(folder) : undefined;
   const e820 = readE820(folder, maxPfn);
   return {
@@ -73,7 +82,7 @@ export function readCapture(path: string): Trace {
     hash: imported.hash,
     nrCpus: imported.nrCpus,
     maxPfn,
-    guestMemoryBytes: Math.ceil((maxPfn * 4096) / (64 * MiB)) * 64 * MiB,
+    guestMemoryBytes: Math.ceil(maxPfn / ROUND_PAGES) * ROUND_PAGES * PAGE_SIZE,
     e820,
     events: imported.events,
     ...(start === undefined ? {} : { start }),
@@ -90,6 +99,12 @@ function readStart(folder: string, path: string, imported: ImportedEvents): Trac
     throw new UserError(`${path}: ${raw.length} bytes are not whole 64-bit entries; is it truncated?`);
   const maxPfnFile = findFile(folder, 'max_pfn');
   const told = maxPfnFile === undefined ? 0 : Number(readMaybeGz(maxPfnFile).toString('latin1').trim());
+  if (maxPfnFile !== undefined && !(Number.isSafeInteger(told) && told > 0))
+    throw new UserError(`${maxPfnFile}: holds no page number`);
+  if (raw.length === 0 || told > raw.length / 8)
+    throw new UserError(
+      `${path}: has ${raw.length / 8} entries, of ${told > 0 ? told : 'some'}; is it truncated?`,
+    );
   const words = new Uint32Array(raw.buffer.slice(raw.byteOffset, raw.byteOffset + raw.length));
   const nr = told > 0 ? Math.min(told, words.length / 2) : words.length / 2;
   const pages = new Uint8Array(nr);
@@ -131,9 +146,7 @@ function pageblockTypes(folder: string, pages: Uint8Array): Uint8Array {
   const info = findFile(folder, 'start.pagetypeinfo');
   if (info === undefined) return types;
   const zones = zoneBlocks(folder, nr);
-  for (const match of readMaybeGz(info)
-    .toString('latin1')
-    .matchAll(/^Node\s+(\d+), zone\s+(\w+)((?:\s+\d+){3,})\s*$/gm)) {
+  for (const match of rowsOf(info, /^Node\s+(\d+), zone\s+(\w+)((?:\s+\d+){3,})\s*$/gm)) {
     const counts = match[3].trim().split(/\s+/).map(Number);
     const [from, to] = zones(Number(match[1]), match[2]);
     const blocks = Array.from({ length: Math.min(to, nr) - from }, (_, i) => from + i).toSorted(
@@ -170,25 +183,27 @@ function zoneBlocks(folder: string, nr: number): (node: number, zone: string) =>
   return (node, zone) => found.get(`${node} ${zone}`) ?? x86[zone] ?? [0, 0];
 }
 
+/** The rows of a file of /proc that match; a file without any is none of them. */
+function rowsOf(file: string, row: RegExp): RegExpExecArray[] {
+  const rows = [...readMaybeGz(file).toString('latin1').matchAll(row)];
+  if (rows.length === 0) throw new UserError(`${file}: has no such lines as it should; is it truncated?`);
+  return rows;
+}
+
 function readEnd(folder: string): TraceEnd | undefined {
   const buddy = findFile(folder, 'end.buddyinfo');
   const zone = findFile(folder, 'end.zoneinfo');
   if (buddy === undefined || zone === undefined) return undefined;
   const freeByOrder = new Array<number>(11).fill(0);
-  for (const match of readMaybeGz(buddy)
-    .toString('latin1')
-    .matchAll(/^Node\s+\d+, zone\s+\w+((?:\s+\d+)+)\s*$/gm)) {
+  for (const match of rowsOf(buddy, /^Node\s+\d+, zone\s+\w+((?:\s+\d+)+)\s*$/gm)) {
     match[1]
       .trim()
       .split(/\s+/)
       .forEach((n, order) => (freeByOrder[order] += Number(n)));
   }
-  const text = readMaybeGz(zone).toString('latin1');
-  const pcpPages = [...text.matchAll(/^\s+count:\s+(\d+)$/gm)].reduce((sum, m) => sum + Number(m[1]), 0);
-  const pageCachePages = [...text.matchAll(/^\s+nr_file_pages\s+(\d+)$/gm)].reduce(
-    (sum, m) => sum + Number(m[1]),
-    0,
-  );
+  const sum = (row: RegExp): number => rowsOf(zone, row).reduce((total, m) => total + Number(m[1]), 0);
+  const pcpPages = sum(/^\s+count:\s+(\d+)$/gm);
+  const pageCachePages = sum(/^\s+nr_file_pages\s+(\d+)$/gm);
   return {
     freeByOrder,
     freePages: freeByOrder.reduce((sum, n, order) => sum + n * 2 ** order, 0),
@@ -197,7 +212,7 @@ function readEnd(folder: string): TraceEnd | undefined {
   };
 }
 
-/** The usable ranges of the capture's e820 map; one range from 0 without a dmesg. */
+/** The usable ranges of the capture's e820 map; all but the hole at 640 KiB without a dmesg. */
 function readE820(folder: string, maxPfn: number): { start: number; end: number }[] {
   const dmesg = findFile(folder, 'dmesg.txt');
   const ranges: { start: number; end: number }[] = [];
@@ -210,5 +225,9 @@ function readE820(folder: string, maxPfn: number): { start: number; end: number 
       if (start < end) ranges.push({ start, end });
     }
   }
-  return ranges.length > 0 ? ranges : [{ start: 0, end: maxPfn }];
+  if (ranges.length > 0) return ranges;
+  return [
+    { start: 0, end: VGA_HOLE_START },
+    { start: VGA_HOLE_END, end: maxPfn },
+  ];
 }

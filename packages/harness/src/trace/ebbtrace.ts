@@ -54,7 +54,10 @@ export function encodeTrace(trace: Trace): Buffer {
     parts.push(planes(column));
   }
   if (start !== undefined) parts.push(start.pages, start.pageblocks);
-  return zstdCompressSync(Buffer.concat(parts), { params: { [constants.ZSTD_c_compressionLevel]: 19 } });
+  return zstdCompressSync(Buffer.concat(parts), {
+    // With a checksum, so that a damaged file is told from a sound one.
+    params: { [constants.ZSTD_c_compressionLevel]: 19, [constants.ZSTD_c_checksumFlag]: 1 },
+  });
 }
 
 /** Byte planes: all low bytes, then the next …; they compress far better than the numbers themselves. */

@@ -97,8 +97,8 @@ describe('a bad trace is one line with its number and text', () => {
     ['no events at all', '# tracer: nop\n', /no page events/],
     [
       'a capture cut off before its end mark',
-      `${line('tracing_mark_write: SNAP_start_END')}\n${line(alloc)}\n# SNAP_end_END`,
-      /ends before SNAP_end_END/,
+      `${line('tracing_mark_write: SNAP_start_END')}\n${line(alloc)}\n`,
+      /line 2: ends before SNAP_end_END; is it truncated\? Its last line: '.*mm_page_alloc/,
     ],
   ])('%s', (_what, text, message) => {
     expect(() => importTraceText(text, 't')).toThrow(UserError);
@@ -149,6 +149,24 @@ describe('.ebbtrace', () => {
       /x.ebbtrace: (not an .ebbtrace file|truncated)/,
     );
     expect(() => decodeTrace(new Uint8Array(10), 'y')).toThrow(UserError);
+    // A bit that is wrong is found, or means nothing.
+    const sound = decodeTrace(bytes, 'z');
+    const readOrWhy = (damaged: Uint8Array): unknown => {
+      try {
+        return decodeTrace(damaged, 'z');
+      } catch (error) {
+        return (error as Error).message;
+      }
+    };
+    let found = 0;
+    for (let at = 8; at < bytes.length; at++) {
+      const flipped = Uint8Array.from(bytes);
+      flipped[at] ^= 1 << (at % 8);
+      const read = readOrWhy(flipped);
+      if (typeof read === 'string') found += read.startsWith('z: not an .ebbtrace file, or damaged') ? 1 : 0;
+      else expect(read).toEqual(sound);
+    }
+    expect(found).toBeGreaterThan(bytes.length / 2);
   });
 });
 

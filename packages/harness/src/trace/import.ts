@@ -104,8 +104,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
   let lineNumber = 0;
   let windowed = false;
   let ended = false;
-  const hasStart = text.includes('SNAP_start_END');
-  const hasEnd = text.includes('SNAP_end_END');
+  let lastLine = '';
   const fail = (line: string, why: string): never => {
     throw new UserError(
       `${source}: line ${lineNumber}: ${why}: '${line.length > 120 ? `${line.slice(0, 120)}…` : line}'`,
@@ -113,12 +112,12 @@ export function importTraceText(text: string, source: string): ImportedEvents {
   };
   for (let at = 0; at < text.length && !ended; ) {
     let eol = text.indexOf('\n', at);
-    const truncated = eol < 0;
-    if (truncated) eol = text.length;
+    if (eol < 0) eol = text.length;
     const line = text.slice(at, eol).trimEnd();
     at = eol + 1;
     lineNumber++;
     if (line === '' || line.startsWith('#') || line.startsWith('cpus=')) continue;
+    lastLine = line;
     const match = LINE.exec(line);
     if (match === null) return fail(line, 'not a trace line');
     const cpu = Number(match[1]);
@@ -225,8 +224,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         skipped[event] = (skipped[event] ?? 0) + 1;
     }
   }
-  if (hasStart && hasEnd && !ended)
-    throw new UserError(`${source}: ends before SNAP_end_END; is it truncated?`);
+  if (windowed && !ended) fail(lastLine, 'ends before SNAP_end_END; is it truncated? Its last line');
   const events = columns.freeze();
   if (events.count === 0)
     throw new UserError(`${source}: no page events in it; capture kmem:mm_page_alloc and kmem:mm_page_free`);
