@@ -131,7 +131,7 @@ export class GuestKernel {
     }
     alloc.pressure = {
       wakeKswapd: (zone, highest) => reclaim.wakeKswapd(zone, highest),
-      reclaim: (node) => reclaim.direct(node),
+      reclaim: (node) => reclaim.direct(node) + balloon.shrinkHinted(),
       outOfMemory: () => {
         let freed = balloon.oomNotify();
         for (const driver of mem) freed += driver.oomNotify();

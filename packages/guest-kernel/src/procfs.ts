@@ -1,15 +1,17 @@
 /**
  * `/proc` of a guest, read from its arena by anyone: buddyinfo, pagetypeinfo, zoneinfo, meminfo and vmstat in Linux
- * 6.12's formats. Fields that this kernel has no counterpart for are left out, never invented.
+ * 6.12's formats. Fields that this kernel has no counterpart for are left out. What it counts and Linux does not is in
+ * vmstat as well, with `ebb_` before it.
  */
 import type { Arena } from './arena.ts';
 import { zoneBases } from './boot.ts';
-import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK, LRU_BASE, LRU_WORDS, T_BALLOON } from './layout.ts';
-import { EVENT_NAMES, eventSum } from './mm/events.ts';
+import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK, LRU_BASE, LRU_WORDS } from './layout.ts';
+import { EVENT_NAMES, eventSum, type EventName } from './mm/events.ts';
 import { L_ACTIVE, L_INACTIVE } from './mm/lru.ts';
 import { PerCpuPages } from './mm/per-cpu-pages.ts';
 import { P_NEXT } from './mm/page.ts';
 import {
+  availablePages,
   listAt,
   MAX_ORDER,
   MIGRATE_NAMES,
@@ -95,7 +97,8 @@ export function zoneinfo(arena: Arena, nrCpus: number): string {
         `        spanned  ${w[z + Z_END] - w[z + Z_START]}`,
         `        present  ${w[z + Z_PRESENT]}`,
         `        managed  ${w[z + Z_MANAGED]}`,
-        `        protection: (${[0, 1, 2, 3].map((t) => w[z + Z_RESERVE + t]).join(', ')})`,
+        // The zone of device memory, which this kernel has not, is the fifth; nothing of it adds to Movable's.
+        `        protection: (${[0, 1, 2, 3, 3].map((t) => w[z + Z_RESERVE + t]).join(', ')})`,
         '  pagesets',
       ];
       for (let cpu = 0; cpu < nrCpus; cpu++) {
@@ -146,17 +149,39 @@ export function meminfo(arena: Arena): string {
   const rows: [string, number][] = [
     ['MemTotal', sumZones(arena, Z_MANAGED)],
     ['MemFree', sumZones(arena, Z_FREE)],
+    ['MemAvailable', availablePages(w, zoneBases(w))],
     ['Cached', w[H_NR_FILE_PAGES]],
     ['Active(file)', lruPages(arena, L_ACTIVE)],
     ['Inactive(file)', lruPages(arena, L_INACTIVE)],
     ['Dirty', w[H_NR_DIRTY]],
     ['Writeback', w[H_NR_WRITEBACK]],
-    ['Balloon', w[T_BALLOON + 3]],
   ];
   return rows
     .map(([name, pages]) => `${`${name}:`.padEnd(15)} ${String(pages * 4).padStart(8)} kB\n`)
     .join('');
 }
+
+/** Of our events those that Linux counts under the same name, and what one of ours is there: pages of I/O are KiB. */
+const LINUX_EVENTS: Partial<Record<EventName, number>> = {
+  pgpgin: 4,
+  pgpgout: 4,
+  pgfree: 1,
+  pgactivate: 1,
+  pgdeactivate: 1,
+  pgfault: 1,
+  pgsteal_kswapd: 1,
+  pgsteal_direct: 1,
+  pgscan_kswapd: 1,
+  pgscan_direct: 1,
+  pageoutrun: 1,
+  oom_kill: 1,
+  numa_miss: 1,
+  pgmigrate_success: 1,
+  pgmigrate_fail: 1,
+  balloon_inflate: 1,
+  balloon_deflate: 1,
+  balloon_migrate: 1,
+};
 
 export function vmstat(arena: Arena): string {
   const rows: [string, number][] = [
@@ -166,7 +191,11 @@ export function vmstat(arena: Arena): string {
     ['nr_file_pages', arena.w[H_NR_FILE_PAGES]],
     ['nr_dirty', arena.w[H_NR_DIRTY]],
     ['nr_writeback', arena.w[H_NR_WRITEBACK]],
-    ...EVENT_NAMES.map((name): [string, number] => [name, eventSum(arena, name)]),
+    ...EVENT_NAMES.map((name): [string, number] => {
+      const unit = LINUX_EVENTS[name];
+      const sum = eventSum(arena, name);
+      return unit === undefined ? [`ebb_${name}`, sum] : [name, sum * unit];
+    }),
   ];
   return rows.map(([name, value]) => `${name} ${value}\n`).join('');
 }

@@ -13,6 +13,7 @@ import {
 } from '@ebb/virtio/uapi';
 import { SHADOW_ALLOCATED, SHADOW_BALLOON, SHADOW_BUDDY, SHADOW_ISOLATED, SHADOW_PCP } from '../mm/page.ts';
 import { H_BALLOON_MUTEX } from '../layout.ts';
+import { EV, eventRow } from '../mm/events.ts';
 import { Z_MANAGED, ZONE_DMA } from '../mm/zone.ts';
 import { freePages, meminfo, pcpPages } from '../procfs.ts';
 import type { TestGuest } from '../testing-guest.ts';
@@ -203,8 +204,14 @@ describe('statistics', () => {
     expect(device.of(2).length).toBe(1);
   });
   test('Upon detecting that the device has used it, the driver MUST make one available again, initialized, with the same subset', () => {
-    const { device, run } = bring([VIRTIO_BALLOON_F_STATS_VQ]);
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_STATS_VQ]);
     run(1);
+    const { w } = guest.arena;
+    w[eventRow(0) + EV.pgfault] = 7;
+    w[eventRow(0) + EV.pgscan_kswapd] = 1;
+    w[eventRow(0) + EV.pgscan_direct] = 2;
+    w[eventRow(0) + EV.pgsteal_kswapd] = 3;
+    w[eventRow(0) + EV.pgsteal_direct] = 4;
     device.returnStats();
     run(1);
     const [a, b] = device.of(2).map((s) => {
@@ -215,6 +222,10 @@ describe('statistics', () => {
     });
     expect(device.of(2).length).toBe(2);
     expect(b).toEqual(a);
+    // As `update_balloon_stats` has them: memory, scanned or reclaimed pages too, in bytes.
+    const value = (tag: number): number =>
+      new DataView(device.of(2)[1].readable.buffer).getUint32(tag * BALLOON_STAT_BYTES + 2, true);
+    expect([3, 12, 13, 14, 15].map(value)).toEqual([7, 1 * 4096, 2 * 4096, 3 * 4096, 4 * 4096]);
     // The specification's "multiple of 6" is its known defect: an entry is le16 + le64, 10 bytes.
     expect(a).toEqual(Array.from({ length: 16 }, (_, tag) => tag));
   });
@@ -244,6 +255,63 @@ describe('free page hinting', () => {
     device.host?.configChanged();
     run(1);
     expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
+  });
+  test('what is held for a round is had by who needs memory (`shrink_free_pages`)', () => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
+    const pages = freePages(guest.arena) + pcpPages(guest.arena, 2);
+    device.config[2] = 0x80000000 | 0;
+    device.host?.configChanged();
+    run(1);
+    const [kernel] = guest.kernels;
+    kernel.enter();
+    let got = 0;
+    while (kernel.parts.alloc.alloc(0, 0, 2) >= 0) got++;
+    kernel.leave();
+    expect(got).toBeGreaterThan(pages * 0.9);
+    expect(guest.log.total).toBe(0);
+  });
+  test('another command id ends the round; the pages it hinted stay the driver’s until the new one is done', () => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
+    const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
+    device.config[2] = 0x80000000 | 0;
+    device.host?.configChanged();
+    // While the first command is answered the host wants another round.
+    device.meanwhile = () => {
+      device.config[2] = 0x80000001 | 0;
+      device.host?.configChanged();
+    };
+    run(1);
+    const ids = device.of(2).filter((s) => s.readable.length > 0);
+    expect(ids.map((s) => new Uint32Array(s.readable.buffer)[0])).toEqual([0x80000000, 0, 0x80000001, 0]);
+    expect(device.of(2).findIndex((s) => s.ranges.length > 0)).toBeGreaterThan(2);
+    device.config[2] = 1;
+    device.host?.configChanged();
+    run(1);
+    expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
+  });
+});
+
+describe('unbinding', () => {
+  test('everything is deflated, then `actual` is written as 0 once, then the device is reset; bound again it fills again', () => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_MUST_TELL_HOST]);
+    const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
+    target(device, 1000);
+    run(1);
+    const [kernel] = guest.kernels;
+    device.writes.length = 0;
+    kernel.enter();
+    kernel.parts.balloon.remove();
+    kernel.leave();
+    const deflated = device.of(1).map((s) => s.readable.length / 4);
+    expect([deflated.reduce((a, b) => a + b, 0), Math.max(...deflated)]).toEqual([1000, 256]);
+    expect(device.writes.map(({ offset, value }) => [offset, value])).toEqual([[4, 0]]);
+    expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
+    expect([kernel.parts.balloon.ready, guest.log.total]).toEqual([false, 0]);
+    kernel.enter();
+    expect(kernel.parts.balloon.reload()).toBe(true);
+    kernel.leave();
+    run(1);
+    expect(kernel.parts.balloon.nrPages).toBe(1000);
   });
 });
 

@@ -44,7 +44,7 @@ import {
   shadowMove,
 } from '../mm/page.ts';
 import { GFP_NOWAIT, GFP_NO_KSWAPD, GFP_NORETRY, type PageAllocator } from '../mm/page-alloc.ts';
-import { MIGRATE_MOVABLE, Z_FREE, Z_LOW, Z_MANAGED } from '../mm/zone.ts';
+import { availablePages, MIGRATE_MOVABLE, Z_FREE, Z_MANAGED } from '../mm/zone.ts';
 import {
   LINE_BALLOON,
   PAGE_REPORTING_CAPACITY,
@@ -208,6 +208,38 @@ export class BalloonDriver {
 
   get ready(): boolean {
     return Atomics.load(this.#w, T_BALLOON + V_READY) !== 0;
+  }
+
+  /**
+   * The driver is unbound (`virtballoon_remove`): the balloon is emptied, the device told so once, hinted pages are released
+   * and the device is reset. On vCPU 0. With the mutex: who waits for an answer has it first.
+   */
+  remove(): void {
+    const w = this.#w;
+    if (!this.ready) return;
+    spinLock(w, H_BALLOON_MUTEX, this.#vcpu.id, this.#relax);
+    Atomics.store(w, T_BALLOON + V_READY, 0);
+    while (w[T_BALLOON + V_NR_PAGES] > 0) this.#leak(VIRTIO_BALLOON_ARRAY_PFNS_MAX);
+    this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, 0);
+    this.#releaseHinted();
+    this.#guest.driver.reset();
+    spinUnlock(w, H_BALLOON_MUTEX);
+  }
+
+  /** The driver is bound again, with the pages it had. On vCPU 0. */
+  reload(): boolean {
+    if (this.ready) return false;
+    const w = this.#w;
+    w[T_BALLOON + V_HINT_SEEN] = 0;
+    this.#features = null;
+    this.#queues.length = 0;
+    const rings = Array.from({ length: 15 }, (_, i) => w[T_BALLOON + V_RINGS + i]);
+    return this.probe([
+      ...rings,
+      w[T_BALLOON + V_PFN_PAGE],
+      w[T_BALLOON + V_STATS_PAGE],
+      w[T_BALLOON + V_HINT_PAGE],
+    ]);
   }
 
   get features(): Features {
@@ -431,6 +463,20 @@ export class BalloonDriver {
     return freed;
   }
 
+  /**
+   * The shrinker of FREE_PAGE_HINT: one hinted block goes back to who needs memory (`shrink_free_pages`); pages freed. Any
+   * vCPU. The host may have been told that it is free: what is written there is dirty again.
+   */
+  shrinkHinted(): number {
+    const w = this.#w;
+    if (!this.ready || w[T_BALLOON + V_HINT_LIST] < 0) return 0;
+    if (Atomics.load(w, H_BALLOON_MUTEX) === this.#vcpu.id + 1) return 0;
+    spinLock(w, H_BALLOON_MUTEX, this.#vcpu.id, this.#relax);
+    const freed = this.#releaseBlock();
+    spinUnlock(w, H_BALLOON_MUTEX);
+    return freed;
+  }
+
   // ── Statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
   /** Writes the 16 tags of Linux 6.12 into the stats page and hands it to the device. */
@@ -450,32 +496,33 @@ export class BalloonDriver {
     this.#guest.submit(queue, this.deviceQueue(Q_STATS));
   }
 
-  /** Values by tag. Swap and huge-page tags are 0: this kernel has neither. */
+  /**
+   * Values by tag, memory in bytes. Swap and huge-page tags are 0: this kernel has neither. So is the one of major faults: no
+   * process maps a file.
+   */
   #statValues(): number[] {
     const w = this.#w;
     const free = this.#zones.reduce((sum, z) => sum + w[z + Z_FREE], 0);
-    const low = this.#zones.reduce((sum, z) => sum + w[z + Z_LOW], 0);
     const total = this.#zones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
     const file = w[H_NR_FILE_PAGES];
-    const available = Math.max(0, free - low + file - Math.min(file >> 1, low));
     const event = (name: (typeof EVENT_NAMES)[number]): number => eventSum(this.#arena, name);
     return [
       0,
       0,
-      event('pgpgin'),
-      event('pgalloc'),
+      0,
+      event('pgfault'),
       free * 4096,
       total * 4096,
-      available * 4096,
+      availablePages(w, this.#zones) * 4096,
       file * 4096,
       0,
       0,
       event('oom_kill'),
       event('allocstall'),
-      event('pgscan_kswapd'),
-      event('pgscan_direct'),
-      event('pgsteal_kswapd'),
-      event('pgsteal_direct'),
+      event('pgscan_kswapd') * 4096,
+      event('pgscan_direct') * 4096,
+      event('pgsteal_kswapd') * 4096,
+      event('pgsteal_direct') * 4096,
     ];
   }
 
@@ -483,7 +530,8 @@ export class BalloonDriver {
 
   /**
    * Follows the host's command id: a new one starts a round, DONE releases the pages held, STOP likewise. Hinted pages
-   * are allocated 4 MiB blocks, kept until the round is over, so that their hint stays true.
+   * are allocated 4 MiB blocks, kept until the round is over or somebody needs them. A round ends early when the host's id
+   * is another: the config interrupt that told of it brings us back here.
    */
   #hintRound(): void {
     const w = this.#w;
@@ -498,7 +546,7 @@ export class BalloonDriver {
     }
     this.#sendCommand(queue, id);
     const index = this.deviceQueue(Q_HINT);
-    for (;;) {
+    while ((this.#guest.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID) | 0) === id) {
       const pfn = this.#alloc.alloc(
         HINT_ORDER,
         MIGRATE_MOVABLE,
@@ -523,11 +571,16 @@ export class BalloonDriver {
   }
 
   #releaseHinted(): void {
+    while (this.#releaseBlock() > 0);
+  }
+
+  /** Frees the hinted block taken last; pages freed. */
+  #releaseBlock(): number {
     const w = this.#w;
-    while (w[T_BALLOON + V_HINT_LIST] >= 0) {
-      const pfn = w[T_BALLOON + V_HINT_LIST];
-      w[T_BALLOON + V_HINT_LIST] = w[this.#memmap + (pfn << 4) + P_NEXT];
-      this.#alloc.free(pfn, HINT_ORDER);
-    }
+    const pfn = w[T_BALLOON + V_HINT_LIST];
+    if (pfn < 0) return 0;
+    w[T_BALLOON + V_HINT_LIST] = w[this.#memmap + (pfn << 4) + P_NEXT];
+    this.#alloc.free(pfn, HINT_ORDER);
+    return 1 << HINT_ORDER;
   }
 }

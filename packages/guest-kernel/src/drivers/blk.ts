@@ -172,6 +172,8 @@ export class BlkDriver implements BlockIo {
       ok = this.#vcpu.u8[this.#vcpu.at] === VIRTIO_BLK_S_OK && ok;
     }
     this.#guest.settle();
+    // After the interrupt is handled, it is acknowledged (§ 4.2.3.4.1).
+    this.#guest.driver.takeInterrupt();
     return ok;
   }
 }

@@ -6,7 +6,7 @@
  * min in proportion to managed pages; low = min + max(min/4, managed · 10/10000); high = low + the same step.
  */
 
-import { H_THP } from '../layout.ts';
+import { H_NR_FILE_PAGES, H_THP } from '../layout.ts';
 
 export const ZONE_DMA = 0;
 export const ZONE_DMA32 = 1;
@@ -107,6 +107,22 @@ export function minFreePages(managed: number, nrZones: number, thp: boolean): nu
   if (!thp) return min;
   const recommended = Math.min(PAGEBLOCK_PAGES * nrZones * 11, Math.floor(managed / 20));
   return Math.max(min, recommended);
+}
+
+/**
+ * Pages that could be had without swapping (`si_mem_available`): what is free beyond the reserves, and page cache down to
+ * half of it or the low watermarks, whichever leaves more of it.
+ */
+export function availablePages(w: Int32Array, bases: readonly number[]): number {
+  let available = 0;
+  let low = 0;
+  for (const z of bases) {
+    const reserve = Math.max(...[0, 1, 2, 3].map((type) => w[z + Z_RESERVE + type]));
+    available += w[z + Z_FREE] - Math.min(w[z + Z_MANAGED], reserve + w[z + Z_HIGH]);
+    low += w[z + Z_LOW];
+  }
+  const cached = w[H_NR_FILE_PAGES];
+  return Math.max(0, available + cached - Math.min(cached >> 1, low));
 }
 
 /** Batch of a zone's per-CPU lists (`zone_batchsize`): about a thousandth of the zone, 2ⁿ − 1. */
