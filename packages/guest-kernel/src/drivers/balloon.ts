@@ -456,10 +456,14 @@ export class BalloonDriver {
     if (!this.ready || !this.features.has(VIRTIO_BALLOON_F_DEFLATE_ON_OOM) || this.nrPages === 0) return 0;
     if (Atomics.load(this.#w, H_BALLOON_MUTEX) === this.#vcpu.id + 1) return 0;
     spinLock(this.#w, H_BALLOON_MUTEX, this.#vcpu.id, this.#relax);
-    const freed = this.#leak(VIRTIO_BALLOON_ARRAY_PFNS_MAX);
-    this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, this.#w[T_BALLOON + V_NR_PAGES]);
+    // It may have been unbound while we waited for the mutex.
+    let freed = 0;
+    if (this.ready) {
+      freed = this.#leak(VIRTIO_BALLOON_ARRAY_PFNS_MAX);
+      this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, this.#w[T_BALLOON + V_NR_PAGES]);
+      this.#w[this.#events + EV.oom_notifier]++;
+    }
     spinUnlock(this.#w, H_BALLOON_MUTEX);
-    this.#w[this.#events + EV.oom_notifier]++;
     return freed;
   }
 

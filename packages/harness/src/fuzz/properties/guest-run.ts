@@ -1,6 +1,6 @@
 /** One vCPU of a guest property: its operations on a real guest kernel, and what it expects of each. */
 import { GuestKernel, PerCpuPages, Z_FREE } from '@ebb/guest-kernel';
-import { combinedReaches, gfn, NS_PER_MS, NS_PER_S, VmKilled } from '@ebb/machine';
+import { assert, combinedReaches, gfn, NS_PER_MS, NS_PER_S, VmKilled } from '@ebb/machine';
 import { allocatedPages } from '../guest-audit.ts';
 import type { VcpuLab } from '../vcpu-lab.ts';
 import type { Op } from '../property.ts';
@@ -127,6 +127,9 @@ class GuestRun {
       case 'drain':
         this.#kernel.parts.pcp.drainAll(this.#kernel.config.nrCpus);
         break;
+      case 'rebind':
+        this.#rebind();
+        break;
       case 'slice':
         this.#kernel.leave();
         // Away for a while, so that others may ask for something meanwhile.
@@ -235,6 +238,14 @@ class GuestRun {
     this.#kernel.parts.processes.discard(id, vpn);
     values.delete(vpn);
     unknown.delete(vpn);
+  }
+
+  /** The balloon's driver is unbound and bound again, on vCPU 0, while the other CPU goes on. */
+  #rebind(): void {
+    const { balloon } = this.#kernel.parts;
+    if (this.#kernel.vcpu.id !== 0 || !balloon.ready) return;
+    balloon.remove();
+    assert(balloon.reload(), 'a device that was there is there again');
   }
 
   /** A process, or a copy of one, with a store of the parent before and after and a look from the child, as `b` says. */

@@ -99,7 +99,7 @@ export const balloon: Property = guestProperty(
     ],
     disk: false,
     reportingOrder: 9,
-    cpu: MEMORY_OPS,
+    cpu: [...MEMORY_OPS, 'rebind'],
     host: ['target', 'target', 'stats', 'hint', 'interrupt'],
   },
 );
