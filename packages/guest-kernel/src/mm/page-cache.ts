@@ -417,7 +417,7 @@ export class PageCache {
     w[H_NR_WRITEBACK] -= n;
     this.#unlock();
     w[this.#events + EV.pgpgout] += n;
-    w[this.#events + EV.writeback_pages] += n;
+    if (ok) w[this.#events + EV.writeback_pages] += n;
     return ok ? n : 0;
   }
 }

@@ -113,13 +113,15 @@ export class Reclaim {
     const balanced = (): boolean => zones.some((z) => watermarkOk(w, z, 0, w[z + Z_HIGH], highest));
     for (const z of zones) Atomics.or(w, z + Z_FLAGS, ZF_RECLAIM_ACTIVE);
     let idle = 0;
+    let reclaimed = 0;
     while (!balanced() && idle < 3) {
       const freed = this.#shrink(node, CLUSTER, EV.pgscan_kswapd, EV.pgsteal_kswapd);
+      reclaimed += freed;
       idle = freed === 0 ? idle + 1 : 0;
       this.#vcpu.beginSection();
     }
-    // Any CPU's direct reclaim clears the count.
-    if (idle >= 3) Atomics.add(w, at + K_FAILURES, 1);
+    // A run that freed nothing at all is a failure. Any CPU's direct reclaim clears the count.
+    if (idle >= 3 && reclaimed === 0) Atomics.add(w, at + K_FAILURES, 1);
     else Atomics.store(w, at + K_FAILURES, 0);
     for (const z of zones) Atomics.and(w, z + Z_FLAGS, ~ZF_RECLAIM_ACTIVE);
   }

@@ -162,3 +162,40 @@ describe('what a device may not do with a buffer', () => {
     expect([chain?.gpas[0], chain?.writableBytes]).toEqual([0x20000, 16]);
   });
 });
+
+test('an indirect table lies anywhere: only the ring itself has an alignment (§ 2.7)', () => {
+  for (const table of [0x20008, 0x20ff8, 0x20002, 0x20fff]) {
+    const r = rig();
+    const raw = new RawRing(r.memory, QUEUE_SIZE, RINGS);
+    const bytes = new Uint8Array(32);
+    const view = new DataView(bytes.buffer);
+    [
+      [0x30000, 16, VIRTQ_DESC_F_NEXT, 1],
+      [0x31000, 64, VIRTQ_DESC_F_WRITE, 0],
+    ].forEach(([gpa, length, flags, next], i) => {
+      view.setBigUint64(16 * i, BigInt(gpa), true);
+      view.setUint32(16 * i + 8, length, true);
+      view.setUint16(16 * i + 12, flags, true);
+      view.setUint16(16 * i + 14, next, true);
+    });
+    bytes.forEach((byte, i) => {
+      r.memory.window(table + i, 1, true);
+      r.memory.u8[r.memory.at] = byte;
+    });
+    raw.desc(0, table, 32, VIRTQ_DESC_F_INDIRECT);
+    raw.avail(0);
+    const chain = r.device.queue?.pop();
+    expect([chain?.segments, chain?.readableBytes, chain?.writableBytes, r.device.queue?.error]).toEqual([
+      2,
+      16,
+      64,
+      null,
+    ]);
+  }
+  // Its second half is no RAM.
+  const r = rig();
+  const raw = new RawRing(r.memory, QUEUE_SIZE, RINGS);
+  raw.desc(0, r.memory.u8.length - 8, 16, VIRTQ_DESC_F_INDIRECT);
+  raw.avail(0);
+  expect([r.device.queue?.pop(), r.device.queue?.error?.kind]).toEqual([null, 'ring-not-in-ram']);
+});

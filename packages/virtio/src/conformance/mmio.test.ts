@@ -62,6 +62,14 @@ describe('device', () => {
     expect(r.device.resets).toBeGreaterThan(0);
   });
 
+  test('a queue that was taken away from a live device is away until the reset: it does not read as ready', () => {
+    const r = rig();
+    r.transport.write(MMIO_QUEUE_SEL, 4, 0);
+    r.transport.write(MMIO_QUEUE_READY, 4, 0);
+    r.transport.write(MMIO_QUEUE_READY, 4, 1);
+    expect(r.transport.read(MMIO_QUEUE_READY, 4)).toBe(0);
+  });
+
   test('The device MUST change ConfigGeneration if there is any risk of a driver seeing an inconsistent configuration state', () => {
     const r = rig();
     const before = r.transport.read(MMIO_CONFIG_GENERATION, 4);

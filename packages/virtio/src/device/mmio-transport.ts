@@ -270,7 +270,10 @@ export class MmioTransport implements DeviceHost {
     }
   }
 
-  /** A queue becomes ready only with a legal size and aligned rings (§ 2.7: 16, 2 and 4). */
+  /**
+   * A queue becomes ready only with a legal size and aligned rings (§ 2.7: 16, 2 and 4), and before DRIVER_OK (§ 3.1.1): one
+   * that was taken away from a live device stays away until the reset.
+   */
   #setReady(queue: QueueRegisters, ready: boolean): void {
     if (!ready) {
       queue.ready = false;
@@ -279,6 +282,7 @@ export class MmioTransport implements DeviceHost {
     }
     const max = this.device.queueMax[this.#queueSel] ?? 0;
     if (
+      (this.#status & STATUS_DRIVER_OK) !== 0 ||
       !SplitDeviceQueue.validSize(queue.size, max) ||
       queue.desc[0] % 16 !== 0 ||
       queue.driver[0] % 2 !== 0 ||

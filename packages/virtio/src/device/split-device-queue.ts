@@ -67,6 +67,8 @@ export class SplitDeviceQueue {
   readonly #indirect: boolean;
   readonly #onLeaseBroken: (gpa: number) => void;
   readonly #spare: DescriptorChain[] = [];
+  /** The one descriptor that no window of the guest's memory shows as words. */
+  readonly #descriptor: Int32Array = new Int32Array(DESC_BYTES / 4);
   #lastAvail = 0;
   /** The driver's index as last acquired: entries up to it are taken without another atomic load. */
   #availSeen = 0;
@@ -170,12 +172,19 @@ export class SplitDeviceQueue {
         const offset = pageOffset(at);
         const whole = ((PAGE_SIZE - offset) / DESC_BYTES) | 0;
         const covered = whole < limit - index ? whole : limit - index;
-        if (covered < 1 || (offset & 3) !== 0 || !memory.window(at, covered * DESC_BYTES, false))
-          return { kind: 'ring-not-in-ram', gpa: at };
-        i32 = memory.i32;
-        words = memory.at >> 2;
         windowFirst = index;
-        windowEnd = index + covered;
+        if (whole < 1 || (offset & 3) !== 0) {
+          // Only the ring's own table is aligned (§ 2.7): an indirect one may have a descriptor across two pages.
+          if (!this.#copyDescriptor(at)) return { kind: 'ring-not-in-ram', gpa: at };
+          i32 = this.#descriptor;
+          words = 0;
+          windowEnd = index + 1;
+        } else {
+          if (!memory.window(at, covered * DESC_BYTES, false)) return { kind: 'ring-not-in-ram', gpa: at };
+          i32 = memory.i32;
+          words = memory.at >> 2;
+          windowEnd = index + covered;
+        }
       }
       const d = words + ((index - windowFirst) << 2);
       const low = i32[d];
@@ -229,6 +238,19 @@ export class SplitDeviceQueue {
     return null;
   }
 
+  /** Copies the descriptor at `at`, wherever it lies, into `#descriptor`. False: not RAM. */
+  #copyDescriptor(at: number): boolean {
+    const memory = this.memory;
+    const bytes = new Uint8Array(this.#descriptor.buffer);
+    for (let done = 0; done < DESC_BYTES; ) {
+      const n = Math.min(DESC_BYTES - done, PAGE_SIZE - pageOffset(at + done));
+      if (!memory.window(at + done, n, false)) return false;
+      for (let i = 0; i < n; i++) bytes[done + i] = memory.u8[memory.at + i];
+      done += n;
+    }
+    return true;
+  }
+
   /** What is wrong with an indirect descriptor, if anything (§ 2.7.5.3). */
   #badIndirect(nested: boolean, flags: number, length: number): QueueError | null {
     if (!this.#indirect) return { kind: 'indirect-not-negotiated' };
@@ -266,7 +288,8 @@ export class SplitDeviceQueue {
 
   /**
    * Takes up to `max` available buffers of one descriptor each: heads, addresses, lengths (negative when writable).
-   * Stops before the first chain that is longer; take that with `pop`. The batch path, same checks.
+   * Stops before the first chain that is longer; take that with `pop`. The batch path: indices, flags and lengths are
+   * checked here, addresses where the buffer is touched (`window`).
    */
   popSingles(heads: Int32Array, gpas: Float64Array, lengths: Int32Array, max: number): number {
     const n = Math.min(this.#available(), max);
@@ -332,7 +355,7 @@ export class SplitDeviceQueue {
     return this.#writeUsed(chain.head, written < most ? written : most);
   }
 
-  /** Returns `count` buffers of `popSingles` with one index store. */
+  /** Returns `count` buffers of `popSingles` with one index store; `written` is no more than the shortest of them holds. */
   pushSingles(heads: Int32Array, count: number, written: number): void {
     if (this.#stopped) return;
     const memory = this.memory;
@@ -340,7 +363,10 @@ export class SplitDeviceQueue {
     if (pageOffset(this.rings.device) + USED_RING + this.size * USED_ELEM_BYTES > PAGE_SIZE) {
       for (let i = 0; i < count; i++) this.#writeUsed(heads[i], written);
     } else {
-      if (!memory.window(this.rings.device, USED_RING + this.size * USED_ELEM_BYTES, true)) return;
+      if (!memory.window(this.rings.device, USED_RING + this.size * USED_ELEM_BYTES, true)) {
+        this.#fail({ kind: 'ring-not-in-ram', gpa: this.rings.device });
+        return;
+      }
       const i32 = memory.i32;
       const ring = (memory.at + USED_RING) >> 2;
       let idx = this.#usedIdx;
@@ -373,7 +399,10 @@ export class SplitDeviceQueue {
         return false;
       }
       memory.i32[memory.at >> 2] = head;
-      if (!memory.window(at + 4, 4, true)) return false;
+      if (!memory.window(at + 4, 4, true)) {
+        this.#fail({ kind: 'ring-not-in-ram', gpa: at + 4 });
+        return false;
+      }
       memory.i32[memory.at >> 2] = written;
     }
     this.#usedIdx = (this.#usedIdx + 1) & 0xffff;
@@ -383,7 +412,10 @@ export class SplitDeviceQueue {
 
   /** Publishes what was filled with one index store. Pairs with `Atomics.load` of used.idx in `SplitDriverQueue.popUsed`. */
   publish(): void {
-    if (!this.memory.window(this.rings.device + USED_IDX, 2, true)) return;
+    if (!this.memory.window(this.rings.device + USED_IDX, 2, true)) {
+      this.#fail({ kind: 'ring-not-in-ram', gpa: this.rings.device });
+      return;
+    }
     Atomics.store(this.memory.u16, this.memory.at >> 1, this.#usedIdx);
   }
 
