@@ -52,6 +52,11 @@ describe('fallocate', () => {
     expect(f.fallocate(8, 10)).toEqual({ ok: true, value: 0 });
     expect(f.assigned).toBe(10);
   });
+  test('takes a large frame only where all of it is asked for', () => {
+    const f = file(source(), 'always');
+    expect(f.fallocate(512, 100)).toEqual({ ok: true, value: 100 });
+    expect([f.assigned, f.bmap(612)]).toEqual([100, -1]);
+  });
   test('ENOSPC leaves what it has allocated, and the account exact', () => {
     const f = file(source(512 + 3));
     expect(f.fallocate(0, 10)).toEqual({ ok: false, error: 'ENOSPC' });
@@ -131,4 +136,30 @@ describe('huge-page policy', () => {
     f.assign(600, true);
     expect(f.assigned).toBe(1);
   });
+});
+
+test.each([0, 511])('a large range that has block %i already gets single frames, and keeps it', (has) => {
+  const frames = source();
+  const f = file(frames, 'always');
+  const kept = f.assign(512 + has, false);
+  f.assign(512 + 100, true);
+  expect([f.bmap(512 + has), f.assigned, frames.freed.length]).toEqual([kept, 2, 0]);
+});
+
+test.each([0, 1, 511])('no large leaf may map a range whose block %i is another frame', (odd) => {
+  const f = file(source(), 'always');
+  f.assign(512, true);
+  expect(f.isHuge(512)).toBe(true);
+  drain(f.punchHoles(Int32Array.of(512 + odd, 1), 1));
+  expect(f.isHuge(512)).toBe(false);
+  f.assign(512 + odd, false);
+  expect(f.isHuge(512)).toBe(false);
+});
+
+test('nor frames in a row that do not begin at a multiple of 2 MiB', () => {
+  const f = file(source(), 'always');
+  // One frame first, then 512 in a row behind it, one by one.
+  f.assign(0, false);
+  for (let i = 512; i < 1024; i++) f.assign(i, false);
+  expect([f.bmap(1023) - f.bmap(512), f.isHuge(512)]).toEqual([511, false]);
 });

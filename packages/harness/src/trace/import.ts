@@ -204,7 +204,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         const pfn = page();
         const freed = order();
         columns.push(timeUs - origin, OP_FREE, cpu, pfn, freed);
-        if (!firstSeen.has(pfn)) firstSeen.set(pfn, -1);
+        for (let p = pfn; p < pfn + 2 ** freed; p++) if (!firstSeen.has(p)) firstSeen.set(p, -1);
         maxPfn = Math.max(maxPfn, pfn + 2 ** freed);
         break;
       }

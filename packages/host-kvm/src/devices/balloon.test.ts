@@ -389,6 +389,39 @@ describe('on 2 MiB host pages', () => {
   });
 });
 
+test('on 2 MiB host pages a part that was taken out again is not in', () => {
+  const b = bench('a plain buffer', ALL, 512);
+  b.send(0, pfns(1024));
+  b.send(1, pfns(1024));
+  b.send(0, pfns(...Array.from({ length: 511 }, (_, i) => 1025 + i)));
+  expect(b.discarded).toEqual([]);
+  b.send(0, pfns(1024));
+  expect(b.discarded).toEqual([[1024, 512]]);
+});
+
+test('hinting: a page that is only partly in a buffer is not hinted', () => {
+  const b = bench('a plain buffer');
+  b.device.startHinting();
+  b.send(3, pfns(b.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID)));
+  b.send(3, null, [[0x400800, 0x2000]]);
+  expect([b.device.counters.hintedPages, b.device.stopHinting().has(0x401)]).toEqual([1, true]);
+});
+
+test('a reset forgets the round and the poison of the driver that was; the next, without either, is served', () => {
+  const b = bench('a plain buffer');
+  b.driver.writeConfig32(BALLOON_CFG_POISON_VAL, 0xaaaaaaaa);
+  b.device.startHinting();
+  b.driver.reset();
+  expect([b.device.hintCommandId, b.device.poisonValue]).toEqual([0, 0]);
+});
+
+test('poison_val is written only where PAGE_POISON was negotiated', () => {
+  const b = bench('a plain buffer', ALL, 1, [VIRTIO_BALLOON_F_REPORTING]);
+  b.driver.writeConfig32(BALLOON_CFG_POISON_VAL, 0xaaaaaaaa);
+  b.send(4, null, [[0x400000, 0x200000]]);
+  expect(b.discarded).toEqual([[0x400, 0x200]]);
+});
+
 describe('queue numbering', () => {
   const shape = (features: readonly number[], numbering: 'compact' | 'spec'): number[] => [
     ...bench('a plain buffer', features, 1, features, numbering).device.queueMax,

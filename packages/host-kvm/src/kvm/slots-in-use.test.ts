@@ -148,6 +148,18 @@ test('tables that a failed walk left empty are flushed before they are freed', (
   expect(host.vm.counters.tlbFlushes).toBeGreaterThan(flushes);
 });
 
+test('a leaf that cannot be split for want of a frame goes whole, and its tables with it', () => {
+  const host = testHost({ ramBytes: 16 * MiB, huge: 'always' });
+  const [vcpu] = host.vcpus;
+  vcpu.enterGuest();
+  vcpu.store32(gfn(0), 0, 1);
+  vcpu.leaveGuest();
+  expect(host.vm.mmu.leafLevel(0)).toBe(2);
+  while (host.pool.buddy.free > 0) host.pool.chargeVmm(0, 1);
+  host.finish(host.vm.discard(Int32Array.of(7, 1), 1));
+  expect([host.vm.mmu.leafLevel(0), host.vm.mmu.counters.tables]).toEqual([0, 1]);
+});
+
 test('two faults at once are each charged for what they had zeroed', () => {
   const host = testHost({ ramBytes: 16 * MiB, huge: 'always' });
   const [a] = host.vcpus;

@@ -1,6 +1,7 @@
 import { describe, expect, test } from 'vitest';
 import { gfn, hfn, MiB, PAGE_SIZE } from '@ebb/machine';
 import { MemFile } from '@ebb/memfs';
+import { KVM_MEM_READONLY } from './memslots.ts';
 import { FRAME_DIRTY } from './tdp-mmu.ts';
 import { testHost } from './testing-host.ts';
 
@@ -223,6 +224,22 @@ describe('KVM_SET_USER_MEMORY_REGION', () => {
     expect(region(host, { slot: 32764 })).toEqual({ ok: false, error: 'EINVAL' });
     expect(region(host, { memorySize: 0 })).toEqual({ ok: false, error: 'EINVAL' });
     expect(region(host, { fileOffset: 4000 })).toEqual({ ok: false, error: 'EINVAL' });
+  });
+  test('nor can whether it is read-only: its leaves would have to go first', () => {
+    const host = testHost();
+    expect(region(host, {})).toEqual({ ok: true, value: undefined });
+    expect(region(host, { flags: KVM_MEM_READONLY })).toEqual({ ok: false, error: 'EINVAL' });
+  });
+  test('a device writes no read-only slot, and what it writes elsewhere is dirty', () => {
+    const host = testHost();
+    const file = new MemFile({ name: 'rom', nrBlocks: 256, vm: 0, frames: host.pool, huge: 'never' });
+    expect(region(host, { file, flags: KVM_MEM_READONLY })).toEqual({ ok: true, value: undefined });
+    const { memory } = host.vm;
+    expect([memory.window(32 * MiB, 4, false), memory.window(32 * MiB, 4, true)]).toEqual([true, false]);
+    expect(memory.window(5 * PAGE_SIZE, 4, false)).toBe(true);
+    expect(host.frameFlags[host.file.bmap(5)] & FRAME_DIRTY).toBe(0);
+    expect(memory.window(5 * PAGE_SIZE, 4, true)).toBe(true);
+    expect(host.frameFlags[host.file.bmap(5)] & FRAME_DIRTY).toBe(FRAME_DIRTY);
   });
   test('the size of a live slot cannot change; delete and create can change it', () => {
     const host = testHost();
