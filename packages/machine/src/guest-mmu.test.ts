@@ -9,6 +9,9 @@ import {
   VC_EXIT_REASON,
   VC_EXIT_SIZE,
   VC_FLUSH_REQ,
+  VC_IRQ,
+  VC_STALL_BUCKETS,
+  VC_STALL_HIST,
   VCPU_BLOCK_BYTES,
   VIOLATION_BYTES,
 } from './layout.ts';
@@ -123,6 +126,21 @@ describe('a combined mapping', () => {
     expect(load(0)).toBe(2222);
   });
 
+  test('is void after as many flushes as there are epochs: an old number that comes again means nothing', () => {
+    const { mmu, dram, store, words, first, vcpu } = machine();
+    store(first + PAGE, 1111);
+    store(20 + GUEST, 3333);
+    mmu.load32(CR3, 0, VPN, 0);
+    expect(mmu.value).toBe(1111);
+    dram[entryWord(hfn(4), PAGE)] = eptLow(20 + GUEST, MAP);
+    for (let flush = 0; flush < 255; flush++) {
+      words[VC_FLUSH_REQ]++;
+      vcpu.beginSection();
+    }
+    mmu.load32(CR3, 0, VPN, 0);
+    expect(mmu.value).toBe(3333);
+  });
+
   test('is void after a flush by the host, though the guest changed nothing', () => {
     const { mmu, dram, first, store, words } = machine();
     store(first + PAGE, 1111);
@@ -175,4 +193,34 @@ describe('a combined mapping', () => {
     vcpu.beginSection();
     expect(reaches()).toBe(false);
   });
+});
+
+test('an interrupt line that is raised while the others are taken is taken or still pending', () => {
+  const { vcpu, words } = machine();
+  const raised: number[] = [];
+  const { load } = Atomics;
+  words[VC_IRQ] = 1;
+  // Whenever the vCPU has looked, the host raises one more.
+  vi.spyOn(Atomics, 'load').mockImplementation(((view: Int32Array, index: number) => {
+    const value = load(view, index);
+    if (view.buffer === words.buffer && index === VC_IRQ) {
+      raised.push(2 << raised.length);
+      words[VC_IRQ] |= raised[raised.length - 1];
+    }
+    return value;
+  }) as typeof Atomics.load);
+  const taken = vcpu.takeInterrupts();
+  vi.restoreAllMocks();
+  expect(raised.length).toBeGreaterThan(0);
+  expect(taken | words[VC_IRQ]).toBe(raised.reduce((all, bit) => all | bit, 1));
+});
+
+test('a stall is counted in the bucket of its length: quarter powers of two from 256 ns', () => {
+  const { vcpu, words } = machine();
+  const bucketOf = (ns: number): number => {
+    const before = Array.from(words.subarray(VC_STALL_HIST, VC_STALL_HIST + VC_STALL_BUCKETS));
+    vcpu.stall(ns);
+    return before.findIndex((count, b) => words[VC_STALL_HIST + b] === count + 1);
+  };
+  expect([255, 256, 319, 320, 512, 1024, 1 << 20].map(bucketOf)).toEqual([0, 0, 0, 1, 4, 8, 48]);
 });

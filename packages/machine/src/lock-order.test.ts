@@ -1,5 +1,6 @@
-import { expect, test } from 'vitest';
+import { expect, test, vi } from 'vitest';
 import { LOCK_ORDER_BYTES, LockOrder } from './lock-order.ts';
+import { trySpinLock } from './spin-lock.ts';
 
 const words = new Int32Array(128);
 
@@ -32,4 +33,19 @@ test('a try-lock adds no edge to itself, and three locks can close a circle', ()
   both(2, 3, true);
   both(3, 1, true);
   expect(order.cycles.length).toBe(1);
+});
+
+test('a lock is tried in one step: whoever takes it in between has it', () => {
+  const words = new Int32Array(new SharedArrayBuffer(8));
+  const { load } = Atomics;
+  vi.spyOn(Atomics, 'load').mockImplementation(((view: Int32Array, index: number) => {
+    const value = load(view, index);
+    // Another CPU, right after our look.
+    if (value === 0) view[index] = 8;
+    return value;
+  }) as typeof Atomics.load);
+  const got = trySpinLock(words, 1, 3);
+  vi.restoreAllMocks();
+  expect([got, words[1]]).toEqual([true, 4]);
+  expect(trySpinLock(words, 1, 5)).toBe(false);
 });

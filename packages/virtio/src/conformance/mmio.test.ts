@@ -128,6 +128,33 @@ describe('device', () => {
     expect(r.device.kicks).toEqual([0]);
   });
 
+  test('rings that are not aligned as § 2.7 says do not become ready', () => {
+    for (const [part, by] of [
+      ['desc', 8],
+      ['driver', 1],
+      ['device', 2],
+    ] as const) {
+      const r = rig({ bringUp: false });
+      r.driver.begin(42);
+      r.driver.writeFeatures(r.device.offered);
+      r.driver.acceptFeatures(r.device.offered);
+      const rings = { ...RINGS, [part]: RINGS[part] + by };
+      expect(r.driver.setupQueue(0, QUEUE_SIZE, rings)).toEqual({ ok: false, error: 'EINVAL' });
+    }
+  });
+
+  test('after a reset nothing is negotiated: what the last driver wrote is not what the next one accepts', () => {
+    const r = rig();
+    r.driver.reset();
+    r.driver.addStatus(STATUS_ACKNOWLEDGE);
+    r.driver.addStatus(STATUS_DRIVER);
+    r.driver.addStatus(STATUS_FEATURES_OK);
+    expect([r.transport.status & STATUS_FEATURES_OK, r.transport.negotiated]).toEqual([
+      0,
+      new Features(0, 0),
+    ]);
+  });
+
   test('a queue size that is no power of two, too large, or zero does not become ready', () => {
     for (const size of [0, 3, 48, QUEUE_SIZE * 2]) {
       const r = rig({ bringUp: false });

@@ -355,3 +355,86 @@ describe('device', () => {
     expect(r.device.queue?.error).toBe(null);
   });
 });
+
+/** A megabyte of RAM that begins at 4 GiB. */
+class HighMemory extends FlatGuestMemory {
+  override contains(gpa: number, length: number, write: boolean): boolean {
+    return super.contains(gpa - HIGH, length, write);
+  }
+  override window(gpa: number, length: number, write: boolean): boolean {
+    if (!this.contains(gpa, length, write)) return false;
+    this.at = gpa - HIGH;
+    return true;
+  }
+}
+const HIGH = 0x1_0000_0000;
+
+test('rings, buffers and indirect tables above 4 GiB: all 64 bits of an address count', () => {
+  const memory = new HighMemory(new ArrayBuffer(1 << 20));
+  const rings = { desc: HIGH + RINGS.desc, driver: HIGH + RINGS.driver, device: HIGH + RINGS.device };
+  const r = rig({ memory, rings });
+  memory.u8.fill(7, 0x20000, 0x20008);
+  r.queue.add(memory, [seg(HIGH + 0x20000, 8)], [seg(HIGH + 0x21000, 8)], 5);
+  // A table of one: the same eight bytes.
+  const table = 0x30000;
+  memory.i32.set([0x20000, 1, 8, 0], table >> 2);
+  r.queue.addIndirect(memory, HIGH + table, 1, 6);
+  r.queue.addSingles(memory, Float64Array.of(HIGH + 0x22000), 1, 16, true);
+  r.queue.publish(memory);
+  const bytes = new Uint8Array(8);
+  const direct = r.device.queue?.pop();
+  expect([direct?.read(0, bytes), [...bytes], direct?.write(0, bytes)]).toEqual([8, [...bytes.fill(7)], 8]);
+  const indirect = r.device.queue?.pop();
+  expect([indirect?.gpas[0], indirect?.read(0, bytes)]).toEqual([HIGH + 0x20000, 8]);
+  const single = r.device.queue?.pop();
+  expect([single?.gpas[0], single?.writableBytes]).toEqual([HIGH + 0x22000, 16]);
+  for (const chain of [direct, indirect, single]) if (chain) r.device.queue?.push(chain, 0);
+  expect([r.queue.popUsed(memory), r.queue.popUsed(memory), r.queue.broken]).toEqual([5, 6, false]);
+});
+
+test('the batch path and the single path of the driver take turns: what one published or saw, the other knows', () => {
+  const r = rig({ driverBits: [] });
+  const gpas = Float64Array.of(0x20000, 0x20100);
+  const tokens = new Int32Array(8);
+  r.queue.addSingles(r.memory, gpas, 2, 16, false);
+  // Nobody asked for silence: a batch is worth a kick like a single buffer.
+  expect(r.queue.needsKick(r.memory)).toBe(true);
+  const returnAll = (): void => {
+    for (let chain = r.device.queue?.pop(); chain; chain = r.device.queue?.pop())
+      r.device.queue?.push(chain, 0);
+  };
+  returnAll();
+  expect(r.queue.popSingles(r.memory, tokens, 8)).toBe(2);
+  // Nothing more has come back; the entries that were reaped are not reaped again.
+  expect([r.queue.popUsed(r.memory), r.queue.broken]).toEqual([-1, false]);
+  r.queue.add(r.memory, [seg(0x20000, 8)], [], 9);
+  r.queue.publish(r.memory);
+  returnAll();
+  expect([r.queue.popUsed(r.memory), r.queue.broken]).toEqual([9, false]);
+});
+
+test('a chain that goes on in an indirect table is no longer than the queue, all counted', () => {
+  const r = rig();
+  const raw = new RawRing(r.memory, QUEUE_SIZE, RINGS);
+  for (let i = 0; i < QUEUE_SIZE; i++)
+    raw.desc(i, 0x20000, 8, i < QUEUE_SIZE - 1 ? VIRTQ_DESC_F_NEXT : 0, i + 1, 0x30000);
+  raw.desc(0, 0x21000, 8, VIRTQ_DESC_F_NEXT, 1);
+  raw.desc(1, 0x30000, 16 * QUEUE_SIZE, VIRTQ_DESC_F_INDIRECT);
+  raw.avail(0);
+  expect([r.device.queue?.pop(), r.device.queue?.error?.kind]).toEqual([null, 'chain-too-long']);
+});
+
+test('a buffer for the device to write is refused where memory is read-only', () => {
+  class HalfReadOnly extends FlatGuestMemory {
+    override contains(gpa: number, length: number, write: boolean): boolean {
+      return super.contains(gpa, length, write) && !(write && gpa >= 0x80000);
+    }
+  }
+  const memory = new HalfReadOnly(new ArrayBuffer(1 << 20));
+  const r = rig({ memory });
+  r.queue.add(memory, [seg(0x80000, 16)], [], 0);
+  r.queue.add(memory, [], [seg(0x80000, 16)], 1);
+  r.queue.publish(memory);
+  expect(r.device.queue?.pop()?.readableBytes).toBe(16);
+  expect([r.device.queue?.pop(), r.device.queue?.error?.kind]).toEqual([null, 'buffer-not-in-ram']);
+});

@@ -79,6 +79,7 @@ export function rig(
     bringUp?: boolean;
     memory?: DeviceMemory;
     size?: number;
+    rings?: RingAddresses;
   } = {},
 ): Rig {
   const memory = options.memory ?? new FlatGuestMemory(new ArrayBuffer(1 << 20));
@@ -98,13 +99,14 @@ export function rig(
   };
   const driver = new MmioDriver(bus);
   const size = options.size ?? QUEUE_SIZE;
+  const rings = options.rings ?? RINGS;
   const features =
     options.driverBits === undefined
       ? device.offered
       : Features.of(...options.driverBits, VIRTIO_F_VERSION_1);
   const queue = new SplitDriverQueue({
     size,
-    rings: RINGS,
+    rings,
     state: new Int32Array(driverQueueWords(size)),
     stateBase: 0,
     eventIdx: features.has(VIRTIO_F_EVENT_IDX),
@@ -116,7 +118,7 @@ export function rig(
     driver.acceptFeatures(features);
     queue.reset(memory);
     driver.queueMax(0);
-    driver.setupQueue(0, size, RINGS);
+    driver.setupQueue(0, size, rings);
     driver.driverOk();
   }
   return { memory, device, transport, driver, queue, log, interrupts };
