@@ -14,7 +14,7 @@ interface Pair {
   readonly real: number;
 }
 
-interface FidelityJson {
+export interface FidelityJson {
   readonly freePages: Pair;
   readonly pcpPages: Pair;
   readonly byOrder: readonly { readonly order: number; readonly ebb: number; readonly real: number }[];
@@ -24,10 +24,19 @@ interface FidelityJson {
 
 export interface Fidelity {
   readonly json: FidelityJson;
-  /** free + per-CPU within 1 %, page cache within 1 %, large share within 0.05. */
   readonly agrees: boolean;
   readonly ledgerViolations: number;
   readonly dropped: Readonly<Record<string, number>>;
+}
+
+/** Free and per-CPU pages together within 1 %, page cache within 1 %, large blocks within 0.05 of what is free. */
+export function agrees(json: FidelityJson): boolean {
+  const off = (ebb: number, real: number): number => Math.abs(ebb - real) / Math.max(1, real);
+  return (
+    off(json.freePages.ebb + json.pcpPages.ebb, json.freePages.real + json.pcpPages.real) <= 0.01 &&
+    off(json.pageCachePages.ebb, json.pageCachePages.real) <= 0.01 &&
+    Math.abs(json.largeFreeShare.ebb - json.largeFreeShare.real) <= 0.05
+  );
 }
 
 /** Replays `trace` on one VM with as many vCPUs as it has CPUs (at most 8), without a balloon. */
@@ -72,10 +81,5 @@ export function fidelity(trace: Trace): Fidelity {
     largeFreeShare: { ebb: share(ebbOrders), real: share(end.freeByOrder) },
     pageCachePages: { ebb: filePages(arena), real: end.pageCachePages },
   };
-  const off = (ebb: number, real: number): number => Math.abs(ebb - real) / Math.max(1, real);
-  const agrees =
-    off(json.freePages.ebb + json.pcpPages.ebb, json.freePages.real + json.pcpPages.real) <= 0.01 &&
-    off(json.pageCachePages.ebb, json.pageCachePages.real) <= 0.01 &&
-    Math.abs(json.largeFreeShare.ebb - json.largeFreeShare.real) <= 0.05;
-  return { json, agrees, ledgerViolations: result.ledgerViolations, dropped: plan.dropped };
+  return { json, agrees: agrees(json), ledgerViolations: result.ledgerViolations, dropped: plan.dropped };
 }

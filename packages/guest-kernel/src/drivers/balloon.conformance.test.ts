@@ -163,8 +163,13 @@ describe('inflate and deflate', () => {
       run(1);
       const [kernel] = guest.kernels;
       kernel.enter();
+      device.writes.length = 0;
       while (kernel.parts.alloc.alloc(0, 0, 2) >= 0 && device.of(1).length < 3);
       kernel.leave();
+      // The driver MUST update actual after changing the number of pages in the balloon.
+      expect(device.writes.filter((write) => write.offset === 4).map((write) => write.value)).toEqual(
+        device.of(1).map((_, i) => 4096 - 256 * (i + 1)),
+      );
       expect(guest.log.total).toBe(0);
       return device.of(1).length;
     };

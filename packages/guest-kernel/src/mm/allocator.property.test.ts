@@ -1,8 +1,12 @@
 /** Buddy, per-CPU lists and shadow against an independent model: a map of which page belongs to whom (I19). */
 import { fc, test } from '@fast-check/vitest';
-import { describe, expect, test as example } from 'vitest';
+import { describe, expect, test as example, vi } from 'vitest';
+import { gfn as toGfn } from '@ebb/machine';
 import { freeByOrder, freePages, pcpPages } from '../procfs.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
+import { eventSum } from './events.ts';
+import { watermarkOk } from './page-alloc.ts';
+import { PerCpuPages } from './per-cpu-pages.ts';
 import { P_FLAGS, P_ORDER, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY } from './page.ts';
 import {
   listAt,
@@ -14,6 +18,7 @@ import {
   Z_FREE,
   Z_MIN,
   Z_NR_FREE,
+  Z_RESERVE,
   Z_START,
 } from './zone.ts';
 
@@ -170,6 +175,96 @@ describe('the allocator', () => {
     const { w } = guest.arena;
     expect([w[page + P_ORDER], w[page + P_FLAGS] & PG_REPORTED]).toEqual([10, 0]);
     buddy.unlock(zone);
+  });
+
+  example('blocks of two types that merge are of one type then, the first pageblock too', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { buddy, zones } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const [, zone] = zones;
+    buddy.lock(zone);
+    const pair = buddy.rmqueue(zone, 10, 1);
+    buddy.setPageblockType(pair, 0);
+    buddy.freeOne(zone, pair, 9, false);
+    buddy.freeOne(zone, pair + 512, 9, false);
+    buddy.unlock(zone);
+    const type = buddy.pageblockType(pair);
+    expect(buddy.pageblockType(pair + 512)).toBe(type);
+    expect(guest.arena.w[guest.arena.memmap + (pair << 4) + P_ORDER]).toBe(10);
+    audit(guest);
+  });
+
+  example(
+    'an unmovable request without a block of its own takes a reclaimable one before a movable one',
+    () => {
+      const guest = testGuest(guestConfig(SMALL));
+      const { buddy, zones } = guest.kernels[0].parts;
+      guest.vcpus[0].enterGuest();
+      const [, zone] = zones;
+      const { w } = guest.arena;
+      buddy.lock(zone);
+      while (w[zone + listAt(10, 0)] >= 0) buddy.rmqueue(zone, 10, 0);
+      const reclaimable = buddy.rmqueue(zone, 10, 1);
+      for (const block of [reclaimable, reclaimable + 512]) buddy.setPageblockType(block, 2);
+      buddy.freeOne(zone, reclaimable, 10, false);
+      for (let order = 0; order < 10; order++)
+        while (w[zone + listAt(order, 0)] >= 0) buddy.rmqueue(zone, order, 0);
+      expect(w[zone + listAt(10, 1)]).toBeGreaterThan(0);
+      const got = buddy.rmqueue(zone, 0, 0);
+      buddy.unlock(zone);
+      expect(got - (got % 1024)).toBe(reclaimable);
+    },
+  );
+
+  example('what a lower zone keeps for itself is not had by who could be served from a higher one', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { zones } = guest.kernels[0].parts;
+    const { w } = guest.arena;
+    const [dma] = zones;
+    w[dma + Z_RESERVE + 2] = 100;
+    const mark = w[dma + Z_FREE] - 50;
+    expect([watermarkOk(w, dma, 0, mark, 0), watermarkOk(w, dma, 0, mark, 2)]).toEqual([true, false]);
+  });
+
+  example(
+    'a block that is freed counts as all of its pages; a poisoned page is poisoned to its last word',
+    () => {
+      const guest = testGuest(guestConfig(SMALL, { pagePoison: true }));
+      const { alloc } = guest.kernels[0].parts;
+      const [vcpu] = guest.vcpus;
+      vcpu.enterGuest();
+      const pfn = alloc.alloc(3, 0, 2);
+      const before = eventSum(guest.arena, 'pgfree');
+      alloc.free(pfn, 3);
+      expect(eventSum(guest.arena, 'pgfree') - before).toBe(8);
+      for (let page = pfn; page < pfn + 8; page++)
+        for (const word of [0, 1, 8, 1022, 1023]) expect(vcpu.load32(toGfn(page), word)).toBe(0xaaaaaaaa | 0);
+    },
+  );
+
+  example('a CPU that is asked for its pages says it has given them when it has', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const [asker, owner] = guest.kernels;
+    asker.enter();
+    owner.enter();
+    owner.parts.alloc.free(owner.parts.alloc.alloc(0, 1, 3), 0);
+    const seen: number[] = [];
+    const { store } = Atomics;
+    // Whenever a word is answered: what is still on the owner's lists?
+    vi.spyOn(Atomics, 'store').mockImplementation(((view: Int32Array, index: number, value: number) => {
+      if (view.buffer === guest.arena.w.buffer && value === 0 && view[index] === 1)
+        seen.push(PerCpuPages.count(guest.arena.w, 1, 1));
+      return store(view, index, value);
+    }) as typeof Atomics.store);
+    const relax = guest.vcpus[0].port.relax.bind(guest.vcpus[0].port);
+    guest.vcpus[0].port.relax = () => {
+      owner.parts.pcp.serveDrainRequest();
+      relax();
+    };
+    asker.parts.pcp.drainAll(2);
+    vi.restoreAllMocks();
+    expect(PerCpuPages.count(guest.arena.w, 1, 1)).toBe(0);
+    expect(seen.at(-1)).toBe(0);
   });
 
   example('what was reported is the last to be handed out, and its pageblocks are Movable then', () => {

@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { GiB, MiB } from '@ebb/machine';
 import { expect, test } from 'vitest';
 import { longestCommonSubsequence } from './align.ts';
-import { memoryFidelity } from './fidelity.ts';
+import { type MemoryFidelity, memoryFidelity } from './fidelity.ts';
 import { readSession, unfollowed, type Session } from './session-file.ts';
 
 test.each(['I-busy', 'E-block-128M', 'B-movable', 'A-session'])(
@@ -75,8 +75,8 @@ test.each([
   expect(unfollowed(readSession(path))).toEqual(['dance']);
 });
 
-/** A machine with 2 GiB on each node and a device of 8 GiB on node 0, and what its driver asks for. */
-function requestsOf(over: Partial<Session>, blockSize = 2 * MiB): string[] {
+/** A machine with 2 GiB on each node and a device of 8 GiB on node 0, through a session. */
+function follow(over: Partial<Session>, blockSize = 2 * MiB): MemoryFidelity {
   const session: Session = {
     capture: 'made up',
     boot: [
@@ -101,9 +101,12 @@ function requestsOf(over: Partial<Session>, blockSize = 2 * MiB): string[] {
     requests: [],
     ...over,
   };
-  const [device] = memoryFidelity(session, () => undefined).devices;
-  return device.aligned.map((a) => a.ebb);
+  return memoryFidelity(session, () => undefined);
 }
+
+/** What its driver asks for. */
+const requestsOf = (over: Partial<Session>, blockSize?: number): string[] =>
+  follow(over, blockSize).devices[0].aligned.map((a) => a.ebb);
 
 const resize = (t: number, requestedSize: number): Session['steps'][number] => ({
   t,
@@ -114,6 +117,12 @@ const resize = (t: number, requestedSize: number): Session['steps'][number] => (
 /** The memory block of a request, from the start of the region. */
 const blockOf = (request: string): number =>
   (Number.parseInt(request.split(' ')[1], 16) - 0x1_4000_0000) / (128 * MiB);
+
+test('requests that only we make count against us', () => {
+  const { devices, share } = follow({ steps: [resize(2, 256 * MiB)] });
+  expect(devices[0].requests.ebb).toBeGreaterThan(0);
+  expect([devices[0].requests.real, devices[0].share, share]).toEqual([0, 0, 0]);
+});
 
 test('auto-movable: three times the boot memory is Movable, then each kernel block of the device backs three more', () => {
   const requests = requestsOf({

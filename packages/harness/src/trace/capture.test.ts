@@ -94,3 +94,8 @@ test('without a start state the guest is as large as its memory is said to be', 
     { start: 256, end: 16384 },
   ]);
 });
+
+test('a range of the firmware’s map is rounded inward: a page that is only in part RAM is none', () => {
+  capture(4096, { 'dmesg.txt': '[0.0] BIOS-e820: [mem 0x0000000000000800-0x00000000000047ff] usable\n' });
+  expect(readCapture(folder).e820).toEqual([{ start: 1, end: 4 }]);
+});

@@ -61,8 +61,17 @@ describe('the input grammar', () => {
       line('tracing_mark_write: SNAP_end_END'),
       line(alloc),
     ].join('\n');
-    const { events } = importTraceText(text, 't');
+    const { events, onPcpAtStart } = importTraceText(text, 't');
     expect([events.count, events.op[0]]).toEqual([1, OP_FREE]);
+    // What happened before the start state says nothing of it.
+    expect([...onPcpAtStart.keys()]).toEqual([]);
+  });
+  test('all pages of a block that is freed were in use at the start', () => {
+    const text = [
+      line('mm_page_free: page=1 pfn=0x8 order=1'),
+      line('mm_page_alloc: page=1 pfn=0x8 order=1 migratetype=0 gfp_flags=GFP_KERNEL'),
+    ].join('\n');
+    expect([...importTraceText(text, 't').onPcpAtStart.keys()]).toEqual([]);
   });
   test('gfp flags: write, zone and waiting', () => {
     const text = line(
