@@ -349,7 +349,7 @@ export class Buddy {
     if (notify && o >= this.largeOrder) this.onLargeFree(o);
   }
 
-  /** Merging across pageblocks of two types: the merged block takes the type of its first pageblock, and so do all. */
+  /** Merging across pageblocks of two types: all take the type of the block that was freed. */
   #listType(pfn: number, order: number, migratetype: number): number {
     if (order <= PAGEBLOCK_ORDER) return migratetype;
     for (let p = pfn; p < pfn + (1 << order); p += PAGEBLOCK_PAGES) {
