@@ -1,5 +1,5 @@
 /** What every command of `ebb` does with its output: lines, progress, files, JSON. */
-import { mkdirSync, writeFileSync } from 'node:fs';
+import { accessSync, constants, mkdirSync, statSync, writeFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { UserError } from './trace/trace.ts';
 
@@ -32,6 +32,25 @@ export function progressLine(): { show(text: string): void; end(): void } {
   };
 }
 
+/** Says before the work what could not be written after it: a folder in a file's place, or none to put it in. */
+export function checkOutputs(...paths: readonly (string | undefined)[]): void {
+  for (const path of paths) {
+    if (path === undefined || path === '-') continue;
+    try {
+      if (
+        path === '' ||
+        path.endsWith('/') ||
+        statSync(path, { throwIfNoEntry: false })?.isDirectory() === true
+      )
+        throw new Error('is a folder, not a file');
+      mkdirSync(dirname(path), { recursive: true });
+      accessSync(dirname(path), constants.W_OK);
+    } catch (error) {
+      throw new UserError(`'${path}': cannot be written: ${(error as Error).message.split('\n')[0]}`);
+    }
+  }
+}
+
 /** Writes a file, making its folders; what cannot be written is the user's one line. */
 export function writeOut(path: string, text: string): void {
   try {
@@ -52,7 +71,11 @@ export function emitJson(target: string | undefined, value: unknown): void {
 
 /** Writes the allocation events of a run as tracefs text and its device events as QEMU trace lines. */
 export function writeTraces(prefix: string, alloc: readonly string[], device: readonly string[]): void {
-  writeOut(`${prefix}.trace.txt`, `# tracer: nop\n#\n${alloc.join('\n')}\n`);
+  // Each vCPU's lines are in order; of several vCPUs they come a slice at a time.
+  const at = (line: string): number => Number(/ (\d+\.\d+): /.exec(line)?.[1] ?? 0);
+  const timed = alloc.map((line) => ({ line, at: at(line) }));
+  const lines = timed.toSorted((a, b) => a.at - b.at).map(({ line }) => line);
+  writeOut(`${prefix}.trace.txt`, `# tracer: nop\n#\n${lines.join('\n')}\n`);
   writeOut(`${prefix}.qemu-trace.log`, `${device.join('\n')}\n`);
   say(
     `traces: ${prefix}.trace.txt (${alloc.length} events), ${prefix}.qemu-trace.log (${device.length} events)`,

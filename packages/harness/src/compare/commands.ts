@@ -3,7 +3,15 @@ import Table from 'cli-table3';
 import type { Command } from 'commander';
 import { formatBytes, NS_PER_S } from '@ebb/machine';
 import { z } from 'zod';
-import { emitJson, jsonToStdout, progressLine, say, writeOut, writeTraces } from '../cli-output.ts';
+import {
+  checkOutputs,
+  emitJson,
+  jsonToStdout,
+  progressLine,
+  say,
+  writeOut,
+  writeTraces,
+} from '../cli-output.ts';
 import { renderReport } from '../report/report.ts';
 import { compare, type CompareOutcome, type CompareProgress } from './compare.ts';
 import { checkCompare, SHIPPED_TRACES, type CompareFlags } from './options.ts';
@@ -58,6 +66,7 @@ Examples:
         }
         jsonToStdout(flags.json);
         const options = checkCompare(flags);
+        checkOutputs(flags.json, flags.report, flags.traceOut);
         const line = progressLine();
         const outcome = await compare(
           options,

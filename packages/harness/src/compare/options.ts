@@ -64,7 +64,8 @@ export function loadTrace(nameOrPath: string): Trace {
 
 export function checkCompare(flags: CompareFlags): CompareOptions {
   const hostMemory = hostMemoryOption('--host-memory', flags.hostMemory);
-  const techniques = flags.technique.split(',').map((t) => oneOf('--technique', t.trim(), TECHNIQUES));
+  const named = flags.technique.split(',').map((t) => oneOf('--technique', t.trim(), TECHNIQUES));
+  const techniques = [...new Set(named)];
   const staggerS = flags.stagger.trim() === '' ? Number.NaN : Number(flags.stagger);
   if (!(staggerS >= 0 && staggerS <= 3600))
     throw new UserError(`--stagger ${flags.stagger}: give seconds from 0 to 3600`);

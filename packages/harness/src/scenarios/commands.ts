@@ -2,7 +2,7 @@
 import Table from 'cli-table3';
 import type { Command } from 'commander';
 import { formatBytes, NS_PER_S } from '@ebb/machine';
-import { emitJson, jsonToStdout, progressLine, say, writeTraces } from '../cli-output.ts';
+import { checkOutputs, emitJson, jsonToStdout, progressLine, say, writeTraces } from '../cli-output.ts';
 import { oneOf, wholeNumber } from '../cli-options.ts';
 import { SHIPPED_TRACES } from '../compare/options.ts';
 import { PROPERTIES } from '../fuzz/properties.ts';
@@ -10,6 +10,7 @@ import { EXHIBITS } from '../museum/exhibits.ts';
 import { runExhibit } from '../museum/run-exhibit.ts';
 import { provenance } from '../provenance.ts';
 import { EBB_VERSION } from '../version.ts';
+import { UserError } from '../trace/trace.ts';
 import { findScenario, runScenario } from './run-scenario.ts';
 import { SCENARIOS } from './scenarios.ts';
 
@@ -34,17 +35,26 @@ export function addScenarioCommands(program: Command): void {
       async (
         name: string,
         flags: { schedule: string; seed: string; profile: string; traceOut?: string; json?: string },
+        command: Command,
       ) => {
         jsonToStdout(flags.json);
+        const given = (...options: string[]): string[] =>
+          options.filter((option) => command.getOptionValueSource(option) === 'cli');
         const schedule = oneOf('--schedule', flags.schedule, ['threads', 'inline'] as const);
         const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
         const profile = oneOf('--profile', flags.profile, ['both', 'broken', 'fixed'] as const);
         const exhibit = EXHIBITS.find((e) => e.name === name);
         if (exhibit !== undefined) {
+          if (given('schedule', 'seed', 'traceOut').length > 0)
+            throw new UserError(`${name}: an exhibit of the museum takes --profile and --json, nothing else`);
+          checkOutputs(flags.json);
           runExhibit(exhibit, profile, flags.json);
           return;
         }
         const scenario = findScenario(name);
+        if (given('profile').length > 0)
+          throw new UserError(`${name}: --profile is for exhibits of the museum`);
+        checkOutputs(flags.json, flags.traceOut);
         const line = progressLine();
         const run = await runScenario(
           scenario,
