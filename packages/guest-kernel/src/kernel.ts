@@ -200,17 +200,19 @@ export class GuestKernel {
     }
     for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) reclaim.kswapd(node);
     reclaim.flusher();
+    // A deferrable timer: it wakes no idle CPU, which then does what it has missed.
     if (vcpu.clock >= this.#nextVmstat) {
+      let missed = Math.floor((vcpu.clock - this.#nextVmstat) / VMSTAT_INTERVAL);
       this.#nextVmstat = vcpu.clock + VMSTAT_INTERVAL;
-      pcp.decay();
+      while (pcp.decay() && missed-- > 0);
     }
   }
 
   /** Virtual time at which a kernel thread of this vCPU is due; Infinity when none is. */
   nextDue(): number {
-    const { balloon, reporting, reclaim, mem, acpi, kswapdNodes, pcp } = this.parts;
+    const { balloon, reporting, reclaim, mem, acpi, kswapdNodes } = this.parts;
     const now = this.vcpu.clock;
-    let due = pcp.decays ? Math.max(now, this.#nextVmstat) : Number.POSITIVE_INFINITY;
+    let due = Number.POSITIVE_INFINITY;
     if (this.vcpu.id === 0) {
       due = Math.min(due, balloon.nextDue(now), reporting.nextDue());
       for (const driver of mem) due = Math.min(due, driver.nextDue(now));

@@ -359,8 +359,7 @@ describe('requests that come while another is answered', () => {
     const { device, guest, run } = bring([]);
     device.meanwhile = () => target(device, 0);
     target(device, 256);
-    // Not for so long that something else, such as the second's vmstat, wakes the vCPU.
-    run(0.1);
+    run(1);
     const [kernel] = guest.kernels;
     expect([kernel.parts.balloon.nrPages, device.of(0).length]).toEqual([0, 1]);
   });

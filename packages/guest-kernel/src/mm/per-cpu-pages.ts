@@ -401,15 +401,10 @@ export class PerCpuPages {
     return run;
   }
 
-  /** Whether a list may still grow beyond its least: then `decay` has work, even if this CPU is idle. */
-  get decays(): boolean {
+  /** Lets idle lists shrink, once a second (`decay_pcp_high` in `vmstat_update`). False: none is to shrink any more. */
+  decay(): boolean {
     const w = this.#w;
-    return this.#zones.some((zone, z) => w[this.#own[z] + C_HIGH] > w[zone + Z_PCP_HIGH_MIN]);
-  }
-
-  /** Lets idle lists shrink, once a second (`decay_pcp_high` in `vmstat_update`). */
-  decay(): void {
-    const w = this.#w;
+    let more = false;
     for (let z = 0; z < this.#zones.length; z++) {
       const zone = this.#zones[z];
       const pcp = this.#own[z];
@@ -421,9 +416,11 @@ export class PerCpuPages {
           w[pcp + C_HIGH] - (w[pcp + C_HIGH] >> 3),
           min,
         );
+        more ||= w[pcp + C_HIGH] > min;
       }
       const excess = w[pcp + C_COUNT] - w[pcp + C_HIGH];
       if (excess > 0 && w[pcp + C_HIGH] > 0) this.#freeBulk(zone, pcp, excess, 0);
     }
+    return more;
   }
 }

@@ -108,8 +108,8 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
   fault(
     'idle-lists-stay',
     KERNEL,
-    'let due = pcp.decays ? Math.max(now, this.#nextVmstat) : Number.POSITIVE_INFINITY;',
-    'let due = Number.POSITIVE_INFINITY;',
+    'while (pcp.decay() && missed-- > 0);',
+    'pcp.decay();',
     'the lists of a CPU that has nothing to do do not shrink (`decay_pcp_high`)',
     PCP_TEST,
   ),
