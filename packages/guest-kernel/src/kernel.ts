@@ -131,7 +131,7 @@ export class GuestKernel {
     }
     alloc.pressure = {
       wakeKswapd: (zone, highest) => reclaim.wakeKswapd(zone, highest),
-      reclaim: (node) => reclaim.direct(node) + balloon.shrinkHinted(),
+      reclaim: (node) => reclaim.direct(node) + balloon.hints.shrink(),
       outOfMemory: () => {
         let freed = balloon.oomNotify();
         for (const driver of mem) freed += driver.oomNotify();
@@ -214,7 +214,7 @@ export class GuestKernel {
     const now = this.vcpu.clock;
     let due = Number.POSITIVE_INFINITY;
     if (this.vcpu.id === 0) {
-      due = Math.min(due, balloon.nextDue(now), reporting.nextDue());
+      due = Math.min(balloon.nextDue(now), reporting.nextDue());
       for (const driver of mem) due = Math.min(due, driver.nextDue(now));
       // An interrupt that a driver took while it waited for a buffer is still to be handled.
       const taken = balloon.guest.interruptTaken || mem.some((driver) => driver.guest.interruptTaken);

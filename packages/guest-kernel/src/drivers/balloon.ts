@@ -1,22 +1,18 @@
 /**
  * The virtio-balloon driver, as Linux 6.12 behaves (`drivers/virtio/virtio_balloon.c`): bring-up, inflate and deflate in
- * batches of 256, statistics, the OOM notifier, free page hinting. Free page reporting is in `reporting.ts`.
+ * batches of 256, the OOM notifier, unbinding. Its statistics are in `balloon-stats.ts`, free page hinting in `hinting.ts`, free
+ * page reporting in `reporting.ts`.
  *
  * Works at steps of vCPU 0 as an explicit state machine whose state is in the arena; the OOM notifier may run on any
  * vCPU. The balloon mutex guards the page list, the queues and the buffer pages, and is held across device waits.
  */
-import { gfn, NS_PER_MS, spinLock, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
+import { NS_PER_MS, spinLock, spinUnlock, trySpinLock, type Vcpu } from '@ebb/machine';
 import type { SplitDriverQueue } from '@ebb/virtio/driver';
 import {
   BALLOON_CFG_ACTUAL,
-  BALLOON_CFG_FREE_PAGE_HINT_CMD_ID,
   BALLOON_CFG_NUM_PAGES,
   BALLOON_CFG_POISON_VAL,
-  BALLOON_STAT_BYTES,
-  BALLOON_STAT_NR,
   Features,
-  FREE_PAGE_HINT_DONE,
-  FREE_PAGE_HINT_STOP,
   INTERRUPT_CONFIG_CHANGE,
   VIRTIO_BALLOON_ARRAY_PFNS_MAX,
   VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
@@ -31,8 +27,8 @@ import {
   VIRTIO_ID_BALLOON,
 } from '@ebb/virtio/uapi';
 import type { Arena } from '../arena.ts';
-import { H_BALLOON_MUTEX, H_NR_FILE_PAGES, T_BALLOON } from '../layout.ts';
-import { EV, EVENT_NAMES, eventRow, eventSum } from '../mm/events.ts';
+import { H_BALLOON_MUTEX, T_BALLOON } from '../layout.ts';
+import { EV, eventRow } from '../mm/events.ts';
 import {
   PG_OFFLINE,
   P_FLAGS,
@@ -43,8 +39,10 @@ import {
   SHADOW_BALLOON,
   shadowMove,
 } from '../mm/page.ts';
-import { GFP_NOWAIT, GFP_NO_KSWAPD, GFP_NORETRY, type PageAllocator } from '../mm/page-alloc.ts';
-import { availablePages, MIGRATE_MOVABLE, Z_FREE, Z_MANAGED } from '../mm/zone.ts';
+import { GFP_NORETRY, type PageAllocator } from '../mm/page-alloc.ts';
+import { MIGRATE_MOVABLE, Z_MANAGED } from '../mm/zone.ts';
+import { balloonStats } from './balloon-stats.ts';
+import { FreePageHints } from './hinting.ts';
 import {
   LINE_BALLOON,
   PAGE_REPORTING_CAPACITY,
@@ -56,6 +54,7 @@ import {
   VirtioGuest,
 } from './virtio-guest.ts';
 
+/** 1 while the driver is bound: vCPU 0 stores it last when it binds and first when it unbinds; any vCPU's `ready` loads it. */
 const V_READY = 0;
 const V_FEATURES_LOW = 1;
 const V_FEATURES_HIGH = 2;
@@ -64,14 +63,11 @@ const V_NR_PAGES = 3;
 const V_LIST = 4;
 /** 1 while there is work: a config change, or a size not reached. */
 const V_WORK = 5;
-/** Command id of the round that is running, and whether it was announced; pages held for it. */
-const V_HINT_SEEN = 6;
-const V_HINT_LIST = 7;
 /** 1: an interrupt came while another CPU held the mutex. Both words are vCPU 0's alone. */
 const V_MISSED = 8;
 const V_PFN_PAGE = 9;
 const V_STATS_PAGE = 10;
-const V_HINT_PAGE = 11;
+/** Words 6, 7 and 11 are `hinting.ts`'s. */
 /** Not before this virtual time: 200 ms after running out of pages. */
 const V_RETRY_F64 = (T_BALLOON + 12) / 2;
 /** Device index of each arena queue number, −1 if not negotiated. */
@@ -82,8 +78,6 @@ const V_RINGS = 32;
 
 const QUEUE_SIZE = 128;
 const RETRY_NS: number = 200 * NS_PER_MS;
-/** `VIRTIO_BALLOON_HINT_BLOCK_ORDER`: 4 MiB. */
-const HINT_ORDER = 10;
 /** HIGHUSER_MOVABLE | NOMEMALLOC | NORETRY | NOWARN: may reclaim, never calls the OOM path. */
 const BALLOON_GFP: number = 3 | GFP_NORETRY;
 /** Guest pages the driver needs: three per queue, and one each for PFNs, statistics and the command id. */
@@ -104,6 +98,7 @@ export class BalloonDriver {
   readonly #events: number;
   readonly #relax: () => void;
   readonly #queues: (SplitDriverQueue | null)[] = [];
+  readonly hints: FreePageHints;
   readonly #poison: boolean;
   #features: Features | null = null;
 
@@ -131,6 +126,7 @@ export class BalloonDriver {
       vcpu.beginSection();
       vcpu.port.relax();
     };
+    this.hints = new FreePageHints(arena, vcpu, alloc, this);
   }
 
   // ── Bring-up ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -169,11 +165,10 @@ export class BalloonDriver {
     w[T_BALLOON + V_FEATURES_LOW] = features.low;
     w[T_BALLOON + V_FEATURES_HIGH] = features.high;
     w[T_BALLOON + V_LIST] = -1;
-    w[T_BALLOON + V_HINT_LIST] = -1;
     for (let i = 0; i < 15; i++) w[T_BALLOON + V_RINGS + i] = pages[i];
     w[T_BALLOON + V_PFN_PAGE] = pages[15];
     w[T_BALLOON + V_STATS_PAGE] = pages[16];
-    w[T_BALLOON + V_HINT_PAGE] = pages[17];
+    this.hints.begin(pages[17]);
     // Queue indices are compacted: an optional queue that was not negotiated has none.
     let index = 0;
     for (const [number, bit] of [
@@ -221,7 +216,7 @@ export class BalloonDriver {
     Atomics.store(w, T_BALLOON + V_READY, 0);
     while (w[T_BALLOON + V_NR_PAGES] > 0) this.#leak(VIRTIO_BALLOON_ARRAY_PFNS_MAX);
     this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, 0);
-    this.#releaseHinted();
+    this.hints.release();
     this.#guest.driver.reset();
     spinUnlock(w, H_BALLOON_MUTEX);
   }
@@ -230,16 +225,10 @@ export class BalloonDriver {
   reload(): boolean {
     if (this.ready) return false;
     const w = this.#w;
-    w[T_BALLOON + V_HINT_SEEN] = 0;
     this.#features = null;
     this.#queues.length = 0;
     const rings = Array.from({ length: 15 }, (_, i) => w[T_BALLOON + V_RINGS + i]);
-    return this.probe([
-      ...rings,
-      w[T_BALLOON + V_PFN_PAGE],
-      w[T_BALLOON + V_STATS_PAGE],
-      w[T_BALLOON + V_HINT_PAGE],
-    ]);
+    return this.probe([...rings, w[T_BALLOON + V_PFN_PAGE], w[T_BALLOON + V_STATS_PAGE], this.hints.page]);
   }
 
   get features(): Features {
@@ -322,7 +311,7 @@ export class BalloonDriver {
       if (!trySpinLock(w, H_BALLOON_MUTEX, this.#vcpu.id)) return;
       if (w[T_BALLOON + V_MISSED] !== 0) this.#handleInterrupt();
       w[T_BALLOON + V_WORK] = 0;
-      this.#hintRound();
+      this.hints.follow();
       const target = this.#guest.driver.readConfig32(BALLOON_CFG_NUM_PAGES);
       const diff = target - w[T_BALLOON + V_NR_PAGES];
       if (diff > 0) {
@@ -454,8 +443,7 @@ export class BalloonDriver {
   /** The OOM notifier: releases one batch; returns pages freed. Any vCPU. */
   oomNotify(): number {
     if (!this.ready || !this.features.has(VIRTIO_BALLOON_F_DEFLATE_ON_OOM) || this.nrPages === 0) return 0;
-    if (Atomics.load(this.#w, H_BALLOON_MUTEX) === this.#vcpu.id + 1) return 0;
-    spinLock(this.#w, H_BALLOON_MUTEX, this.#vcpu.id, this.#relax);
+    if (!this.lockForMemory()) return 0;
     // It may have been unbound while we waited for the mutex.
     let freed = 0;
     if (this.ready) {
@@ -463,128 +451,31 @@ export class BalloonDriver {
       this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, this.#w[T_BALLOON + V_NR_PAGES]);
       this.#w[this.#events + EV.oom_notifier]++;
     }
-    spinUnlock(this.#w, H_BALLOON_MUTEX);
+    this.unlock();
     return freed;
   }
 
-  /**
-   * The shrinker of FREE_PAGE_HINT: one hinted block goes back to who needs memory (`shrink_free_pages`); pages freed. Any
-   * vCPU. The host may have been told that it is free: what is written there is dirty again.
-   */
-  shrinkHinted(): number {
-    const w = this.#w;
-    if (!this.ready || w[T_BALLOON + V_HINT_LIST] < 0) return 0;
-    if (Atomics.load(w, H_BALLOON_MUTEX) === this.#vcpu.id + 1) return 0;
-    spinLock(w, H_BALLOON_MUTEX, this.#vcpu.id, this.#relax);
-    const freed = this.#releaseBlock();
-    spinUnlock(w, H_BALLOON_MUTEX);
-    return freed;
+  /** Takes the mutex for an allocation that needs memory; false if the allocation is the holder's own. */
+  lockForMemory(): boolean {
+    if (Atomics.load(this.#w, H_BALLOON_MUTEX) === this.#vcpu.id + 1) return false;
+    spinLock(this.#w, H_BALLOON_MUTEX, this.#vcpu.id, this.#relax);
+    return true;
+  }
+  unlock(): void {
+    spinUnlock(this.#w, H_BALLOON_MUTEX);
   }
 
   // ── Statistics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** Writes the 16 tags of Linux 6.12 into the stats page and hands it to the device. */
+  /** Writes the figures into the stats page and hands it to the device. */
   #sendStats(): void {
     const queue = this.queue(Q_STATS);
     if (queue === null) return;
     const gpa = this.#w[T_BALLOON + V_STATS_PAGE] * 4096;
-    const bytes = new DataView(new ArrayBuffer(BALLOON_STAT_NR * BALLOON_STAT_BYTES));
-    this.#statValues().forEach((value, tag) => {
-      bytes.setUint16(tag * BALLOON_STAT_BYTES, tag, true);
-      bytes.setUint32(tag * BALLOON_STAT_BYTES + 2, value >>> 0, true);
-      bytes.setUint32(tag * BALLOON_STAT_BYTES + 6, Math.floor(value / 0x1_0000_0000), true);
-    });
-    this.#vcpu.window(gpa, bytes.byteLength, true);
-    this.#vcpu.u8.set(new Uint8Array(bytes.buffer), this.#vcpu.at);
-    queue.add(this.#vcpu, [{ gpa, length: bytes.byteLength }], [], 0);
+    const bytes = balloonStats(this.#arena, this.#zones);
+    this.#vcpu.window(gpa, bytes.length, true);
+    this.#vcpu.u8.set(bytes, this.#vcpu.at);
+    queue.add(this.#vcpu, [{ gpa, length: bytes.length }], [], 0);
     this.#guest.submit(queue, this.deviceQueue(Q_STATS));
-  }
-
-  /**
-   * Values by tag, memory in bytes. Swap and huge-page tags are 0: this kernel has neither. So is the one of major faults: no
-   * process maps a file.
-   */
-  #statValues(): number[] {
-    const w = this.#w;
-    const free = this.#zones.reduce((sum, z) => sum + w[z + Z_FREE], 0);
-    const total = this.#zones.reduce((sum, z) => sum + w[z + Z_MANAGED], 0);
-    const file = w[H_NR_FILE_PAGES];
-    const event = (name: (typeof EVENT_NAMES)[number]): number => eventSum(this.#arena, name);
-    return [
-      0,
-      0,
-      0,
-      event('pgfault'),
-      free * 4096,
-      total * 4096,
-      availablePages(w, this.#zones) * 4096,
-      file * 4096,
-      0,
-      0,
-      event('oom_kill'),
-      event('allocstall'),
-      event('pgscan_kswapd') * 4096,
-      event('pgscan_direct') * 4096,
-      event('pgsteal_kswapd') * 4096,
-      event('pgsteal_direct') * 4096,
-    ];
-  }
-
-  // ── Free page hinting ────────────────────────────────────────────────────────────────────────────────────────────
-
-  /**
-   * Follows the host's command id: a new one starts a round, DONE releases the pages held, STOP likewise. Hinted pages
-   * are allocated 4 MiB blocks, kept until the round is over or somebody needs them. A round ends early when the host's id
-   * is another: the config interrupt that told of it brings us back here.
-   */
-  #hintRound(): void {
-    const w = this.#w;
-    const queue = this.queue(Q_HINT);
-    if (queue === null) return;
-    const id = this.#guest.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID) | 0;
-    if (id === w[T_BALLOON + V_HINT_SEEN]) return;
-    w[T_BALLOON + V_HINT_SEEN] = id;
-    if (id === FREE_PAGE_HINT_STOP || id === FREE_PAGE_HINT_DONE) {
-      this.#releaseHinted();
-      return;
-    }
-    this.#sendCommand(queue, id);
-    const index = this.deviceQueue(Q_HINT);
-    while ((this.#guest.driver.readConfig32(BALLOON_CFG_FREE_PAGE_HINT_CMD_ID) | 0) === id) {
-      const pfn = this.#alloc.alloc(
-        HINT_ORDER,
-        MIGRATE_MOVABLE,
-        3 | GFP_NORETRY | GFP_NOWAIT | GFP_NO_KSWAPD,
-      );
-      if (pfn < 0) break;
-      w[this.#memmap + (pfn << 4) + P_NEXT] = w[T_BALLOON + V_HINT_LIST];
-      w[T_BALLOON + V_HINT_LIST] = pfn;
-      for (let i = 0; i < 1 << HINT_ORDER; i++) this.#alloc.unstamp(pfn + i);
-      queue.add(this.#vcpu, [], [{ gpa: pfn * 4096, length: 4096 << HINT_ORDER }], 0);
-      this.#guest.submitAndWait(queue, index);
-      w[this.#events + EV.hinted_pages] += 1 << HINT_ORDER;
-    }
-    this.#sendCommand(queue, FREE_PAGE_HINT_STOP);
-  }
-
-  #sendCommand(queue: SplitDriverQueue, id: number): void {
-    const page = this.#w[T_BALLOON + V_HINT_PAGE];
-    this.#vcpu.store32(gfn(page), 0, id);
-    queue.add(this.#vcpu, [{ gpa: page * 4096, length: 4 }], [], 0);
-    this.#guest.submitAndWait(queue, this.deviceQueue(Q_HINT));
-  }
-
-  #releaseHinted(): void {
-    while (this.#releaseBlock() > 0);
-  }
-
-  /** Frees the hinted block taken last; pages freed. */
-  #releaseBlock(): number {
-    const w = this.#w;
-    const pfn = w[T_BALLOON + V_HINT_LIST];
-    if (pfn < 0) return 0;
-    w[T_BALLOON + V_HINT_LIST] = w[this.#memmap + (pfn << 4) + P_NEXT];
-    this.#alloc.free(pfn, HINT_ORDER);
-    return 1 << HINT_ORDER;
   }
 }

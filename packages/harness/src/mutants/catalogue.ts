@@ -5,7 +5,7 @@
 import { ALLOCATOR_FAULTS } from './faults/allocator.ts';
 import { BALLOON_FAULTS } from './faults/balloon.ts';
 import { CACHE_FAULTS } from './faults/cache.ts';
-import { DETAIL_FAULTS } from './faults/details.ts';
+import { FIGURES_FAULTS } from './faults/figures.ts';
 import { HOST_FAULTS } from './faults/host.ts';
 import { IN_USE_FAULTS } from './faults/in-use.ts';
 import { LOCKS_FAULTS } from './faults/locks.ts';
@@ -28,7 +28,7 @@ export const MUTANTS: readonly Mutant[] = [
   ...MEMORY_DRIVER_FAULTS,
   ...PROCESSES_FAULTS,
   ...IN_USE_FAULTS,
-  ...DETAIL_FAULTS,
+  ...FIGURES_FAULTS,
 ];
 
 export const EQUIVALENT: readonly Equivalent[] = [

@@ -96,7 +96,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
   let skipped: Record<string, number> = {};
   const marks: { timeUs: number; name: string }[] = [];
   const files = new Map<string, number>();
-  let firstSeen = new Map<number, number>();
+  const seen = new Set<number>();
   const onPcp = new Map<number, number>();
   let origin = -1;
   let nrCpus = 1;
@@ -105,6 +105,14 @@ export function importTraceText(text: string, source: string): ImportedEvents {
   let windowed = false;
   let ended = false;
   let lastLine = '';
+  /** The pages of a block that no event has named yet were in use, or, with `cpu` ≥ 0, on that CPU's list. */
+  const touch = (pfn: number, order: number, cpu: number): void => {
+    for (let p = pfn; p < pfn + 2 ** order; p++) {
+      if (seen.has(p)) continue;
+      seen.add(p);
+      if (cpu >= 0) onPcp.set(p, cpu);
+    }
+  };
   const fail = (line: string, why: string): never => {
     throw new UserError(
       `${source}: line ${lineNumber}: ${why}: '${line.length > 120 ? `${line.slice(0, 120)}…` : line}'`,
@@ -157,27 +165,15 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         // Everything before is in the start state already.
         columns = new Columns();
         skipped = {};
-        firstSeen = new Map();
+        seen.clear();
         onPcp.clear();
         windowed = true;
       } else if (name === 'SNAP_end_END') ended = true;
       continue;
     }
-    if (event === 'mm_page_alloc_zone_locked') {
-      const pfn = page();
-      const end = pfn + 2 ** order();
-      for (let p = pfn; p < end; p++) if (!firstSeen.has(p)) firstSeen.set(p, -1);
-    }
-    if (event === 'mm_page_pcpu_drain') {
-      // Drained before anything else happened to it: it sat on a per-CPU list, too (docs/decisions/0003).
-      const pfn = page();
-      const end = pfn + 2 ** order();
-      for (let p = pfn; p < end; p++) {
-        if (firstSeen.has(p)) continue;
-        firstSeen.set(p, cpu);
-        onPcp.set(p, cpu);
-      }
-    }
+    if (event === 'mm_page_alloc_zone_locked') touch(page(), order(), -1);
+    // Drained before anything else happened to it: it sat on a per-CPU list, too (docs/decisions/0003).
+    if (event === 'mm_page_pcpu_drain') touch(page(), order(), cpu);
     if (IGNORED.has(event)) continue;
     switch (event) {
       case 'mm_page_alloc': {
@@ -191,12 +187,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         const row = columns.op.length - 1;
         columns.migratetype[row] = Math.min(2, number('migratetype'));
         columns.gfp[row] = packGfp(fields.slice(fields.indexOf('gfp_flags=') + 10));
-        for (let p = pfn; p < pfn + 2 ** allocated; p++) {
-          if (!firstSeen.has(p)) {
-            firstSeen.set(p, cpu);
-            onPcp.set(p, cpu);
-          }
-        }
+        touch(pfn, allocated, cpu);
         maxPfn = Math.max(maxPfn, pfn + 2 ** allocated);
         break;
       }
@@ -204,7 +195,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         const pfn = page();
         const freed = order();
         columns.push(timeUs - origin, OP_FREE, cpu, pfn, freed);
-        for (let p = pfn; p < pfn + 2 ** freed; p++) if (!firstSeen.has(p)) firstSeen.set(p, -1);
+        touch(pfn, freed, -1);
         maxPfn = Math.max(maxPfn, pfn + 2 ** freed);
         break;
       }

@@ -7,6 +7,9 @@ const ZONE = 'packages/guest-kernel/src/mm/zone.ts';
 const KERNEL = 'packages/guest-kernel/src/kernel.ts';
 const PCP_TEST = test('guest-kernel/src/mm/per-cpu-pages.test.ts');
 const ALLOC = 'packages/guest-kernel/src/mm/page-alloc.ts';
+const ALLOCATOR_PROPERTY_TEST = test('guest-kernel/src/mm/allocator.property.test.ts');
+const BOOT = 'packages/guest-kernel/src/boot.ts';
+const PROCFS_TEST = test('guest-kernel/src/procfs.test.ts');
 
 export const ALLOCATOR_FAULTS: readonly Mutant[] = [
   fault(
@@ -120,5 +123,61 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
     'const sharers = own > 0 ? cpuNode.length : own;',
     'a zone’s lists are shorter by the CPUs of other nodes (`zone_highsize`)',
     PCP_TEST,
+  ),
+  fault(
+    'poison-short',
+    ALLOC,
+    'vcpu.u8.fill(0xaa, vcpu.at, vcpu.at + 4096);',
+    'vcpu.u8.fill(0xaa, vcpu.at, vcpu.at + 4092);',
+    'the last word of a page is not poisoned',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
+    'drain-answered-first',
+    PCP,
+    '    this.drain(this.#vcpu.id);\n    Atomics.store(this.#w, at, 0);',
+    '    Atomics.store(this.#w, at, 0);\n    this.drain(this.#vcpu.id);',
+    'a drain is over before its pages are back',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
+    'merged-head-keeps-type',
+    BUDDY,
+    'for (let p = pfn; p < pfn + (1 << order); p += PAGEBLOCK_PAGES) {\n      this.w',
+    'for (let p = pfn + PAGEBLOCK_PAGES; p < pfn + (1 << order); p += PAGEBLOCK_PAGES) {\n      this.w',
+    'I19: a block on a list that is not its type’s',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
+    'fallback-order',
+    BUDDY,
+    '  [MIGRATE_RECLAIMABLE, MIGRATE_MOVABLE],\n',
+    '  [MIGRATE_MOVABLE, MIGRATE_RECLAIMABLE],\n',
+    'unmovable pages go among movable ones first',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
+    'no-lowmem-reserve',
+    ALLOC,
+    '<= mark + w[zone + Z_RESERVE + highestType]',
+    '<= mark',
+    'a low zone is used up by who could do without',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
+    'reserved-managed',
+    BOOT,
+    '      else w[zone + Z_MANAGED]++;',
+    '      w[zone + Z_MANAGED]++;',
+    'MemTotal and watermarks count what is reserved',
+    PROCFS_TEST,
+  ),
+  fault(
+    'pgfree-by-block',
+    ALLOC,
+    'w[this.#events + EV.pgfree] += count;',
+    'w[this.#events + EV.pgfree]++;',
+    'vmstat counts a block as a page',
+    ALLOCATOR_PROPERTY_TEST,
   ),
 ];

@@ -11,6 +11,8 @@ const BALLOON_TEST = test('host-kvm/src/devices/balloon.test.ts');
 const HOSTILE_TEST = test('host-kvm/src/devices/hostile-timing.test.ts');
 const DRIVER_TEST = test('guest-kernel/src/drivers/balloon.conformance.test.ts');
 const ALLOC_TEST = test('guest-kernel/src/mm/allocator.property.test.ts');
+const BALLOON_STATS = 'packages/guest-kernel/src/drivers/balloon-stats.ts';
+const KERNEL = 'packages/guest-kernel/src/kernel.ts';
 
 export const BALLOON_FAULTS: readonly Mutant[] = [
   fault(
@@ -188,6 +190,78 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     '      if (taken || acpi?.pending === true) due = now;\n',
     '      if (acpi?.pending === true) due = now;\n',
     'I24: a target that comes with the last completion waits for the next window',
+    DRIVER_TEST,
+  ),
+  fault(
+    'deflate-keeps-partial',
+    BALLOON_DEVICE,
+    '        if (this.#partial.length > 0) this.#partial.delete(pfn);\n',
+    '',
+    'I15: a part that was taken out counts towards its host page',
+    BALLOON_TEST,
+  ),
+  fault(
+    'hint-rounds-out',
+    BALLOON_DEVICE,
+    'const first = Math.ceil(chain.gpas[i] / 4096);',
+    'const first = Math.floor(chain.gpas[i] / 4096);',
+    'I6: a page that is partly in use counts as free',
+    BALLOON_TEST,
+  ),
+  fault(
+    'reset-keeps-hint-id',
+    BALLOON_DEVICE,
+    '    this.#hintBitmap = null;\n    this.hintCommandId = FREE_PAGE_HINT_STOP;\n',
+    '    this.#hintBitmap = null;\n',
+    'a new driver hints for a round that nobody runs',
+    BALLOON_TEST,
+  ),
+  fault(
+    'reset-keeps-poison',
+    BALLOON_DEVICE,
+    '    this.poisonValue = 0;\n',
+    '',
+    'reports of a driver that does not poison are skipped for ever',
+    BALLOON_TEST,
+  ),
+  fault(
+    'poison-unnegotiated',
+    BALLOON_DEVICE,
+    'else if (offset === BALLOON_CFG_POISON_VAL && features.has(VIRTIO_BALLOON_F_PAGE_POISON))',
+    'else if (offset === BALLOON_CFG_POISON_VAL)',
+    'a field that was not negotiated is written',
+    BALLOON_TEST,
+  ),
+  fault(
+    'oom-actual-not-told',
+    BALLOON,
+    '      freed = this.#leak(VIRTIO_BALLOON_ARRAY_PFNS_MAX);\n      this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, this.#w[T_BALLOON + V_NR_PAGES]);\n',
+    '      freed = this.#leak(VIRTIO_BALLOON_ARRAY_PFNS_MAX);\n',
+    'The driver MUST update actual, in its OOM notifier too',
+    DRIVER_TEST,
+  ),
+  fault(
+    'stat-tags-swapped',
+    BALLOON_STATS,
+    "event('pgscan_kswapd') * 4096,\n    event('pgscan_direct') * 4096,",
+    "event('pgscan_direct') * 4096,\n    event('pgscan_kswapd') * 4096,",
+    'figures under each other’s tags',
+    DRIVER_TEST,
+  ),
+  fault(
+    'hinted-kept-under-pressure',
+    KERNEL,
+    'reclaim.direct(node) + balloon.hints.shrink()',
+    'reclaim.direct(node)',
+    'memory held for a hint cannot be had',
+    DRIVER_TEST,
+  ),
+  fault(
+    'unbound-tells-nothing',
+    BALLOON,
+    '    this.#guest.driver.writeConfig32(BALLOON_CFG_ACTUAL, 0);\n',
+    '',
+    'unbinding writes actual = 0 once',
     DRIVER_TEST,
   ),
 ];

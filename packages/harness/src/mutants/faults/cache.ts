@@ -1,8 +1,10 @@
-/** Seeded faults. Page cache and write-back. */
+/** Seeded faults. Page cache, write-back and the disk they go to. */
 import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
 const RECLAIM = 'packages/guest-kernel/src/mm/reclaim.ts';
+const BLK = 'packages/guest-kernel/src/drivers/blk.ts';
+const BLK_TEST = test('guest-kernel/src/drivers/blk.test.ts');
 
 export const CACHE_FAULTS: readonly Mutant[] = [
   fault(
@@ -85,5 +87,37 @@ export const CACHE_FAULTS: readonly Mutant[] = [
     'if ((this.#w[page + P_FLAGS] & PG_LRU) !== 0) this.onLastPut(pfn);',
     'a page is freed while a scan still reads its links (found by the search)',
     test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
+  fault(
+    'disk-error-overwritten',
+    BLK,
+    'ok = this.#vcpu.u8[this.#vcpu.at] === VIRTIO_BLK_S_OK && ok;',
+    'ok = this.#vcpu.u8[this.#vcpu.at] === VIRTIO_BLK_S_OK;',
+    'write-back drops what the disk refused',
+    BLK_TEST,
+  ),
+  fault(
+    'disk-error-of-a-batch-lost',
+    BLK,
+    'ok = this.#run(queue, n) && ok;',
+    'ok = this.#run(queue, n);',
+    'write-back drops what the disk refused',
+    BLK_TEST,
+  ),
+  fault(
+    'sector-below-2t',
+    BLK,
+    'i32[header + 3] = Math.floor(sector / 0x1_0000_0000);',
+    'i32[header + 3] = 0;',
+    'blocks beyond 2 TiB land at the start',
+    BLK_TEST,
+  ),
+  fault(
+    'disk-interrupt-unacknowledged',
+    BLK,
+    '    this.#guest.driver.takeInterrupt();\n',
+    '',
+    '§ 4.2.3.4.1: a line that stays up',
+    BLK_TEST,
   ),
 ];

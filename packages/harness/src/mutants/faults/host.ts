@@ -11,6 +11,9 @@ const HOST_BUDDY = 'packages/host-kvm/src/mm/host-buddy.ts';
 const FILE = 'packages/memfs/src/mem-file.ts';
 const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
 const MMU_TEST = test('host-kvm/src/kvm/tdp-mmu.test.ts');
+const VM_MEMORY = 'packages/host-kvm/src/kvm/vm-memory.ts';
+const SLOTS_IN_USE_TEST = test('host-kvm/src/kvm/slots-in-use.test.ts');
+const MEM_FILE_TEST = test('memfs/src/mem-file.test.ts');
 
 export const HOST_FAULTS: readonly Mutant[] = [
   fault(
@@ -238,5 +241,69 @@ export const HOST_FAULTS: readonly Mutant[] = [
     '    for (const listener of this.#listeners) listener.end(runs, nrRuns);\n',
     'I24: a mapper that leaves during an invalidation never hears of its end (found by fuzzing)',
     props('slots'),
+  ),
+  fault(
+    'device-write-clean',
+    VM_MEMORY,
+    '    if (write) this.#frameFlags[frame] |= FRAME_DIRTY;\n',
+    '',
+    'I7: what a device writes is clean',
+    VM_TEST,
+  ),
+  fault(
+    'device-writes-rom',
+    VM_MEMORY,
+    'if (slot === null || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return null;',
+    'if (slot === null) return null;',
+    'G2: a device writes a read-only slot',
+    VM_TEST,
+  ),
+  fault(
+    'live-slot-turns-read-only',
+    SLOTS,
+    '        changed !== 0\n',
+    '        changed < 0\n',
+    'K: writable leaves of a slot that is read-only now',
+    VM_TEST,
+  ),
+  fault(
+    'failed-split-counted',
+    MMU,
+    '          this.#clearLeaf(word, span);\n          this.#live[table]--;\n          zapped++;\n          continue;',
+    '          this.#clearLeaf(word, span);\n          zapped++;\n          continue;',
+    'I9: a table that maps nothing is kept',
+    SLOTS_IN_USE_TEST,
+  ),
+  fault(
+    'huge-but-for-the-last',
+    FILE,
+    'for (let i = 1; i < HUGE_PAGES; i++) if (this.blocks[base + i] !== first + i) return false;',
+    'for (let i = 1; i < HUGE_PAGES - 1; i++) if (this.blocks[base + i] !== first + i) return false;',
+    "I1 I4: a large leaf maps somebody else's last frame",
+    MEM_FILE_TEST,
+  ),
+  fault(
+    'huge-but-not-aligned',
+    FILE,
+    'if (first < 0 || first % HUGE_PAGES !== 0 || base',
+    'if (first < 0 || base',
+    'reserved bits of a large leaf',
+    MEM_FILE_TEST,
+  ),
+  fault(
+    'hole-but-for-the-last',
+    FILE,
+    'for (let i = 0; i < count; i++) if (this.blocks[base + i] >= 0) return false;',
+    'for (let i = 0; i < count - 1; i++) if (this.blocks[base + i] >= 0) return false;',
+    'I15 I9: a block that has a frame gets another',
+    MEM_FILE_TEST,
+  ),
+  fault(
+    'fallocate-beyond',
+    FILE,
+    'i % HUGE_PAGES === 0 && i + HUGE_PAGES <= first + count',
+    'i % HUGE_PAGES === 0',
+    'Y27: more than the missing blocks',
+    MEM_FILE_TEST,
   ),
 ];

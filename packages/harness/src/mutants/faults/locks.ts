@@ -1,10 +1,11 @@
 /** Seeded faults. Locks. */
-import { fault, props, type Mutant } from '../mutant.ts';
+import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const LOCK = 'packages/machine/src/spin-lock.ts';
 const BUDDY = 'packages/guest-kernel/src/mm/buddy.ts';
 const PCP = 'packages/guest-kernel/src/mm/per-cpu-pages.ts';
 const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
+const LOCK_ORDER_TEST = test('machine/src/lock-order.test.ts');
 
 export const LOCKS_FAULTS: readonly Mutant[] = [
   fault(
@@ -55,5 +56,13 @@ export const LOCKS_FAULTS: readonly Mutant[] = [
     '    this.#unhash(pfn);\n    const node = this.nodeOf(pfn);\n    this.#lru.lock(node);\n    this.#unlock();\n    this.#lock();\n    this.#unlock();\n    this.#lru.remove(node, pfn);\n    this.#lru.unlock(node);\n    return true;\n',
     'I23: the page-cache lock inside the LRU lock, and the LRU lock inside it',
     props('cache'),
+  ),
+  fault(
+    'lock-tried-in-two-steps',
+    LOCK,
+    'if (Atomics.compareExchange(words, index, 0, holder + 1) !== 0) return false;',
+    'if (Atomics.load(words, index) !== 0) return false;\n  Atomics.store(words, index, holder + 1);',
+    'two holders of one lock',
+    LOCK_ORDER_TEST,
   ),
 ];

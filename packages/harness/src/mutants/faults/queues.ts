@@ -6,6 +6,8 @@ const DRIVER_QUEUE = 'packages/virtio/src/driver/split-driver-queue.ts';
 const DEVICE_QUEUE = 'packages/virtio/src/device/split-device-queue.ts';
 const TRANSPORT = 'packages/virtio/src/device/mmio-transport.ts';
 const BAD_RINGS = test('virtio/src/conformance/bad-rings.test.ts');
+const SPLIT_RING_TEST = test('virtio/src/conformance/split-ring.test.ts');
+const MMIO_TEST = test('virtio/src/conformance/mmio.test.ts');
 
 export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
@@ -143,5 +145,77 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
     '',
     'a reset leaves an interrupt pending',
     test('virtio/src/conformance/mmio.test.ts'),
+  ),
+  fault(
+    'batch-not-kicked',
+    DRIVER_QUEUE,
+    '    Atomics.store(u16, (memory.at + AVAIL_IDX) >> 1, published);\n    s[base + S_PUBLISHED] = published;\n',
+    '    Atomics.store(u16, (memory.at + AVAIL_IDX) >> 1, published);\n',
+    'I24: a batch that is published asks for no kick',
+    SPLIT_RING_TEST,
+  ),
+  fault(
+    'batch-reaped-twice',
+    DRIVER_QUEUE,
+    '    s[base + S_USED_SEEN] = last;\n',
+    '',
+    'I21: entries of before are reaped again',
+    SPLIT_RING_TEST,
+  ),
+  fault(
+    'used-ring-misaligned',
+    TRANSPORT,
+    'queue.device[0] % 4 !== 0',
+    'queue.device[0] % 2 !== 0',
+    '§ 2.7: a used ring at two of four',
+    MMIO_TEST,
+  ),
+  fault(
+    'reset-keeps-features',
+    TRANSPORT,
+    '    this.#driverFeatures = [0, 0];\n',
+    '',
+    'features of the driver before',
+    MMIO_TEST,
+  ),
+  fault(
+    'indirect-uncounted',
+    DEVICE_QUEUE,
+    'left = Math.min(limit, size - segments);',
+    'left = Math.min(limit, size);',
+    'DESIGN § 8: a chain longer than the queue',
+    SPLIT_RING_TEST,
+  ),
+  fault(
+    'writable-in-rom',
+    DEVICE_QUEUE,
+    'memory.contains(low, length, writable);',
+    'memory.contains(low, length, false);',
+    'a buffer to be written lies in read-only memory',
+    SPLIT_RING_TEST,
+  ),
+  fault(
+    'segment-below-4g',
+    DRIVER_QUEUE,
+    'i32[at + 1] = Math.floor(segment.gpa / 0x1_0000_0000);',
+    'i32[at + 1] = 0;',
+    'an address of 32 bits',
+    SPLIT_RING_TEST,
+  ),
+  fault(
+    'table-below-4g',
+    DRIVER_QUEUE,
+    'memory.i32[at + 1] = Math.floor(table / 0x1_0000_0000);',
+    'memory.i32[at + 1] = 0;',
+    'an address of 32 bits',
+    SPLIT_RING_TEST,
+  ),
+  fault(
+    'used-ring-below-4g',
+    TRANSPORT,
+    'device: queue.device[1] * 0x1_0000_0000 + queue.device[0],',
+    'device: queue.device[0],',
+    'an address of 32 bits',
+    SPLIT_RING_TEST,
   ),
 ];

@@ -6,6 +6,7 @@ const PORT = 'packages/machine/src/exit-port.ts';
 const BELL = 'packages/machine/src/doorbell.ts';
 const VCPU_BLOCKS = 'packages/host-kvm/src/kvm/vcpu-blocks.ts';
 const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
+const GUEST_MMU_TEST = test('machine/src/guest-mmu.test.ts');
 
 export const VCPU_FAULTS: readonly Mutant[] = [
   fault(
@@ -151,5 +152,29 @@ export const VCPU_FAULTS: readonly Mutant[] = [
     '',
     'I24: a halted vCPU is not woken',
     props('balloon'),
+  ),
+  fault(
+    'wrap-keeps-combined',
+    VCPU,
+    '      this.#combined.fill(-1);\n      this.#epochNumber = 0;',
+    '      this.#epochNumber = 0;',
+    'I17: a combined mapping from 255 flushes ago',
+    GUEST_MMU_TEST,
+  ),
+  fault(
+    'stall-bucket-doubled',
+    VCPU,
+    'const bucket = 4 * (exponent - 8)',
+    'const bucket = 4 * (exponent - 7)',
+    'percentiles of stalls are twice what they are',
+    GUEST_MMU_TEST,
+  ),
+  fault(
+    'interrupts-taken-in-two-steps',
+    VCPU,
+    'return Atomics.exchange(control, at, 0);',
+    'const lines = Atomics.load(control, at);\n    Atomics.store(control, at, 0);\n    return lines;',
+    'I24: a line raised in between is lost',
+    GUEST_MMU_TEST,
   ),
 ];
