@@ -1,6 +1,6 @@
 /** The balloon driver against a scripted device: one test per MUST of virtio 1.4 § 5.5 that binds the driver. */
 import { describe, expect, test, vi } from 'vitest';
-import { gfn, NS_PER_S } from '@ebb/machine';
+import { NS_PER_S } from '@ebb/machine';
 import {
   BALLOON_STAT_BYTES,
   VIRTIO_BALLOON_F_DEFLATE_ON_OOM,
@@ -11,7 +11,7 @@ import {
   VIRTIO_BALLOON_F_STATS_VQ,
   VIRTIO_F_INDIRECT_DESC,
 } from '@ebb/virtio/uapi';
-import { SHADOW_ALLOCATED, SHADOW_BALLOON, SHADOW_BUDDY, SHADOW_ISOLATED, SHADOW_PCP } from '../mm/page.ts';
+import { SHADOW_BALLOON, SHADOW_BUDDY, SHADOW_PCP } from '../mm/page.ts';
 import { H_BALLOON_MUTEX } from '../layout.ts';
 import { EV, eventRow } from '../mm/events.ts';
 import { Z_MANAGED, ZONE_DMA } from '../mm/zone.ts';
@@ -236,66 +236,6 @@ describe('statistics', () => {
   });
 });
 
-describe('free page hinting', () => {
-  test('starts with the command id, pages as input buffers, ends with STOP; all output buffers have 4 bytes; pages are released at DONE', () => {
-    const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
-    const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
-    device.config[2] = 0x80000000 | 0;
-    device.host?.configChanged();
-    run(1);
-    const round = device.of(2);
-    const ids = round.filter((s) => s.readable.length > 0);
-    expect(ids.map((s) => [s.readable.length, new Uint32Array(s.readable.buffer)[0]])).toEqual([
-      [4, 0x80000000],
-      [4, 0],
-    ]);
-    expect(round[0].readable.length).toBe(4);
-    expect(round.at(-1)?.readable.length).toBe(4);
-    const hinted = round.flatMap((s) => s.ranges);
-    expect(hinted.length).toBeGreaterThan(10);
-    expect(hinted.every(([, pages]) => pages === 1024)).toBe(true);
-    // While the round lasts they are the driver's.
-    expect(hinted.every(([pfn]) => device.state(pfn) === SHADOW_ALLOCATED)).toBe(true);
-    device.config[2] = 1;
-    device.host?.configChanged();
-    run(1);
-    expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
-  });
-  test('what is held for a round is had by who needs memory (`shrink_free_pages`)', () => {
-    const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
-    const pages = freePages(guest.arena) + pcpPages(guest.arena, 2);
-    device.config[2] = 0x80000000 | 0;
-    device.host?.configChanged();
-    run(1);
-    const [kernel] = guest.kernels;
-    kernel.enter();
-    let got = 0;
-    while (kernel.parts.alloc.alloc(0, 0, 2) >= 0) got++;
-    kernel.leave();
-    expect(got).toBeGreaterThan(pages * 0.9);
-    expect(guest.log.total).toBe(0);
-  });
-  test('another command id ends the round; the pages it hinted stay the driver’s until the new one is done', () => {
-    const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
-    const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
-    device.config[2] = 0x80000000 | 0;
-    device.host?.configChanged();
-    // While the first command is answered the host wants another round.
-    device.meanwhile = () => {
-      device.config[2] = 0x80000001 | 0;
-      device.host?.configChanged();
-    };
-    run(1);
-    const ids = device.of(2).filter((s) => s.readable.length > 0);
-    expect(ids.map((s) => new Uint32Array(s.readable.buffer)[0])).toEqual([0x80000000, 0, 0x80000001, 0]);
-    expect(device.of(2).findIndex((s) => s.ranges.length > 0)).toBeGreaterThan(2);
-    device.config[2] = 1;
-    device.host?.configChanged();
-    run(1);
-    expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
-  });
-});
-
 describe('unbinding', () => {
   test('everything is deflated, then `actual` is written as 0 once, then the device is reset; bound again it fills again', () => {
     const { device, guest, run } = bring([VIRTIO_BALLOON_F_MUST_TELL_HOST]);
@@ -362,110 +302,5 @@ describe('requests that come while another is answered', () => {
     run(1);
     const [kernel] = guest.kernels;
     expect([kernel.parts.balloon.nrPages, device.of(0).length]).toEqual([0, 1]);
-  });
-});
-
-describe('free page reporting', () => {
-  test('a guest that poisons does not report to a device that does not know of the poison (`virtballoon_validate`)', () => {
-    const { device } = bring([VIRTIO_BALLOON_F_REPORTING], true);
-    expect(device.features.has(VIRTIO_BALLOON_F_REPORTING)).toBe(false);
-  });
-  test('The driver MUST NOT use the reported pages until the device has acknowledged: they are isolated while it holds them (I3)', () => {
-    const { device, guest, run } = bring([VIRTIO_BALLOON_F_REPORTING]);
-    run(1.9);
-    expect(device.of(2)).toEqual([]);
-    run(8);
-    const reports = device.of(2);
-    expect(reports.length).toBeGreaterThan(0);
-    for (const r of reports) {
-      expect(r.ranges.length).toBeLessThanOrEqual(32);
-      expect(r.states.every((s) => s === SHADOW_ISOLATED)).toBe(true);
-      expect(r.atAnswer.length).toBe(r.ranges.length);
-      expect(r.atAnswer.every((s) => s === SHADOW_ISOLATED)).toBe(true);
-      expect(r.ranges.every(([pfn, pages]) => pages >= 512 && pfn % pages === 0)).toBe(true);
-    }
-    expect(reports.flatMap((r) => r.ranges).every(([pfn]) => device.state(pfn) === SHADOW_BUDDY)).toBe(true);
-    expect(guest.log.total).toBe(0);
-  });
-  test('reported memory is not reported again; memory used and freed is', () => {
-    const { device, guest, run } = bring([VIRTIO_BALLOON_F_REPORTING]);
-    run(10);
-    const before = device.of(2).length;
-    run(10);
-    expect(device.of(2).length).toBe(before);
-    const [kernel] = guest.kernels;
-    kernel.enter();
-    const pfns = Array.from({ length: 8192 }, () => kernel.parts.alloc.alloc(0, 1, 3));
-    for (const pfn of pfns) kernel.parts.alloc.free(pfn, 0);
-    kernel.parts.pcp.drain(0);
-    kernel.leave();
-    run(10);
-    expect(device.of(2).length).toBeGreaterThan(before);
-  });
-  test('memory freed while a pass is under way is reported by the next, 2 s later', () => {
-    const { device, guest, run } = bring([VIRTIO_BALLOON_F_REPORTING]);
-    const [kernel] = guest.kernels;
-    kernel.enter();
-    const block = kernel.parts.alloc.alloc(10, 1, 3);
-    kernel.leave();
-    run(10);
-    const before = device.of(2).length;
-    // Something else asks for a pass; the block is freed while the device holds its last report.
-    kernel.enter();
-    kernel.parts.alloc.free(kernel.parts.alloc.alloc(10, 1, 3), 10);
-    kernel.leave();
-    device.meanwhile = () => kernel.parts.alloc.free(block, 10);
-    run(10);
-    const later = device.of(2).slice(before);
-    expect(later.length).toBeGreaterThan(1);
-    expect(later.flatMap((r) => r.ranges).some(([pfn, n]) => block >= pfn && block < pfn + n)).toBe(true);
-  });
-  test('when a pass is asked for, the time it is due is known already', () => {
-    const { guest, run } = bring([VIRTIO_BALLOON_F_REPORTING]);
-    run(10);
-    const [kernel] = guest.kernels;
-    const due: number[] = [];
-    const exchange = Atomics.compareExchange.bind(Atomics) as (
-      words: Int32Array,
-      at: number,
-      from: number,
-      to: number,
-    ) => number;
-    const watch = (words: Int32Array, at: number, from: number, to: number): number => {
-      const found = exchange(words, at, from, to);
-      if (words === guest.arena.w && kernel.parts.reporting.nextDue() < Number.POSITIVE_INFINITY)
-        due.push(kernel.parts.reporting.nextDue());
-      return found;
-    };
-    const spy = vi
-      .spyOn(Atomics, 'compareExchange')
-      .mockImplementation(watch as typeof Atomics.compareExchange);
-    kernel.enter();
-    const asked = kernel.vcpu.clock;
-    kernel.parts.alloc.free(kernel.parts.alloc.alloc(10, 1, 3), 10);
-    spy.mockRestore();
-    kernel.leave();
-    expect(due.length).toBeGreaterThan(0);
-    expect(Math.min(...due)).toBeGreaterThan(asked + 1.9 * NS_PER_S);
-  });
-  test('If PAGE_POISON has been negotiated, the driver MUST initialize all free pages with poison_val before reporting them', () => {
-    const { device, guest, run } = bring([VIRTIO_BALLOON_F_REPORTING, VIRTIO_BALLOON_F_PAGE_POISON], true);
-    const [kernel] = guest.kernels;
-    kernel.enter();
-    const pfns = Array.from({ length: 4096 }, () => kernel.parts.alloc.alloc(0, 1, 3));
-    for (const pfn of pfns) kernel.parts.alloc.free(pfn, 0);
-    kernel.parts.pcp.drain(0);
-    kernel.leave();
-    run(10);
-    const reported = new Set(
-      device
-        .of(2)
-        .flatMap((r) => r.ranges.flatMap(([pfn, n]) => Array.from({ length: n }, (_, i) => pfn + i))),
-    );
-    const ours = pfns.filter((pfn) => reported.has(pfn));
-    expect(ours.length).toBeGreaterThan(1000);
-    kernel.enter();
-    for (const pfn of ours) expect(kernel.vcpu.load32(gfn(pfn), 100)).toBe(0xaaaaaaaa | 0);
-    kernel.leave();
   });
 });
