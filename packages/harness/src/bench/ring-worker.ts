@@ -1,6 +1,6 @@
 /** One side of a split ring in its own thread, over a plain shared buffer. Spins; measures nothing itself. */
 import { FlatGuestMemory } from '@ebb/machine';
-import { SplitDeviceQueue } from '@ebb/virtio/device';
+import { ChainBatch, SplitDeviceQueue } from '@ebb/virtio/device';
 import { SplitDriverQueue, driverQueueWords } from '@ebb/virtio/driver';
 import type { RingAddresses } from '@ebb/virtio/uapi';
 import { exposeToParent } from '../run/worker-port.ts';
@@ -24,23 +24,19 @@ export class RingWorker {
     const heads = new Int32Array(batch);
     const gpas = new Float64Array(batch);
     const lengths = new Int32Array(batch);
+    const popped = new ChainBatch(batch, SIZE);
     let bytes = 0;
     for (let done = 0; done < total; ) {
       if (chains) {
-        let n = 0;
-        for (; n < batch; n++) {
-          const chain = queue.pop();
-          if (chain === null) break;
-          bytes += chain.totalBytes;
-          queue.fill(chain, chain.writableBytes);
-          queue.recycle(chain);
-        }
-        if (n > 0) queue.publish();
+        const n = queue.popChains(popped, batch);
+        if (n === 0) continue;
+        for (let i = 0; i < n; i++) bytes = (bytes + popped.length(popped.start(i) + 1)) | 0;
+        queue.pushChains(popped);
         done += n;
       } else {
         const n = queue.popSingles(heads, gpas, lengths, batch);
         if (n === 0) continue;
-        for (let i = 0; i < n; i++) bytes -= lengths[i];
+        for (let i = 0; i < n; i++) bytes = (bytes - lengths[i]) | 0;
         queue.pushSingles(heads, n, 256);
         done += n;
       }
@@ -61,6 +57,8 @@ export class RingWorker {
     });
     queue.reset(memory);
     const gpas = Float64Array.from({ length: batch }, (_, i) => 0x20000 + 256 * i);
+    const tables = Float64Array.from({ length: batch }, (_, i) => TABLES + 48 * i);
+    const names = Int32Array.from({ length: batch }, (_, i) => i);
     const tokens = new Int32Array(SIZE);
     if (chains) writeTables(memory);
     let added = 0;
@@ -69,15 +67,12 @@ export class RingWorker {
     while (reaped < total) {
       if (added < total && queue.free >= batch) {
         const n = Math.min(batch, total - added);
-        if (chains) {
-          for (let i = 0; i < n; i++) queue.addIndirect(memory, TABLES + 48 * i, 3, i);
-          queue.publish(memory);
-        } else queue.addSingles(memory, gpas, n, 256, true);
+        if (chains) queue.addTables(memory, tables, names, n, 3);
+        else queue.addSingles(memory, gpas, names, n, 256, true);
         added += n;
       }
       if (queue.free < SIZE / 2 || added >= total) {
-        if (chains) while (queue.popUsed(memory) >= 0) reaped++;
-        else reaped += queue.popSingles(memory, tokens, SIZE);
+        reaped += queue.popUsedBatch(memory, tokens, SIZE);
       }
     }
     return total / (performance.now() - began) / 1000;

@@ -379,7 +379,7 @@ test('rings, buffers and indirect tables above 4 GiB: all 64 bits of an address 
   const table = 0x30000;
   memory.i32.set([0x20000, 1, 8, 0], table >> 2);
   r.queue.addIndirect(memory, HIGH + table, 1, 6);
-  r.queue.addSingles(memory, Float64Array.of(HIGH + 0x22000), 1, 16, true);
+  r.queue.addSingles(memory, Float64Array.of(HIGH + 0x22000), Int32Array.of(7), 1, 16, true);
   r.queue.publish(memory);
   const bytes = new Uint8Array(8);
   const direct = r.device.queue?.pop();
@@ -389,14 +389,16 @@ test('rings, buffers and indirect tables above 4 GiB: all 64 bits of an address 
   const single = r.device.queue?.pop();
   expect([single?.gpas[0], single?.writableBytes]).toEqual([HIGH + 0x22000, 16]);
   for (const chain of [direct, indirect, single]) if (chain) r.device.queue?.push(chain, 0);
-  expect([r.queue.popUsed(memory), r.queue.popUsed(memory), r.queue.broken]).toEqual([5, 6, false]);
+  expect([r.queue.popUsed(memory), r.queue.popUsed(memory), r.queue.popUsed(memory), r.queue.broken]).toEqual(
+    [5, 6, 7, false],
+  );
 });
 
 test('the batch path and the single path of the driver take turns: what one published or saw, the other knows', () => {
   const r = rig({ driverBits: [] });
   const gpas = Float64Array.of(0x20000, 0x20100);
   const tokens = new Int32Array(8);
-  r.queue.addSingles(r.memory, gpas, 2, 16, false);
+  r.queue.addSingles(r.memory, gpas, Int32Array.of(0, 1), 2, 16, false);
   // Nobody asked for silence: a batch is worth a kick like a single buffer.
   expect(r.queue.needsKick(r.memory)).toBe(true);
   const returnAll = (): void => {
@@ -404,7 +406,7 @@ test('the batch path and the single path of the driver take turns: what one publ
       r.device.queue?.push(chain, 0);
   };
   returnAll();
-  expect(r.queue.popSingles(r.memory, tokens, 8)).toBe(2);
+  expect(r.queue.popUsedBatch(r.memory, tokens, 8)).toBe(2);
   // Nothing more has come back; the entries that were reaped are not reaped again.
   expect([r.queue.popUsed(r.memory), r.queue.broken]).toEqual([-1, false]);
   r.queue.add(r.memory, [seg(0x20000, 8)], [], 9);

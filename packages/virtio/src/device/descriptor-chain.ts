@@ -3,6 +3,7 @@
  * device reads and writes guest memory only through a chain, only within its segments, and not after `end`.
  */
 import { PAGE_SIZE, pageOffset, type GuestMemory } from '@ebb/machine';
+import { C_HEAD, C_WRITTEN, SEGMENT_WORDS, type ChainBatch } from './chain-batch.ts';
 
 export class DescriptorChain {
   head = 0;
@@ -23,30 +24,56 @@ export class DescriptorChain {
     this.#onLeaseBroken = onLeaseBroken;
   }
 
-  /** Starts the lease on the buffer whose first descriptor is `head` and whose segments have been filled in. */
-  begin(
-    head: number,
-    segments: number,
-    readableSegments: number,
-    readableBytes: number,
-    writableBytes: number,
-  ): void {
+  /** Starts the lease on the buffer whose first descriptor is `head`; its segments are appended. */
+  begin(head: number): void {
     this.head = head;
-    this.segments = segments;
-    this.readableSegments = readableSegments;
-    this.readableBytes = readableBytes;
-    this.writableBytes = writableBytes;
+    this.segments = 0;
+    this.readableSegments = 0;
+    this.readableBytes = 0;
+    this.writableBytes = 0;
     this.#live = true;
   }
 
-  /** Room for twice as many segments. */
-  grow(): this {
+  /** Adds one segment behind the others; device-readable ones come first. */
+  append(gpa: number, length: number, writable: boolean): void {
+    const at = this.segments;
+    if (at === this.gpas.length) this.#grow(at + 1);
+    this.gpas[at] = gpa;
+    this.lengths[at] = length;
+    this.segments = at + 1;
+    if (writable) this.writableBytes += length;
+    else {
+      this.readableSegments = at + 1;
+      this.readableBytes += length;
+    }
+  }
+
+  /** Starts the lease on the first buffer of `batch`. */
+  load(batch: ChainBatch): void {
+    const count = batch.end(0);
+    const readable = batch.readableEnd(0);
+    if (count > this.gpas.length) this.#grow(count);
+    const { segments } = batch;
     const { gpas, lengths } = this;
-    this.gpas = new Float64Array(2 * gpas.length);
+    this.begin(batch.chains[C_HEAD]);
+    this.segments = count;
+    this.readableSegments = readable;
+    this.writableBytes = batch.chains[C_WRITTEN];
+    for (let i = 0; i < count; i++) {
+      gpas[i] = segments[i * SEGMENT_WORDS];
+      const length = segments[i * SEGMENT_WORDS + 1];
+      lengths[i] = length;
+      if (i < readable) this.readableBytes += length;
+    }
+  }
+
+  /** Room for `count` segments, and as many again. */
+  #grow(count: number): void {
+    const { gpas, lengths } = this;
+    this.gpas = new Float64Array(2 * count);
     this.gpas.set(gpas);
-    this.lengths = new Uint32Array(2 * lengths.length);
+    this.lengths = new Uint32Array(2 * count);
     this.lengths.set(lengths);
-    return this;
   }
 
   get writableSegments(): number {

@@ -1,7 +1,7 @@
 /**
- * The device's side of a split virtqueue (virtio 1.2 § 2.7), over guest memory. The guest is hostile until proved
- * otherwise: every descriptor is copied once, the copy is validated, and the ring is never read again for it. What is
- * wrong is a value (`QueueError`), after which the queue is broken until a reset.
+ * The device's side of a split virtqueue (virtio 1.2 § 2.7), over guest memory: indices, events, and what is out. What the
+ * descriptors say is read in `chain-reader.ts`. The guest is hostile until proved otherwise: what is wrong is a value
+ * (`QueueError`), after which the queue is broken until a reset.
  *
  * All state is private to the device. `lastAvail` and `usedIdx` are free-running 16-bit numbers.
  */
@@ -9,16 +9,11 @@ import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
 import {
   AVAIL_IDX,
   AVAIL_RING,
-  DESC_BYTES,
-  MAX_CHAIN_BYTES,
   MAX_QUEUE_SIZE,
   USED_ELEM_BYTES,
   USED_IDX,
   USED_RING,
   VIRTQ_AVAIL_F_NO_INTERRUPT,
-  VIRTQ_DESC_F_INDIRECT,
-  VIRTQ_DESC_F_NEXT,
-  VIRTQ_DESC_F_WRITE,
   VIRTQ_USED_F_NO_NOTIFY,
   availEventOffset,
   isPowerOfTwo,
@@ -27,23 +22,10 @@ import {
   usedEventOffset,
 } from '../uapi/virtio.ts';
 import type { RingAddresses } from '../uapi/virtio.ts';
+import { C_HEAD, C_WRITTEN, CHAIN_WORDS, ChainBatch } from './chain-batch.ts';
+import { ChainReader } from './chain-reader.ts';
 import { DescriptorChain } from './descriptor-chain.ts';
-
-/** A malformed ring: what is wrong and the offending value. */
-export type QueueError =
-  | { readonly kind: 'ring-not-in-ram'; readonly gpa: number }
-  | { readonly kind: 'avail-index-jump'; readonly by: number }
-  | { readonly kind: 'head-out-of-range'; readonly head: number }
-  | { readonly kind: 'next-out-of-range'; readonly next: number }
-  | { readonly kind: 'chain-too-long'; readonly limit: number }
-  | { readonly kind: 'zero-length'; readonly gpa: number }
-  | { readonly kind: 'too-many-bytes'; readonly bytes: number }
-  | { readonly kind: 'readable-after-writable'; readonly index: number }
-  | { readonly kind: 'indirect-not-negotiated' }
-  | { readonly kind: 'indirect-with-next' }
-  | { readonly kind: 'indirect-nested' }
-  | { readonly kind: 'indirect-length'; readonly length: number }
-  | { readonly kind: 'buffer-not-in-ram'; readonly gpa: number };
+import type { QueueError } from './queue-error.ts';
 
 export interface SplitDeviceQueueOptions {
   readonly size: number;
@@ -64,11 +46,13 @@ export class SplitDeviceQueue {
   /** Buffers popped and not yet pushed. */
   inFlight = 0;
   readonly #eventIdx: boolean;
-  readonly #indirect: boolean;
+  readonly #reader: ChainReader;
+  /** Whether the used ring lies in one page; otherwise buffers are popped and pushed one by one. */
+  readonly #batched: boolean;
+  /** One buffer on its way into a `DescriptorChain`. */
+  readonly #one: ChainBatch;
   readonly #onLeaseBroken: (gpa: number) => void;
   readonly #spare: DescriptorChain[] = [];
-  /** The one descriptor that no window of the guest's memory shows as words. */
-  readonly #descriptor: Int32Array = new Int32Array(DESC_BYTES / 4);
   #lastAvail = 0;
   /** The driver's index as last acquired: entries up to it are taken without another atomic load. */
   #availSeen = 0;
@@ -82,7 +66,10 @@ export class SplitDeviceQueue {
     this.rings = options.rings;
     this.memory = options.memory;
     this.#eventIdx = options.eventIdx;
-    this.#indirect = options.indirect;
+    this.#reader = new ChainReader(options.size, options.rings, options.memory, options.indirect);
+    this.#one = new ChainBatch(1, options.size);
+    this.#batched =
+      pageOffset(options.rings.device) + USED_RING + options.size * USED_ELEM_BYTES <= PAGE_SIZE;
     this.#onLeaseBroken = options.onLeaseBroken ?? (() => undefined);
   }
 
@@ -128,210 +115,51 @@ export class SplitDeviceQueue {
   pop(): DescriptorChain | null {
     const known = this.#availSeen !== this.#lastAvail && this.error === null && !this.#stopped;
     if (!known && this.#available() === 0) return null;
-    const memory = this.memory;
-    const slot = this.rings.driver + AVAIL_RING + 2 * (this.#lastAvail & (this.size - 1));
-    if (!memory.window(slot, 2, false)) return this.#fail({ kind: 'ring-not-in-ram', gpa: slot });
-    const head = memory.u16[memory.at >> 1];
-    if (head >= this.size) return this.#fail({ kind: 'head-out-of-range', head });
-    const chain = this.#spare.pop() ?? new DescriptorChain(memory, this.#onLeaseBroken);
-    const bad = this.#readChain(chain, head);
-    if (bad !== null) return this.#fail(bad);
+    const chain = this.#spare.pop() ?? new DescriptorChain(this.memory, this.#onLeaseBroken);
+    if (this.#reader.readCommon(this.#one, this.#lastAvail, 1) === 1) chain.load(this.#one);
+    else {
+      const bad = this.#readUncommon(chain);
+      if (bad !== null) return this.#fail(bad);
+    }
     this.#lastAvail = (this.#lastAvail + 1) & 0xffff;
     this.inFlight++;
     return chain;
   }
 
+  /** Reads the next available buffer, whatever it is. */
+  #readUncommon(chain: DescriptorChain): QueueError | null {
+    const { memory } = this;
+    const slot = this.rings.driver + AVAIL_RING + 2 * (this.#lastAvail & (this.size - 1));
+    if (!memory.window(slot, 2, false)) return { kind: 'ring-not-in-ram', gpa: slot };
+    const head = memory.u16[memory.at >> 1];
+    if (head >= this.size) return { kind: 'head-out-of-range', head };
+    return this.#reader.read(chain, head);
+  }
+
   /**
-   * Copies and checks the descriptors of the chain that starts at `head`: those in the ring's table, then those of an
-   * indirect table, with which a chain may end (§ 2.7.5.3.2). What is wrong with it, if anything.
+   * Takes up to `max` available buffers, as many as `batch` has room for, copied and checked as by `pop`. Stops before the
+   * first that is not of the common form (`ChainBatch`); take that with `pop`, which says what is wrong with it, if it is.
+   * The batch path, for devices that serve a buffer at once: no lease is kept, and the next call overwrites the batch.
    */
-  #readChain(chain: DescriptorChain, head: number): QueueError | null {
-    const memory = this.memory;
-    const size = this.size | 0;
-    let { gpas, lengths } = chain;
-    let table = this.rings.desc;
-    let limit = size;
-    // Descriptors that may still come: a loop is a chain that is too long.
-    let left = size;
-    let nested = false;
-    let index = head | 0;
-    // A window reaches to the end of the table's page; descriptors inside it need no other.
-    let { i32 } = memory;
-    let words = 0;
-    let windowFirst = 0;
-    let windowEnd = 0;
-    let segments = 0;
-    let readableSegments = 0;
-    let readableBytes = 0;
-    let writableBytes = 0;
-    for (;;) {
-      if (left === 0) return { kind: 'chain-too-long', limit: Math.min(limit, size) };
-      left--;
-      if (index >= windowEnd || index < windowFirst) {
-        const at = table + index * DESC_BYTES;
-        const offset = pageOffset(at);
-        const whole = ((PAGE_SIZE - offset) / DESC_BYTES) | 0;
-        const covered = whole < limit - index ? whole : limit - index;
-        windowFirst = index;
-        if (whole < 1 || (offset & 3) !== 0) {
-          // Only the ring's own table is aligned (§ 2.7): an indirect one may have a descriptor across two pages.
-          if (!this.#copyDescriptor(at)) return { kind: 'ring-not-in-ram', gpa: at };
-          i32 = this.#descriptor;
-          words = 0;
-          windowEnd = index + 1;
-        } else {
-          if (!memory.window(at, covered * DESC_BYTES, false)) return { kind: 'ring-not-in-ram', gpa: at };
-          i32 = memory.i32;
-          words = memory.at >> 2;
-          windowEnd = index + covered;
-        }
-      }
-      const d = words + ((index - windowFirst) << 2);
-      const low = i32[d];
-      const high = i32[d + 1];
-      const length = i32[d + 2];
-      const word = i32[d + 3];
-      const writable = (word & VIRTQ_DESC_F_WRITE) !== 0;
-      let gpa = low;
-      // The common segment, within a page below 2 GiB, needs no arithmetic on doubles.
-      const common =
-        (word & VIRTQ_DESC_F_INDIRECT) === 0 &&
-        high === 0 &&
-        low >= 0 &&
-        length > 0 &&
-        (low & (PAGE_SIZE - 1)) + length <= PAGE_SIZE &&
-        (writable || readableSegments === segments) &&
-        readableBytes + writableBytes <= MAX_CHAIN_BYTES - PAGE_SIZE &&
-        memory.contains(low, length, writable);
-      if (!common) {
-        gpa = (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
-        if ((word & VIRTQ_DESC_F_INDIRECT) !== 0) {
-          const bad = this.#badIndirect(nested, word, length >>> 0);
-          if (bad !== null) return bad;
-          nested = true;
-          table = gpa;
-          limit = (length >>> 0) / DESC_BYTES;
-          left = Math.min(limit, size - segments);
-          index = 0;
-          windowEnd = 0;
-          continue;
-        }
-        const bytes = readableBytes + writableBytes;
-        const afterWritable = readableSegments < segments;
-        const bad = this.#badSegment(gpa, length >>> 0, writable, afterWritable, bytes, index);
-        if (bad !== null) return bad;
-      }
-      if (segments === gpas.length) ({ gpas, lengths } = chain.grow());
-      gpas[segments] = gpa;
-      lengths[segments] = length;
-      segments++;
-      if (writable) writableBytes += length >>> 0;
-      else {
-        readableSegments++;
-        readableBytes += length >>> 0;
-      }
-      if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
-      index = word >>> 16;
-      if (index >= limit) return { kind: 'next-out-of-range', next: index };
-    }
-    chain.begin(head, segments, readableSegments, readableBytes, writableBytes);
-    return null;
-  }
-
-  /** Copies the descriptor at `at`, wherever it lies, into `#descriptor`. False: not RAM. */
-  #copyDescriptor(at: number): boolean {
-    const memory = this.memory;
-    const bytes = new Uint8Array(this.#descriptor.buffer);
-    for (let done = 0; done < DESC_BYTES; ) {
-      const n = Math.min(DESC_BYTES - done, PAGE_SIZE - pageOffset(at + done));
-      if (!memory.window(at + done, n, false)) return false;
-      for (let i = 0; i < n; i++) bytes[done + i] = memory.u8[memory.at + i];
-      done += n;
-    }
-    return true;
-  }
-
-  /** What is wrong with an indirect descriptor, if anything (§ 2.7.5.3). */
-  #badIndirect(nested: boolean, flags: number, length: number): QueueError | null {
-    if (!this.#indirect) return { kind: 'indirect-not-negotiated' };
-    if (nested) return { kind: 'indirect-nested' };
-    if ((flags & VIRTQ_DESC_F_NEXT) !== 0) return { kind: 'indirect-with-next' };
-    if (length === 0 || (length & (DESC_BYTES - 1)) !== 0 || length / DESC_BYTES > MAX_QUEUE_SIZE)
-      return { kind: 'indirect-length', length };
-    return null;
-  }
-
-  /** What is wrong with a segment, if anything, after `bytes` others of the chain. */
-  #badSegment(
-    gpa: number,
-    length: number,
-    writable: boolean,
-    afterWritable: boolean,
-    bytes: number,
-    index: number,
-  ): QueueError | null {
-    if (length === 0) return { kind: 'zero-length', gpa };
-    if (!writable && afterWritable) return { kind: 'readable-after-writable', index };
-    if (bytes + length > MAX_CHAIN_BYTES) return { kind: 'too-many-bytes', bytes: bytes + length };
-    // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched. Only looked at:
-    // a buffer that is given back or hinted may never have been touched, and is not to be.
-    const onePage = pageOffset(gpa) + length <= PAGE_SIZE;
-    if (
-      onePage
-        ? !this.memory.contains(gpa, length, writable)
-        : !this.memory.contains(gpa, 1, writable) || !this.memory.contains(gpa + length - 1, 1, writable)
-    ) {
-      return { kind: 'buffer-not-in-ram', gpa };
-    }
-    return null;
+  popChains(batch: ChainBatch, max: number): number {
+    const n = this.#batched ? Math.min(this.#available(), max, batch.room) : 0;
+    return this.#taken(this.#reader.readCommon(batch, this.#lastAvail, n));
   }
 
   /**
    * Takes up to `max` available buffers of one descriptor each: heads, addresses, lengths (negative when writable).
-   * Stops before the first chain that is longer; take that with `pop`. The batch path: indices, flags and lengths are
-   * checked here, addresses where the buffer is touched (`window`).
+   * Stops before the first chain that is longer, or malformed; take that with `pop`. The addresses are checked where the
+   * buffer is touched (`window`).
    */
   popSingles(heads: Int32Array, gpas: Float64Array, lengths: Int32Array, max: number): number {
-    const n = Math.min(this.#available(), max);
-    if (n === 0) return 0;
-    const memory = this.memory;
-    const size = this.size;
-    const mask = size - 1;
-    if (
-      pageOffset(this.rings.desc) + size * DESC_BYTES > PAGE_SIZE ||
-      pageOffset(this.rings.driver) + availEventOffset(0) + 2 * size > PAGE_SIZE
-    ) {
-      return 0;
-    }
-    if (!memory.window(this.rings.driver, AVAIL_RING + 2 * size, false)) return 0;
-    const u16 = memory.u16;
-    const ring = (memory.at + AVAIL_RING) >> 1;
-    if (!memory.window(this.rings.desc, size * DESC_BYTES, false)) return 0;
-    const i32 = memory.i32;
-    const desc = memory.at >> 2;
-    let idx = this.#lastAvail;
-    let taken = 0;
-    for (; taken < n; taken++) {
-      const head = u16[ring + (idx & mask)];
-      if (head >= size) {
-        this.#fail({ kind: 'head-out-of-range', head });
-        break;
-      }
-      const d = desc + head * 4;
-      const length = i32[d + 2];
-      const flags = i32[d + 3] & 0xffff;
-      if ((flags & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT)) !== 0 || length <= 0) break;
-      heads[taken] = head;
-      const low = i32[d];
-      const high = i32[d + 1];
-      // Addresses below 2 GiB, nearly all of them, need no arithmetic on doubles.
-      gpas[taken] = high === 0 && low >= 0 ? low : (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
-      lengths[taken] = (flags & VIRTQ_DESC_F_WRITE) !== 0 ? -length : length;
-      idx = (idx + 1) & 0xffff;
-    }
-    this.#lastAvail = idx;
-    this.inFlight += taken;
-    return taken;
+    const n = this.#batched ? Math.min(this.#available(), max) : 0;
+    return this.#taken(this.#reader.readSingles(heads, gpas, lengths, this.#lastAvail, n));
+  }
+
+  #taken(count: number): number {
+    this.#lastAvail = (this.#lastAvail + count) & 0xffff;
+    this.inFlight += count;
+    return count;
   }
 
   /**
@@ -355,30 +183,57 @@ export class SplitDeviceQueue {
     return this.#writeUsed(chain.head, written < most ? written : most);
   }
 
+  /** Returns the buffers of `popChains` with one index store, each with its `C_WRITTEN` bytes written. */
+  pushChains(batch: ChainBatch): void {
+    const { chains, count } = batch;
+    const ring = this.#usedWindow(count);
+    if (ring < 0) return;
+    const { i32 } = this.memory;
+    const mask = (this.size - 1) | 0;
+    const idx = this.#usedIdx | 0;
+    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    void (i32[ring + ((idx & mask) << 1)] + chains[0]);
+    for (let i = 0; i < count; i++) {
+      const at = (ring + (((idx + i) & mask) << 1)) | 0;
+      const chain = i * CHAIN_WORDS;
+      i32[at] = chains[chain + C_HEAD];
+      i32[at + 1] = chains[chain + C_WRITTEN];
+    }
+    this.#returned(count);
+  }
+
   /** Returns `count` buffers of `popSingles` with one index store; `written` is no more than the shortest of them holds. */
   pushSingles(heads: Int32Array, count: number, written: number): void {
-    if (this.#stopped) return;
-    const memory = this.memory;
-    const mask = this.size - 1;
-    if (pageOffset(this.rings.device) + USED_RING + this.size * USED_ELEM_BYTES > PAGE_SIZE) {
-      for (let i = 0; i < count; i++) this.#writeUsed(heads[i], written);
-    } else {
-      if (!memory.window(this.rings.device, USED_RING + this.size * USED_ELEM_BYTES, true)) {
-        this.#fail({ kind: 'ring-not-in-ram', gpa: this.rings.device });
-        return;
-      }
-      const i32 = memory.i32;
-      const ring = (memory.at + USED_RING) >> 2;
-      let idx = this.#usedIdx;
-      for (let i = 0; i < count; i++) {
-        const at = ring + 2 * (idx & mask);
-        i32[at] = heads[i];
-        i32[at + 1] = written;
-        idx = (idx + 1) & 0xffff;
-      }
-      this.#usedIdx = idx;
-      this.inFlight -= count;
+    const ring = this.#usedWindow(count);
+    if (ring < 0) return;
+    const { i32 } = this.memory;
+    const mask = (this.size - 1) | 0;
+    const idx = this.#usedIdx | 0;
+    const bytes = written | 0;
+    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    void (i32[ring + ((idx & mask) << 1)] + heads[0]);
+    for (let i = 0; i < count; i++) {
+      const at = (ring + (((idx + i) & mask) << 1)) | 0;
+      i32[at] = heads[i];
+      i32[at + 1] = bytes;
     }
+    this.#returned(count);
+  }
+
+  /** First word of the used ring, for `count` entries; −1: there is nothing to write, or nowhere. */
+  #usedWindow(count: number): number {
+    if (this.#stopped || count === 0) return -1;
+    const { memory } = this;
+    if (!memory.window(this.rings.device, USED_RING + this.size * USED_ELEM_BYTES, true)) {
+      this.#fail({ kind: 'ring-not-in-ram', gpa: this.rings.device });
+      return -1;
+    }
+    return (memory.at + USED_RING) >> 2;
+  }
+
+  #returned(count: number): void {
+    this.#usedIdx = (this.#usedIdx + count) & 0xffff;
+    this.inFlight -= count;
     this.publish();
   }
 

@@ -5,6 +5,10 @@
  * read back from the ring: the device may scribble there. For a guest kernel those words are in the arena, guarded by
  * the lock of the driver that owns the queue.
  *
+ * One word a descriptor tells its state: of one that is free, or part of a chain but not its head, the complement of the
+ * next in the list; of a head that is out, twice its token, plus one for a chain of several, whose length and second
+ * descriptor then stand in two more words.
+ *
  * Departures from Linux: the ring parts each start on a page of their own and fit in it, so a queue has at most 256
  * entries; Linux prefers larger queues for block devices.
  */
@@ -32,10 +36,13 @@ import {
 
 export const DRIVER_QUEUE_MAX = 256;
 
-/** Words of driver state for a queue of `size`: a header, then a next link, a token and a length per descriptor. */
+/** Words of driver state for a queue of `size`: a header, then a state, a chain's length and its second part per descriptor. */
 export function driverQueueWords(size: number): number {
   return 16 + 3 * size;
 }
+
+/** Tokens are below this. */
+const MAX_TOKEN = 0x4000_0000;
 
 const S_FREE = 0;
 const S_FREE_HEAD = 1;
@@ -71,10 +78,11 @@ export class SplitDriverQueue {
   readonly rings: RingAddresses;
   readonly #state: Int32Array;
   readonly #base: number;
-  readonly #next: number;
-  readonly #token: number;
-  /** Descriptors of the chain that starts at each head. */
+  /** First word of the descriptors' states. */
+  readonly #word: number;
+  /** Descriptors of the chain of several that starts at each head, and its second one. */
   readonly #count: number;
+  readonly #second: number;
   readonly #eventIdx: boolean;
   readonly #indirect: boolean;
 
@@ -90,9 +98,9 @@ export class SplitDriverQueue {
     this.rings = options.rings;
     this.#state = options.state;
     this.#base = options.stateBase;
-    this.#next = options.stateBase + 16;
-    this.#token = options.stateBase + 16 + options.size;
-    this.#count = options.stateBase + 16 + 2 * options.size;
+    this.#word = options.stateBase + 16;
+    this.#count = options.stateBase + 16 + options.size;
+    this.#second = options.stateBase + 16 + 2 * options.size;
     this.#eventIdx = options.eventIdx;
     this.#indirect = options.indirect;
   }
@@ -102,10 +110,7 @@ export class SplitDriverQueue {
     const s = this.#state;
     s.fill(0, this.#base, this.#base + 16);
     s[this.#base + S_FREE] = this.size;
-    for (let i = 0; i < this.size; i++) {
-      s[this.#next + i] = i + 1;
-      s[this.#token + i] = -1;
-    }
+    for (let i = 0; i < this.size; i++) s[this.#word + i] = ~(i + 1);
     for (const [at, bytes] of [
       [this.rings.desc, DESC_BYTES * this.size],
       [this.rings.driver, availBytes(this.size)],
@@ -130,7 +135,7 @@ export class SplitDriverQueue {
   }
 
   /**
-   * Adds one buffer: device-readable segments, then device-writable ones (§ 2.7.4.2). `token` (≥ 0) comes back from
+   * Adds one buffer: device-readable segments, then device-writable ones (§ 2.7.4.2). `token` (0 … 2³⁰ − 1) comes back from
    * `popUsed`. False when the ring is full; nothing was written. Not visible to the device before `publish`.
    */
   add(memory: GuestMemory, out: readonly Segment[], into: readonly Segment[], token: number): boolean {
@@ -148,7 +153,7 @@ export class SplitDriverQueue {
       const writable = i >= out.length;
       const segment = writable ? into[i - out.length] : out[i];
       bytes += segment.length;
-      const next = s[this.#next + index];
+      const next = ~s[this.#word + index];
       const flags = (writable ? VIRTQ_DESC_F_WRITE : 0) | (i < total - 1 ? VIRTQ_DESC_F_NEXT : 0);
       const at = desc + index * 4;
       i32[at] = segment.gpa | 0;
@@ -160,8 +165,11 @@ export class SplitDriverQueue {
     assert(bytes <= MAX_CHAIN_BYTES, 'a buffer has at most 2³² bytes');
     s[this.#base + S_FREE_HEAD] = index;
     s[this.#base + S_FREE] -= total;
-    s[this.#token + head] = token;
-    s[this.#count + head] = total;
+    if (total > 1) {
+      s[this.#count + head] = total;
+      s[this.#second + head] = ~s[this.#word + head];
+    }
+    this.#takeOut(head, token, total > 1);
     this.#pushAvail(memory, head);
     return true;
   }
@@ -171,8 +179,7 @@ export class SplitDriverQueue {
    * Uses one ring entry. False when the ring is full.
    */
   addIndirect(memory: GuestMemory, table: number, count: number, token: number): boolean {
-    assert(this.#indirect, 'INDIRECT_DESC was negotiated');
-    assert(count > 0 && count <= this.size, 'a chain is no longer than the queue');
+    this.#checkTable(count);
     const s = this.#state;
     if (s[this.#base + S_FREE] === 0) return false;
     const head = s[this.#base + S_FREE_HEAD];
@@ -182,52 +189,91 @@ export class SplitDriverQueue {
     memory.i32[at + 1] = Math.floor(table / 0x1_0000_0000);
     memory.i32[at + 2] = count * DESC_BYTES;
     memory.i32[at + 3] = VIRTQ_DESC_F_INDIRECT;
-    s[this.#base + S_FREE_HEAD] = s[this.#next + head];
+    s[this.#base + S_FREE_HEAD] = ~s[this.#word + head];
     s[this.#base + S_FREE]--;
-    s[this.#token + head] = token;
-    s[this.#count + head] = 1;
+    this.#takeOut(head, token, false);
     this.#pushAvail(memory, head);
     return true;
   }
 
+  #takeOut(head: number, token: number, several: boolean): void {
+    assert(token >= 0 && token < MAX_TOKEN, 'a token has 30 bits');
+    this.#state[this.#word + head] = 2 * token + (several ? 1 : 0);
+  }
+
   /**
-   * Adds up to `count` single-descriptor buffers of `length` bytes at `gpas[i]` and publishes them with one index
-   * store. Returns how many fitted. Their tokens are the descriptor indices. The batch path: one window per ring part.
+   * Adds up to `count` single-descriptor buffers of `length` bytes at `gpas[i]` with the tokens `tokens[i]`, and publishes
+   * them with one index store. Returns how many fitted. The batch path of `add`: one window per ring part.
    */
   addSingles(
     memory: GuestMemory,
     gpas: Float64Array,
+    tokens: Int32Array,
     count: number,
     length: number,
     writable: boolean,
   ): number {
+    return this.#addBatch(memory, gpas, tokens, count, length, writable ? VIRTQ_DESC_F_WRITE : 0);
+  }
+
+  /**
+   * Adds up to `count` buffers through indirect tables of `descriptors` each, which the caller has written at `tables[i]`,
+   * and publishes them. Returns how many fitted. The batch path of `addIndirect`.
+   */
+  addTables(
+    memory: GuestMemory,
+    tables: Float64Array,
+    tokens: Int32Array,
+    count: number,
+    descriptors: number,
+  ): number {
+    this.#checkTable(descriptors);
+    return this.#addBatch(memory, tables, tokens, count, descriptors * DESC_BYTES, VIRTQ_DESC_F_INDIRECT);
+  }
+
+  #checkTable(descriptors: number): void {
+    assert(this.#indirect, 'INDIRECT_DESC was negotiated');
+    assert(descriptors > 0 && descriptors <= this.size, 'a chain is no longer than the queue');
+  }
+
+  #addBatch(
+    memory: GuestMemory,
+    gpas: Float64Array,
+    tokens: Int32Array,
+    count: number,
+    length: number,
+    flags: number,
+  ): number {
     const s = this.#state;
     const base = this.#base;
-    const n = Math.min(count, s[base + S_FREE]);
+    const n = Math.min(count, s[base + S_FREE]) | 0;
     if (n === 0) return 0;
     const desc = this.#descriptorsBeside(memory) >> 2;
     const ring = (memory.at + AVAIL_RING) >> 1;
     const { i32, u16 } = memory;
     // `| 0`: a field is a tagged number, which V8 would untag at each use in the loop.
     const bytes = length | 0;
-    const flags = writable ? VIRTQ_DESC_F_WRITE : 0;
+    const bits = flags | 0;
     const mask = (this.size - 1) | 0;
-    const next = this.#next | 0;
-    const token = this.#token | 0;
-    const chainLength = this.#count | 0;
+    const word = this.#word | 0;
     const idx = s[base + S_AVAIL] | 0;
     let head = s[base + S_FREE_HEAD] | 0;
+    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    void (i32[desc + (head << 2)] + u16[ring + (idx & mask)] + gpas[0] + tokens[0]);
     for (let i = 0; i < n; i++) {
-      const at = desc + (head << 2);
+      const at = (desc + (head << 2)) | 0;
       const gpa = gpas[i];
+      const token = tokens[i];
+      assert((token & ~(MAX_TOKEN - 1)) === 0, 'a token has 30 bits');
       i32[at] = gpa;
-      i32[at + 1] = gpa < 0x1_0000_0000 ? 0 : Math.floor(gpa / 0x1_0000_0000);
+      // An element keeps the whole part: the upper half.
+      i32[at + 1] = gpa / 0x1_0000_0000;
       i32[at + 2] = bytes;
-      i32[at + 3] = flags;
+      i32[at + 3] = bits;
       u16[ring + ((idx + i) & mask)] = head;
-      s[(token + head) | 0] = head;
-      s[(chainLength + head) | 0] = 1;
-      head = s[(next + head) | 0];
+      const own = (word + head) | 0;
+      head = ~s[own];
+      s[own] = token << 1;
     }
     s[base + S_FREE_HEAD] = head;
     s[base + S_FREE] -= n;
@@ -312,61 +358,106 @@ export class SplitDriverQueue {
     const at = ((memory.at + USED_RING) >> 2) + 2 * (last & (this.size - 1));
     const head = memory.i32[at];
     const length = memory.i32[at + 1];
-    if (head < 0 || head >= this.size || s[this.#token + head] < 0) {
+    const token = this.#takeBack(head);
+    if (token < 0) {
       s[this.#base + S_BROKEN] = 1;
       return -1;
     }
-    const token = s[this.#token + head];
-    s[this.#token + head] = -1;
     s[this.#base + S_LAST_LEN] = length;
     s[this.#base + S_LAST_USED] = (last + 1) & 0xffff;
-    this.#freeChain(head);
     return token;
   }
 
-  /** Reaps up to `max` returned single-descriptor buffers into `tokens`; the batch path of `popUsed`. */
-  popSingles(memory: GuestMemory, tokens: Int32Array, max: number): number {
+  /**
+   * Reaps up to `max` returned buffers: their tokens into `tokens`. The batch path of `popUsed`, for who knows without the
+   * device what was written. One that breaks the ring is not among them.
+   */
+  popUsedBatch(memory: GuestMemory, tokens: Int32Array, max: number): number {
     const s = this.#state;
     const base = this.#base;
     this.#window(memory, this.rings.device, availEventOffset(this.size) + 2);
+    if (s[base + S_BROKEN] !== 0) return 0;
     const usedIdx = Atomics.load(memory.u16, (memory.at + USED_IDX) >> 1);
-    let last = s[base + S_LAST_USED];
-    const n = Math.min(ringDistance(usedIdx, last), max);
-    if (n === 0) return 0;
-    const i32 = memory.i32;
-    const ring = (memory.at + USED_RING) >> 2;
-    const size = this.size;
-    const token = this.#token;
-    const next = this.#next;
-    let freeHead = s[base + S_FREE_HEAD];
-    for (let i = 0; i < n; i++) {
-      const head = i32[ring + 2 * (last & (size - 1))];
-      if (head < 0 || head >= size || s[token + head] < 0) {
-        s[base + S_BROKEN] = 1;
-        return i;
-      }
-      tokens[i] = s[token + head];
-      s[token + head] = -1;
-      s[next + head] = freeHead;
-      freeHead = head;
-      last = (last + 1) & 0xffff;
+    const last = s[base + S_LAST_USED] | 0;
+    const size = this.size | 0;
+    const there = ringDistance(usedIdx, last);
+    if (there > size) {
+      s[base + S_BROKEN] = 1;
+      return 0;
     }
-    s[base + S_FREE_HEAD] = freeHead;
-    s[base + S_FREE] += n;
-    s[base + S_LAST_USED] = last;
-    s[base + S_USED_SEEN] = last;
-    return n;
+    const n = Math.min(there, max) | 0;
+    if (n === 0) return 0;
+    let done = 0;
+    while (done < n) {
+      done += this.#reapSingles(memory, tokens, last, done, n);
+      if (done === n) break;
+      // A chain of several, or what breaks the ring.
+      const head = memory.i32[((memory.at + USED_RING) >> 2) + 2 * ((last + done) & (size - 1))];
+      const token = this.#takeBack(head);
+      if (token < 0) {
+        s[base + S_BROKEN] = 1;
+        break;
+      }
+      tokens[done++] = token;
+    }
+    s[base + S_LAST_USED] = (last + done) & 0xffff;
+    s[base + S_USED_SEEN] = s[base + S_LAST_USED];
+    return done;
   }
 
-  /** Returns a chain to the free list. Its length and links are the driver's own knowledge, not the ring's. */
-  #freeChain(head: number): void {
+  /**
+   * Puts the buffers of used entries `last + from … last + end − 1` back, up to the first that is not a single descriptor that
+   * is out: how many. Calls nothing in its loop.
+   */
+  #reapSingles(memory: GuestMemory, tokens: Int32Array, last: number, from: number, end: number): number {
     const s = this.#state;
-    const count = s[this.#count + head];
-    let tail = head;
-    for (let i = 1; i < count; i++) tail = s[this.#next + tail];
-    s[this.#next + tail] = s[this.#base + S_FREE_HEAD];
+    const { i32 } = memory;
+    const ring = (memory.at + USED_RING) >> 2;
+    const size = this.size | 0;
+    const mask = (size - 1) | 0;
+    const word = this.#word | 0;
+    const first = last | 0;
+    let free = s[this.#base + S_FREE_HEAD] | 0;
+    let i = from | 0;
+    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    void (i32[ring + (((first + i) & mask) << 1)] + tokens[i]);
+    for (; i < end; i++) {
+      const head = i32[ring + (((first + i) & mask) << 1)];
+      if (head >>> 0 >= size) break;
+      const own = (word + head) | 0;
+      const state = s[own];
+      // Not out, or a chain of several.
+      if ((state & 0x8000_0001) !== 0) break;
+      tokens[i] = state >> 1;
+      s[own] = ~free;
+      free = head;
+    }
+    s[this.#base + S_FREE_HEAD] = free;
+    s[this.#base + S_FREE] += i - from;
+    return i - from;
+  }
+
+  /**
+   * Puts the buffer at `head` back into the free list: its token, or −1 if no such buffer is out. Length and links of a chain
+   * are the driver's own knowledge, not the ring's.
+   */
+  #takeBack(head: number): number {
+    const s = this.#state;
+    if (head < 0 || head >= this.size || s[this.#word + head] < 0) return -1;
+    const state = s[this.#word + head];
+    const free = s[this.#base + S_FREE_HEAD];
+    let count = 1;
+    if ((state & 1) === 0) s[this.#word + head] = ~free;
+    else {
+      count = s[this.#count + head];
+      let tail = s[this.#second + head];
+      s[this.#word + head] = ~tail;
+      for (let i = 2; i < count; i++) tail = ~s[this.#word + tail];
+      s[this.#word + tail] = ~free;
+    }
     s[this.#base + S_FREE_HEAD] = head;
     s[this.#base + S_FREE] += count;
+    return state >> 1;
   }
 
   /** Asks for no interrupts; the device may still send one (§ 2.7.7). */

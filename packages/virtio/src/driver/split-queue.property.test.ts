@@ -2,7 +2,8 @@
 import { fc, test } from '@fast-check/vitest';
 import { expect } from 'vitest';
 import { needEvent } from '../uapi/index.ts';
-import { rig } from '../testing/index.ts';
+import { ChainBatch } from '../device/index.ts';
+import { RINGS, rig } from '../testing/index.ts';
 
 type Step = { readonly kind: 'add' | 'publish' | 'pop' | 'push' | 'reap'; readonly n: number };
 
@@ -91,15 +92,18 @@ test('the batch path agrees with the single path', () => {
   if (device === null) throw new Error('active');
   const gpas = Float64Array.from({ length: 16 }, (_, i) => 0x20000 + i * 256);
   const heads = new Int32Array(16);
+  const tokens = Int32Array.from({ length: 16 }, (_, i) => 100 + i);
+  const reaped = new Int32Array(16);
   const at = new Float64Array(16);
   const len = new Int32Array(16);
   for (let round = 0; round < 5000; round++) {
-    expect(r.queue.addSingles(r.memory, gpas, 16, 256, true)).toBe(16);
+    expect(r.queue.addSingles(r.memory, gpas, tokens, 16, 256, true)).toBe(16);
     expect(device.popSingles(heads, at, len, 16)).toBe(16);
     expect([...at]).toEqual([...gpas]);
     expect(len[0]).toBe(-256);
     device.pushSingles(heads, 16, 256);
-    expect(r.queue.popSingles(r.memory, heads, 16)).toBe(16);
+    expect(r.queue.popUsedBatch(r.memory, reaped, 16)).toBe(16);
+    expect(reaped).toEqual(tokens);
   }
   expect(r.queue.free).toBe(r.queue.size);
 });
@@ -119,13 +123,82 @@ test('buffers added in a batch are reaped one by one as well, through descriptor
   r.queue.publish(r.memory);
   expect(reapAll()).toBe(Math.floor(r.queue.size / 3));
   const gpas = Float64Array.from({ length: r.queue.size }, (_, i) => 0x20000 + i * 256);
-  expect(r.queue.addSingles(r.memory, gpas, r.queue.size, 256, true)).toBe(r.queue.size);
+  const tokens = new Int32Array(r.queue.size);
+  expect(r.queue.addSingles(r.memory, gpas, tokens, r.queue.size, 256, true)).toBe(r.queue.size);
   expect(reapAll()).toBe(r.queue.size);
   expect(r.queue.free).toBe(r.queue.size);
   // The free list holds each of them once.
-  expect(r.queue.addSingles(r.memory, gpas, r.queue.size, 256, true)).toBe(r.queue.size);
+  expect(r.queue.addSingles(r.memory, gpas, tokens, r.queue.size, 256, true)).toBe(r.queue.size);
   expect(reapAll()).toBe(r.queue.size);
   expect(r.queue.broken).toBe(false);
+});
+
+test('buffers through tables are popped, returned and reaped in batches, among others that are not', () => {
+  const r = rig();
+  const device = r.device.queue;
+  if (device === null) throw new Error('active');
+  const popped = new ChainBatch(8, r.queue.size);
+  const tables = Float64Array.of(0x30000, 0x30040);
+  for (const table of tables) {
+    r.memory.i32.set([0x20000, 0, 16, 1 | (1 << 16)], table >> 2);
+    r.memory.i32.set([0x21000, 0, 4096, 1 | 2 | (2 << 16)], (table >> 2) + 4);
+    r.memory.i32.set([0x20100, 0, 1, 2], (table >> 2) + 8);
+  }
+  const long = Array.from({ length: 3 }, (_, i) => ({ gpa: 0x22000 + i * 4096, length: 4096 }));
+  const reaped = new Int32Array(16);
+  for (let round = 0; round < 1000; round++) {
+    expect(r.queue.addTables(r.memory, tables, Int32Array.of(1, 2), 2, 3)).toBe(2);
+    r.queue.add(r.memory, long.slice(0, 1), long.slice(1), 3);
+    r.queue.publish(r.memory);
+    expect(device.popChains(popped, 8)).toBe(3);
+    expect([0, 1, 2].map((i) => [popped.end(i), popped.readableEnd(i)])).toEqual([
+      [3, 1],
+      [6, 4],
+      [9, 7],
+    ]);
+    expect([popped.gpa(4), popped.length(4), popped.start(2)]).toEqual([0x21000, 4096, 6]);
+    device.pushChains(popped);
+    const used = (r.memory.i32[(RINGS.device + 4) / 4 + 2 * ((3 * round) % r.queue.size) + 1] ?? 0) >>> 0;
+    expect(used).toBe(4097);
+    expect(r.queue.popUsedBatch(r.memory, reaped, 16)).toBe(3);
+    expect([...reaped.subarray(0, 3)]).toEqual([1, 2, 3]);
+  }
+  expect([r.queue.free, r.queue.broken, device.inFlight]).toEqual([r.queue.size, false, 0]);
+});
+
+test('a batch that breaks the ring is reaped up to there', () => {
+  const r = rig();
+  r.queue.addSingles(
+    r.memory,
+    Float64Array.of(0x20000, 0x20100, 0x20200),
+    Int32Array.of(4, 5, 6),
+    3,
+    16,
+    true,
+  );
+  const used = (RINGS.device + 4) / 4;
+  r.memory.i32.set([0, 16, 0, 16], used);
+  r.memory.u16[(RINGS.device + 2) / 2] = 2;
+  const reaped = new Int32Array(4);
+  expect([r.queue.popUsedBatch(r.memory, reaped, 4), reaped[0], r.queue.broken]).toEqual([1, 4, true]);
+  expect(r.queue.popUsedBatch(r.memory, reaped, 4)).toBe(0);
+});
+
+test('an id beyond the queue breaks it', () => {
+  for (const batch of [false, true]) {
+    const r = rig();
+    r.queue.addSingles(r.memory, Float64Array.of(0x20000), Int32Array.of(4), 1, 16, true);
+    r.memory.i32[(RINGS.device + 4) / 4] = r.queue.size;
+    r.memory.u16[(RINGS.device + 2) / 2] = 1;
+    const got = batch ? r.queue.popUsedBatch(r.memory, new Int32Array(4), 4) : r.queue.popUsed(r.memory);
+    expect([got, r.queue.broken]).toEqual([batch ? 0 : -1, true]);
+  }
+});
+
+test('a device whose index jumps breaks the queue for batches too', () => {
+  const r = rig();
+  r.memory.u16[(RINGS.device + 2) / 2] = r.queue.size + 1;
+  expect([r.queue.popUsedBatch(r.memory, new Int32Array(4), 4), r.queue.broken]).toEqual([0, true]);
 });
 
 test('a device that returns a buffer twice breaks the queue', () => {

@@ -8,7 +8,6 @@ const TASKS = 'packages/host-kvm/src/host-tasks.ts';
 const VM = 'packages/host-kvm/src/kvm/vm.ts';
 const POOL = 'packages/host-kvm/src/mm/frame-pool.ts';
 const TRANSPORT = 'packages/virtio/src/device/mmio-transport.ts';
-const QUEUE = 'packages/virtio/src/device/split-device-queue.ts';
 const BALLOON = 'packages/guest-kernel/src/drivers/balloon.ts';
 const DRIVER = 'packages/guest-kernel/src/drivers/virtio-mem.ts';
 const ALLOC = 'packages/guest-kernel/src/mm/page-alloc.ts';
@@ -63,9 +62,9 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'pop-touches-buffers',
-    QUEUE,
-    '        : !this.memory.contains(gpa, 1, writable) || !this.memory.contains(gpa + length - 1, 1, writable)\n',
-    '        : !this.memory.window(gpa, 1, writable) || !this.memory.window(gpa + length - 1, 1, writable)\n',
+    'packages/virtio/src/device/chain-reader.ts',
+    '          !memory.contains(low, 1, writable) ||\n',
+    '          !memory.window(low, 1, writable) ||\n',
     'reporting and hinting take frames for what nobody touched',
     TIMING,
   ),

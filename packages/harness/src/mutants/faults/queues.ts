@@ -4,8 +4,10 @@ import { fault, props, test, type Mutant } from '../mutant.ts';
 const BLOCK_DEVICE = 'packages/host-kvm/src/devices/block.ts';
 const DRIVER_QUEUE = 'packages/virtio/src/driver/split-driver-queue.ts';
 const DEVICE_QUEUE = 'packages/virtio/src/device/split-device-queue.ts';
+const CHAIN_READER = 'packages/virtio/src/device/chain-reader.ts';
 const TRANSPORT = 'packages/virtio/src/device/mmio-transport.ts';
 const BAD_RINGS = test('virtio/src/conformance/bad-rings.test.ts');
+const CHAIN_READERS = test('virtio/src/device/chain-reader.property.test.ts');
 const SPLIT_RING_TEST = test('virtio/src/conformance/split-ring.test.ts');
 const MMIO_TEST = test('virtio/src/conformance/mmio.test.ts');
 
@@ -68,7 +70,7 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'chain-unbounded',
-    DEVICE_QUEUE,
+    CHAIN_READER,
     'if (left === 0) return',
     'if (left === -1_000_000) return',
     'hang bound: a descriptor loop',
@@ -76,7 +78,7 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'nested-indirect',
-    DEVICE_QUEUE,
+    CHAIN_READER,
     "    if (nested) return { kind: 'indirect-nested' };\n",
     '',
     'malformed: indirect inside indirect',
@@ -84,7 +86,7 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'next-unchecked',
-    DEVICE_QUEUE,
+    CHAIN_READER,
     '      if (index >= limit) return',
     '      if (index >= 65536) return',
     'malformed: next beyond the table',
@@ -93,7 +95,7 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'head-unchecked',
     DEVICE_QUEUE,
-    "    if (head >= this.size) return this.#fail({ kind: 'head-out-of-range', head });\n",
+    "    if (head >= this.size) return { kind: 'head-out-of-range', head };\n",
     '',
     'malformed: a head beyond the queue',
     BAD_RINGS,
@@ -108,7 +110,7 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'zero-length-taken',
-    DEVICE_QUEUE,
+    CHAIN_READER,
     "    if (length === 0) return { kind: 'zero-length', gpa };\n",
     '',
     'malformed: zero length',
@@ -116,8 +118,8 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'order-of-segments',
-    DEVICE_QUEUE,
-    "    if (!writable && afterWritable) return { kind: 'readable-after-writable', index };\n",
+    CHAIN_READER,
+    "    if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };\n",
     '',
     'malformed: readable after writable',
     BAD_RINGS,
@@ -125,9 +127,17 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'used-id-believed',
     DRIVER_QUEUE,
-    '    if (head < 0 || head >= this.size || s[this.#token + head] < 0) {\n',
-    '    if (head < 0 || head >= this.size) {\n',
-    'a device returns what is not out',
+    '      if ((state & 0x8000_0001) !== 0) break;\n',
+    '      if ((state & 1) !== 0) break;\n',
+    'a device returns what is not out, among others',
+    test('virtio/'),
+  ),
+  fault(
+    'used-id-unbounded',
+    DRIVER_QUEUE,
+    '    if (head < 0 || head >= this.size || s[this.#word + head] < 0) return -1;\n',
+    '    if (head < 0 || s[this.#word + head] < 0) return -1;\n',
+    'a device returns an id beyond the queue',
     test('virtio/'),
   ),
   fault(
@@ -157,7 +167,7 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'batch-reaped-twice',
     DRIVER_QUEUE,
-    '    s[base + S_USED_SEEN] = last;\n',
+    '    s[base + S_USED_SEEN] = s[base + S_LAST_USED];\n',
     '',
     'I21: entries of before are reaped again',
     SPLIT_RING_TEST,
@@ -180,19 +190,59 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   ),
   fault(
     'indirect-uncounted',
-    DEVICE_QUEUE,
-    'left = Math.min(limit, size - segments);',
+    CHAIN_READER,
+    'left = Math.min(limit, size - chain.segments);',
     'left = Math.min(limit, size);',
     'DESIGN § 8: a chain longer than the queue',
     SPLIT_RING_TEST,
   ),
   fault(
     'writable-in-rom',
-    DEVICE_QUEUE,
-    'memory.contains(low, length, writable);',
-    'memory.contains(low, length, false);',
+    CHAIN_READER,
+    'memory.contains(low, length, writable)',
+    'memory.contains(low, length, false)',
     'a buffer to be written lies in read-only memory',
     SPLIT_RING_TEST,
+  ),
+  fault(
+    'common-loop-unbounded',
+    CHAIN_READER,
+    '(most < spare ? most : spare)',
+    '(most < spare ? spare : most)',
+    'DESIGN § 8: a chain longer than the queue, in the loop over words',
+    CHAIN_READERS,
+  ),
+  fault(
+    'common-next-unchecked',
+    CHAIN_READER,
+    '        if (next >= limit) break outer;\n',
+    '',
+    'malformed: next beyond the table, in the loop over words',
+    CHAIN_READERS,
+  ),
+  fault(
+    'common-order-of-segments',
+    CHAIN_READER,
+    '        } else if (readableEnd >= 0) break outer;\n',
+    '        }\n',
+    'malformed: readable after writable, in the loop over words',
+    CHAIN_READERS,
+  ),
+  fault(
+    'common-table-not-negotiated',
+    CHAIN_READER,
+    '          !indirect ||\n',
+    '',
+    'malformed: a table that was not negotiated, in the loop over words',
+    CHAIN_READERS,
+  ),
+  fault(
+    'chain-loses-its-second',
+    DRIVER_QUEUE,
+    '      let tail = s[this.#second + head];\n',
+    '      let tail = head;\n',
+    'I21: a chain that comes back frees its head only',
+    test('virtio/'),
   ),
   fault(
     'segment-below-4g',

@@ -1,0 +1,129 @@
+/** The two readers of descriptors against each other: the loop over words, and the one that says what is wrong. */
+import { fc, test } from '@fast-check/vitest';
+import { FlatGuestMemory } from '@ebb/machine';
+import { expect } from 'vitest';
+import { VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE } from '../uapi/index.ts';
+import { ChainBatch } from './chain-batch.ts';
+import { ChainReader } from './chain-reader.ts';
+import { DescriptorChain } from './descriptor-chain.ts';
+
+const SIZE = 16;
+/** Descriptors in a table: more than a chain may have. */
+const TABLE = 20;
+const RINGS = { desc: 0x1000, driver: 0x2000, device: 0x3000 };
+const BYTES = 0x10000;
+
+interface Written {
+  readonly gpa: number;
+  readonly high: number;
+  readonly length: number;
+  readonly flags: number;
+  readonly next: number;
+}
+/** Mostly well-formed, with each mistake now and then. `next` of −1 is the one behind. */
+const segment: fc.Arbitrary<Written> = fc.record({
+  gpa: fc.oneof(
+    { weight: 15, arbitrary: fc.integer({ min: 0x8000, max: 0xefff }) },
+    { weight: 1, arbitrary: fc.constantFrom(-4096, 0x7fff_f000, BYTES, 0xfffc) },
+  ),
+  high: fc.oneof({ weight: 30, arbitrary: fc.constant(0) }, { weight: 1, arbitrary: fc.constant(1) }),
+  length: fc.oneof(
+    { weight: 15, arbitrary: fc.integer({ min: 1, max: 4096 }) },
+    { weight: 1, arbitrary: fc.constantFrom(0, -1, 0x7fff_ffff, 0x8000) },
+  ),
+  flags: fc.oneof(
+    { weight: 20, arbitrary: fc.constantFrom(0, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE, 3) },
+    { weight: 4, arbitrary: fc.constant(VIRTQ_DESC_F_NEXT) },
+    { weight: 1, arbitrary: fc.integer({ min: 0, max: 7 }) },
+  ),
+  next: fc.oneof(
+    { weight: 9, arbitrary: fc.constant(-1) },
+    { weight: 2, arbitrary: fc.nat(TABLE - 1) },
+    { weight: 1, arbitrary: fc.nat(0xffff) },
+  ),
+});
+/** Tables lie at 0x4000 and, across a page, at 0x5f80. */
+const table: fc.Arbitrary<Written> = fc.record({
+  gpa: fc.oneof(
+    { weight: 8, arbitrary: fc.constant(0x4000) },
+    { weight: 2, arbitrary: fc.constantFrom(0x4010, 0x4008, 0x5f80, BYTES) },
+  ),
+  high: fc.constant(0),
+  length: fc.oneof(
+    { weight: 8, arbitrary: fc.integer({ min: 1, max: TABLE }).map((n) => 16 * n) },
+    { weight: 1, arbitrary: fc.constantFrom(0, 24, -16) },
+  ),
+  flags: fc.oneof(
+    { weight: 10, arbitrary: fc.constant(VIRTQ_DESC_F_INDIRECT) },
+    { weight: 1, arbitrary: fc.constant(VIRTQ_DESC_F_INDIRECT | VIRTQ_DESC_F_NEXT) },
+  ),
+  next: fc.constant(0),
+});
+const chained: fc.Arbitrary<Written> = segment.map((d) => ({
+  ...d,
+  flags: VIRTQ_DESC_F_NEXT,
+  high: 0,
+  length: 16,
+  next: -1,
+}));
+
+function write(memory: FlatGuestMemory, at: number, index: number, d: Written): void {
+  const next = d.next < 0 ? index + 1 : d.next;
+  memory.i32.set([d.gpa, d.high, d.length, d.flags | (next << 16)], (at >> 2) + 4 * index);
+}
+
+test.prop(
+  [
+    fc.array(fc.oneof(segment, table), { minLength: SIZE, maxLength: SIZE }),
+    // Long ones are few among arbitrary ones.
+    fc.oneof(
+      fc.array(segment, { minLength: TABLE, maxLength: TABLE }),
+      fc
+        .tuple(fc.array(chained, { minLength: TABLE - 1, maxLength: TABLE - 1 }), segment)
+        .map(([a, b]) => [...a, b]),
+    ),
+    fc.array(fc.nat(SIZE), { minLength: 4, maxLength: 4 }),
+    fc.boolean(),
+  ],
+  { numRuns: 3000 },
+)('what the loop over words takes, the other reader takes alike', (ring, tables, heads, indirect) => {
+  const memory = new FlatGuestMemory(new ArrayBuffer(BYTES));
+  ring.forEach((d, i) => write(memory, RINGS.desc, i, d));
+  for (const at of [0x4000, 0x5f80]) tables.forEach((d, i) => write(memory, at, i, d));
+  heads.forEach((head, i) => (memory.u16[((RINGS.driver + 4) >> 1) + i] = head));
+  const reader = new ChainReader(SIZE, RINGS, memory, indirect);
+  const batch = new ChainBatch(4, SIZE * 4);
+  const taken = reader.readCommon(batch, 0, 4);
+  for (let i = 0; i <= taken && i < 4; i++) {
+    const chain = new DescriptorChain(memory, () => undefined);
+    const head = heads[i];
+    const bad = head >= SIZE ? 'head' : reader.read(chain, head);
+    const segments = Array.from({ length: chain.segments }, (_, j) => [chain.gpas[j], chain.lengths[j]]);
+    if (i < taken) {
+      const [start, end] = [batch.start(i), batch.end(i)];
+      expect(bad).toBe(null);
+      expect(
+        Array.from({ length: end - start }, (_, j) => [batch.gpa(start + j), batch.length(start + j)]),
+      ).toEqual(segments);
+      expect(batch.readableEnd(i) - start).toBe(chain.readableSegments);
+      expect([batch.chains[4 * i], batch.chains[4 * i + 3]]).toEqual([head, chain.writableBytes]);
+    } else {
+      // It stopped for a reason: something is wrong, or a table lies uncommonly or comes after other descriptors.
+      const d = ring[head % SIZE];
+      const table = (d.flags & VIRTQ_DESC_F_INDIRECT) !== 0;
+      const uncommon = table ? d.gpa % 16 !== 0 || (d.gpa & 4095) + d.length > 4096 : endsInTable(ring, head);
+      expect(bad !== null || uncommon).toBe(true);
+    }
+  }
+});
+
+/** Whether a chain in the ring's table ends in an indirect one. */
+function endsInTable(ring: readonly Written[], head: number): boolean {
+  let index = head;
+  for (let i = 0; i < SIZE && index < SIZE; i++) {
+    if ((ring[index].flags & VIRTQ_DESC_F_INDIRECT) !== 0) return true;
+    if ((ring[index].flags & VIRTQ_DESC_F_NEXT) === 0) return false;
+    index = ring[index].next < 0 ? index + 1 : ring[index].next;
+  }
+  return false;
+}

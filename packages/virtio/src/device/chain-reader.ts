@@ -1,0 +1,288 @@
+/**
+ * Reads descriptors: copies each once, checks the copy, and never reads the ring again for it (virtio 1.2 § 2.7.5). The guest
+ * may rewrite them meanwhile; what it made of them is then not what the device acts on.
+ *
+ * Two readers with one meaning. `readCommon` takes buffers of the common form by the batch, in one loop over words, and stops
+ * before the first that is not; `read` takes any, and says what is wrong with one.
+ */
+import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
+import {
+  AVAIL_RING,
+  DESC_BYTES,
+  MAX_CHAIN_BYTES,
+  MAX_QUEUE_SIZE,
+  VIRTQ_DESC_F_INDIRECT,
+  VIRTQ_DESC_F_NEXT,
+  VIRTQ_DESC_F_WRITE,
+} from '../uapi/virtio.ts';
+import type { RingAddresses } from '../uapi/virtio.ts';
+import type { ChainBatch } from './chain-batch.ts';
+import type { DescriptorChain } from './descriptor-chain.ts';
+import type { QueueError } from './queue-error.ts';
+
+// A module's own constants are folded into machine code, imported ones are read at each use.
+const PAGE = 4096;
+const OFFSET = 4095;
+const F_NEXT = 1;
+const F_WRITE = 2;
+const F_INDIRECT = 4;
+
+export class ChainReader {
+  readonly #size: number;
+  readonly #rings: RingAddresses;
+  readonly #memory: DeviceMemory;
+  readonly #indirect: boolean;
+  /** Whether table and available ring each lie in one page, as `readCommon` needs them. */
+  readonly #paged: boolean;
+  /** The one descriptor that no window of the guest's memory shows as words. */
+  readonly #descriptor: Int32Array = new Int32Array(DESC_BYTES / 4);
+
+  /** `size` entries; `indirect`: INDIRECT_DESC was negotiated. */
+  constructor(size: number, rings: RingAddresses, memory: DeviceMemory, indirect: boolean) {
+    this.#size = size;
+    this.#rings = rings;
+    this.#memory = memory;
+    this.#indirect = indirect;
+    this.#paged =
+      pageOffset(rings.desc) + size * DESC_BYTES <= PAGE_SIZE &&
+      pageOffset(rings.driver) + AVAIL_RING + 2 * size <= PAGE_SIZE;
+  }
+
+  /**
+   * Copies up to `max` buffers whose heads stand in the available ring from `idx` on into `batch`, from its beginning.
+   * Returns how many: it stops before the first that is not of the common form (see `ChainBatch`), well-formed and in RAM.
+   */
+  readCommon(batch: ChainBatch, idx: number, max: number): number {
+    if (!this.#paged || max === 0) return 0;
+    const memory = this.#memory;
+    const size = this.#size | 0;
+    const mask = (size - 1) | 0;
+    if (!memory.window(this.#rings.driver, AVAIL_RING + 2 * size, false)) return 0;
+    const { u16 } = memory;
+    const ring = (memory.at + AVAIL_RING) >> 1;
+    if (!memory.window(this.#rings.desc, size * DESC_BYTES, false)) return 0;
+    const { i32 } = memory;
+    const desc = memory.at >> 2;
+    const indirect = this.#indirect;
+    const { chains, segments } = batch;
+    const room = segments.length >> 1;
+    const from = idx | 0;
+    const n = max | 0;
+    let taken = 0;
+    let segment = 0;
+    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    const first = u16[ring + (from & mask)];
+    if (first >= size) return 0;
+    void (i32[desc + (first << 2)] + chains[0] + segments[0]);
+    outer: for (; taken < n; taken++) {
+      const head = u16[ring + ((from + taken) & mask)];
+      if (head >= size) break;
+      let d = (desc + (head << 2)) | 0;
+      let word = i32[d + 3];
+      let table = desc;
+      let limit = size;
+      if ((word & F_INDIRECT) !== 0) {
+        const low = i32[d];
+        const length = i32[d + 2];
+        // A table within a page below 2 GiB, aligned to its descriptors; 1 to `size` of them.
+        if (
+          !indirect ||
+          ((word & F_NEXT) | i32[d + 1] | ((low | length) & 15)) !== 0 ||
+          (low | (length - 1) | (PAGE - (low & OFFSET) - length)) < 0 ||
+          !memory.window(low, length, false) ||
+          memory.i32 !== i32
+        )
+          break;
+        limit = length >> 4;
+        table = memory.at >> 2;
+        d = table;
+        word = i32[d + 3];
+      }
+      const start = segment << 1;
+      const spare = (room - segment) | 0;
+      // Descriptors that may still come: a loop is a chain that is too long.
+      const most = limit < size ? limit : size;
+      const end = (start + ((most < spare ? most : spare) << 1)) | 0;
+      let s = start;
+      let readableEnd = -1;
+      let readable = 0;
+      let bytes = 0;
+      for (;;) {
+        if (s === end) break outer;
+        const low = i32[d];
+        const length = i32[d + 2];
+        if (((word & F_INDIRECT) | i32[d + 1]) !== 0 || (low | (length - 1)) < 0) break outer;
+        const writable = (word & F_WRITE) !== 0;
+        // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched. Only looked
+        // at: a buffer that is given back or hinted may never have been touched, and is not to be.
+        if ((((low & OFFSET) + length) | 0) <= PAGE) {
+          if (!memory.contains(low, length, writable)) break outer;
+        } else if (
+          low + length > 0x7fff_ffff ||
+          !memory.contains(low, 1, writable) ||
+          !memory.contains(low + length - 1, 1, writable)
+        )
+          break outer;
+        if (writable) {
+          if (readableEnd < 0) {
+            readableEnd = s;
+            readable = bytes;
+          }
+        } else if (readableEnd >= 0) break outer;
+        bytes = (bytes + length) | 0;
+        if (bytes < 0) break outer;
+        segments[s] = low;
+        segments[s + 1] = length;
+        s = (s + 2) | 0;
+        if ((word & F_NEXT) === 0) break;
+        const next = word >>> 16;
+        if (next >= limit) break outer;
+        d = (table + (next << 2)) | 0;
+        word = i32[d + 3];
+      }
+      segment = s >> 1;
+      const c = taken << 2;
+      chains[c] = head;
+      chains[c + 1] = segment;
+      chains[c + 2] = readableEnd < 0 ? segment : readableEnd >> 1;
+      chains[c + 3] = readableEnd < 0 ? 0 : (bytes - readable) | 0;
+    }
+    batch.count = taken;
+    return taken;
+  }
+
+  /**
+   * Copies up to `max` buffers of one descriptor each: heads, addresses, lengths (negative when writable). Stops before the
+   * first that is not. Indices, flags and lengths are checked here, addresses where the buffer is touched.
+   */
+  readSingles(heads: Int32Array, gpas: Float64Array, lengths: Int32Array, idx: number, max: number): number {
+    if (!this.#paged || max === 0) return 0;
+    const memory = this.#memory;
+    const size = this.#size | 0;
+    const mask = (size - 1) | 0;
+    if (!memory.window(this.#rings.driver, AVAIL_RING + 2 * size, false)) return 0;
+    const { u16 } = memory;
+    const ring = (memory.at + AVAIL_RING) >> 1;
+    if (!memory.window(this.#rings.desc, size * DESC_BYTES, false)) return 0;
+    const { i32 } = memory;
+    const desc = memory.at >> 2;
+    const from = idx | 0;
+    const n = max | 0;
+    const first = u16[ring + (from & mask)];
+    if (first >= size) return 0;
+    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    void (i32[desc + (first << 2)] + heads[0] + gpas[0] + lengths[0]);
+    let taken = 0;
+    for (; taken < n; taken++) {
+      const head = u16[ring + ((from + taken) & mask)];
+      if (head >= size) break;
+      const d = (desc + (head << 2)) | 0;
+      const length = i32[d + 2];
+      const word = i32[d + 3];
+      if ((word & (F_NEXT | F_INDIRECT)) !== 0 || length <= 0) break;
+      const low = i32[d];
+      const high = i32[d + 1];
+      heads[taken] = head;
+      // Addresses below 2 GiB, nearly all of them, need no arithmetic on doubles.
+      gpas[taken] = high === 0 && low >= 0 ? low : (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
+      lengths[taken] = (word & F_WRITE) !== 0 ? -length : length;
+    }
+    return taken;
+  }
+
+  /**
+   * Copies the chain that starts at `head` into `chain`: the descriptors in the ring's table, then those of an indirect
+   * table, with which a chain may end (§ 2.7.5.3.2). What is wrong with it, if anything.
+   */
+  read(chain: DescriptorChain, head: number): QueueError | null {
+    const size = this.#size;
+    const descriptor = this.#descriptor;
+    let table = this.#rings.desc;
+    let limit = size;
+    // Descriptors that may still come: a loop is a chain that is too long.
+    let left = size;
+    let nested = false;
+    let index = head;
+    chain.begin(head);
+    for (;;) {
+      if (left === 0) return { kind: 'chain-too-long', limit: Math.min(limit, size) };
+      left--;
+      const at = table + index * DESC_BYTES;
+      if (!this.#copyDescriptor(at)) return { kind: 'ring-not-in-ram', gpa: at };
+      const gpa = (descriptor[1] >>> 0) * 0x1_0000_0000 + (descriptor[0] >>> 0);
+      const length = descriptor[2] >>> 0;
+      const word = descriptor[3];
+      if ((word & VIRTQ_DESC_F_INDIRECT) !== 0) {
+        const bad = this.#badIndirect(nested, word, length);
+        if (bad !== null) return bad;
+        nested = true;
+        table = gpa;
+        limit = length / DESC_BYTES;
+        left = Math.min(limit, size - chain.segments);
+        index = 0;
+        continue;
+      }
+      const writable = (word & VIRTQ_DESC_F_WRITE) !== 0;
+      const bad = this.#badSegment(chain, gpa, length, writable, index);
+      if (bad !== null) return bad;
+      chain.append(gpa, length, writable);
+      if ((word & VIRTQ_DESC_F_NEXT) === 0) return null;
+      index = word >>> 16;
+      if (index >= limit) return { kind: 'next-out-of-range', next: index };
+    }
+  }
+
+  /** Copies the descriptor at `at` into `#descriptor`, wherever it lies: an indirect table has no alignment. False: not RAM. */
+  #copyDescriptor(at: number): boolean {
+    const memory = this.#memory;
+    const descriptor = this.#descriptor;
+    if (at % 4 === 0 && pageOffset(at) <= PAGE_SIZE - DESC_BYTES) {
+      if (!memory.window(at, DESC_BYTES, false)) return false;
+      const word = memory.at >> 2;
+      for (let i = 0; i < DESC_BYTES / 4; i++) descriptor[i] = memory.i32[word + i];
+      return true;
+    }
+    const bytes = new Uint8Array(descriptor.buffer);
+    for (let done = 0; done < DESC_BYTES; ) {
+      const n = Math.min(DESC_BYTES - done, PAGE_SIZE - pageOffset(at + done));
+      if (!memory.window(at + done, n, false)) return false;
+      for (let i = 0; i < n; i++) bytes[done + i] = memory.u8[memory.at + i];
+      done += n;
+    }
+    return true;
+  }
+
+  /** What is wrong with an indirect descriptor, if anything (§ 2.7.5.3). */
+  #badIndirect(nested: boolean, flags: number, length: number): QueueError | null {
+    if (!this.#indirect) return { kind: 'indirect-not-negotiated' };
+    if (nested) return { kind: 'indirect-nested' };
+    if ((flags & VIRTQ_DESC_F_NEXT) !== 0) return { kind: 'indirect-with-next' };
+    if (length === 0 || (length & (DESC_BYTES - 1)) !== 0 || length / DESC_BYTES > MAX_QUEUE_SIZE)
+      return { kind: 'indirect-length', length };
+    return null;
+  }
+
+  /** What is wrong with the next segment of `chain`, descriptor `index` of its table, if anything. */
+  #badSegment(
+    chain: DescriptorChain,
+    gpa: number,
+    length: number,
+    writable: boolean,
+    index: number,
+  ): QueueError | null {
+    if (length === 0) return { kind: 'zero-length', gpa };
+    if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };
+    if (chain.totalBytes + length > MAX_CHAIN_BYTES)
+      return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
+    // As in `readCommon`.
+    const onePage = pageOffset(gpa) + length <= PAGE_SIZE;
+    if (
+      onePage
+        ? !this.#memory.contains(gpa, length, writable)
+        : !this.#memory.contains(gpa, 1, writable) || !this.#memory.contains(gpa + length - 1, 1, writable)
+    ) {
+      return { kind: 'buffer-not-in-ram', gpa };
+    }
+    return null;
+  }
+}
