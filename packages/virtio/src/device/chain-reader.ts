@@ -141,6 +141,7 @@ export class ChainReader {
         word = i32[d + 3];
       }
       segment = s >> 1;
+      // Head, end, end of the readable ones, written: the words of `ChainBatch`.
       const c = taken << 2;
       chains[c] = head;
       chains[c + 1] = segment;
