@@ -4,7 +4,10 @@
  * Lost wake-ups are excluded by a Dekker pair: the ringer adds, *then* loads `asleep`; the host captures the count,
  * stores `asleep`, *then* scans for work once more, and waits only for the captured count.
  */
-import { RC_DOORBELL, RC_HOST_ASLEEP } from './layout.ts';
+import * as layout from './layout.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { RC_DOORBELL, RC_HOST_ASLEEP } = layout;
 
 /** Rings: work was published before this call. Pairs with the scan after `asleep` is set in the host's loop. */
 export function ringDoorbell(runControl: Int32Array): void {

@@ -24,6 +24,10 @@ export const EPT_D: number = 1 << 9;
 /** Levels as KVM counts them: 1 = 4 KiB leaf table … 4 = root. */
 export const EPT_ROOT_LEVEL = 4;
 
+// Local copies: docs/performance.md § Constants.
+const R = EPT_R;
+const PS = EPT_PS;
+
 /** Index of `gfn` in the table of `level`. */
 export function eptIndex(gfn: number, level: number): number {
   return (gfn >>> (9 * (level - 1))) & 511;
@@ -91,15 +95,15 @@ export function eptWalk(
     const word = table * 1024 + ((gfn >>> (9 * (level - 1))) & 511) * 2;
     let low = Atomics.load(dram, word);
     let high = 0;
-    while ((low & EPT_R) !== 0) {
+    while ((low & R) !== 0) {
       high = Atomics.load(dram, word + 1);
       const again = Atomics.load(dram, word);
       if (again === low) break;
       low = again;
     }
     steps++;
-    const present = (low & EPT_R) !== 0;
-    if (!present || level === 1 || (low & EPT_PS) !== 0) {
+    const present = (low & R) !== 0;
+    if (!present || level === 1 || (low & PS) !== 0) {
       out.level = level;
       out.present = present;
       out.word = word;

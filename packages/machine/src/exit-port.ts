@@ -3,7 +3,10 @@
  * carries the notice and the waiting. Inline: pump the host's tasks. Threads: doorbell, spin, then sleep.
  */
 import { nudgeSleepingHost } from './doorbell.ts';
-import { EXIT_DONE, EXIT_REQUEST, EXIT_REQUEST_SLEEPING, RC_STOP, VC_EXIT_STATE } from './layout.ts';
+import * as layout from './layout.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { EXIT_DONE, EXIT_REQUEST, EXIT_REQUEST_SLEEPING, RC_STOP, VC_EXIT_STATE } = layout;
 
 export interface ExitPort {
   /** The mailbox at `control[base…]` holds a request: returns when its state is `EXIT_DONE`. */

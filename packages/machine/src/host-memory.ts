@@ -5,7 +5,11 @@
 import type { Hfn } from './address.ts';
 import { assert } from './assert.ts';
 import { sharedI32, sharedU16, sharedU8 } from './shared-views.ts';
-import { GiB, PAGE_SIZE } from './units.ts';
+import * as units from './units.ts';
+import { GiB } from './units.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { PAGE_SIZE } = units;
 
 /** Largest host that the Int32 view can address. */
 export const MAX_HOST_MEMORY: number = 8 * GiB;

@@ -18,6 +18,11 @@ export const FRAME_OWNED = 1;
 /** Taken from its owner while pinned: detached, and free with its last pin. */
 export const FRAME_REVOKING = 2;
 
+// Local copies: docs/performance.md § Constants.
+const FREE = FRAME_FREE;
+const OWNED = FRAME_OWNED;
+const REVOKING = FRAME_REVOKING;
+
 /** What an owner uses a frame for; part of the owner code. */
 export const USE_RAM = 0;
 export const USE_PAGE_TABLE = 1;
@@ -100,18 +105,18 @@ export class FrameLedger {
     const end = first + count;
     const step = this.#nextStep();
     if (count === 1) {
-      assert(this.state[first] === FRAME_FREE, 'a frame is taken only when free');
+      assert(this.state[first] === FREE, 'a frame is taken only when free');
       this.stepTaken[first] = step;
       this.owner[first] = owner;
-      this.state[first] = FRAME_OWNED;
+      this.state[first] = OWNED;
       return;
     }
     for (let f = first as number; f < end; f++) {
-      assert(this.state[f] === FRAME_FREE, 'a frame is taken only when free');
+      assert(this.state[f] === FREE, 'a frame is taken only when free');
       this.stepTaken[f] = step;
     }
     this.owner.fill(owner, first, end);
-    this.state.fill(FRAME_OWNED, first, end);
+    this.state.fill(OWNED, first, end);
   }
 
   /**
@@ -123,10 +128,10 @@ export class FrameLedger {
     const step = this.#nextStep();
     let free = true;
     for (let f = first as number; f < end; f++) {
-      assert(this.state[f] !== FRAME_FREE, 'a frame is released once');
+      assert(this.state[f] !== FREE, 'a frame is released once');
       assert(this.refs[f] === 0, 'a released frame has no references');
       if (this.pins[f] > 0) {
-        this.state[f] = FRAME_REVOKING;
+        this.state[f] = REVOKING;
         free = false;
         continue;
       }
@@ -135,7 +140,7 @@ export class FrameLedger {
       const block = this.frames + (f >>> 9);
       this.generation[block] = (this.generation[block] + 1) | 0;
       this.owner[f] = 0;
-      this.state[f] = FRAME_FREE;
+      this.state[f] = FREE;
     }
     return free;
   }

@@ -13,13 +13,29 @@
  * use a third table, of combined mappings (`guest-mmu.ts`).
  */
 import { gfn as toGfn, type Gfn, type Hfn } from './address.ts';
-import { COST_TABLE, type CostTable } from './cost-table.ts';
+import * as costTable from './cost-table.ts';
+import { type CostTable } from './cost-table.ts';
 import { nudgeSleepingHost } from './doorbell.ts';
-import { EPT_A, EPT_D, EPT_R, EPT_W, eptWalk, WalkResult } from './ept.ts';
+import * as ept from './ept.ts';
+import { eptWalk, WalkResult } from './ept.ts';
 import type { ExitPort } from './exit-port.ts';
 import type { GuestMemory } from './guest-memory.ts';
-import { CHUNK_FRAME_SHIFT, chunkOffset, type HostMemory } from './host-memory.ts';
-import {
+import * as hostMemory from './host-memory.ts';
+import { chunkOffset, type HostMemory } from './host-memory.ts';
+import * as layout from './layout.ts';
+import * as ledgerWords from './ledger.ts';
+import { type FrameLedger } from './ledger.ts';
+import { freeSchedule, type Schedule } from './schedule.ts';
+import { sharedF64, sharedI32 } from './shared-views.ts';
+import * as units from './units.ts';
+import * as tlbLayout from './tlb.ts';
+import type { ViolationLog } from './violations.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { COST_TABLE } = costTable;
+const { EPT_A, EPT_D, EPT_R, EPT_W } = ept;
+const { CHUNK_FRAME_SHIFT } = hostMemory;
+const {
   EXIT_REQUEST,
   MODE_GUEST,
   MODE_OUTSIDE,
@@ -44,15 +60,11 @@ import {
   VC_STALL_HIST,
   VC_STALL_MAX_F64,
   VC_STALL_TOTAL_F64,
-} from './layout.ts';
-import { FRAME_FREE, type FrameLedger } from './ledger.ts';
-import { freeSchedule, type Schedule } from './schedule.ts';
-import { sharedF64, sharedI32 } from './shared-views.ts';
-import { PAGE_SIZE } from './units.ts';
-import * as tlbLayout from './tlb.ts';
-import type { ViolationLog } from './violations.ts';
+} = layout;
+const { FRAME_FREE } = ledgerWords;
+const { PAGE_SIZE } = units;
 
-// A module's own constants are folded into machine code, imported ones are read at each use.
+// Local copies: docs/performance.md § Constants.
 const {
   CM_EPOCH,
   CM_EPOCH_SHIFT,

@@ -6,7 +6,8 @@
  * notification before a block goes away. Leaves out names, seals, leases, sharing and other technologies: their own
  * issue. Offsets and counts are in blocks of 4 KiB; a hole is −1.
  */
-import { assert, err, HUGE_PAGES, hfn, ok, ownerOf, USE_RAM, type Result } from '@ebb/machine';
+import * as machine from '@ebb/machine';
+import { assert, err, hfn, ok, ownerOf, type Result } from '@ebb/machine';
 import {
   unitOrder,
   type FrameOrder,
@@ -14,6 +15,9 @@ import {
   type HugePolicy,
   type InvalidationListener,
 } from './backing.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { HUGE_PAGES, USE_RAM } = machine;
 
 export interface MemFileOptions {
   readonly name: string;

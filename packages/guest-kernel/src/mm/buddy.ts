@@ -13,7 +13,7 @@ import { shadowMove } from './page.ts';
 import * as zoneWords from './zone.ts';
 import { listAt } from './zone.ts';
 
-// Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
+// Local copies: docs/performance.md § Constants.
 const { P_FLAGS, P_NEXT, P_ORDER, P_PREV, P_ZONE, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, SHADOW_ISOLATED } =
   page;
 const {

@@ -6,8 +6,12 @@
  */
 import { spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
-import { LRU_BASE, LRU_WORDS } from '../layout.ts';
-import { P_FLAGS, P_NEXT, P_PREV, PG_ACTIVE, PG_LRU } from './page.ts';
+import * as layout from '../layout.ts';
+import * as pageWords from './page.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { LRU_BASE, LRU_WORDS } = layout;
+const { P_FLAGS, P_NEXT, P_PREV, PG_ACTIVE, PG_LRU } = pageWords;
 
 /** Words of a node's LRU. The lock guards both lists and the LRU bits of pages on them. */
 const L_LOCK = 0;

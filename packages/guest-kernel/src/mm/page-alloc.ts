@@ -14,7 +14,7 @@ import { shadowMove } from './page.ts';
 import { pcpIndex, type PerCpuPages } from './per-cpu-pages.ts';
 import * as zoneWords from './zone.ts';
 
-// Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
+// Local copies: docs/performance.md § Constants.
 const {
   P_FLAGS,
   P_INODE,

@@ -8,10 +8,18 @@
  */
 import { gfn, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
-import { H_CACHE_LOCK, H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
+import * as layoutWords from '../layout.ts';
 import { EV, eventRow } from './events.ts';
-import { L_INACTIVE, type Lru } from './lru.ts';
-import {
+import * as lruWords from './lru.ts';
+import { type Lru } from './lru.ts';
+import * as pageWords from './page.ts';
+import type { PageAllocator } from './page-alloc.ts';
+import * as zoneWords from './zone.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { H_CACHE_LOCK, H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } = layoutWords;
+const { L_INACTIVE } = lruWords;
+const {
   P_FLAGS,
   P_HASH_NEXT,
   P_INDEX,
@@ -25,9 +33,8 @@ import {
   PG_STAMPED,
   PG_UPTODATE,
   PG_WRITEBACK,
-} from './page.ts';
-import type { PageAllocator } from './page-alloc.ts';
-import { MIGRATE_MOVABLE, Z_NODE } from './zone.ts';
+} = pageWords;
+const { MIGRATE_MOVABLE, Z_NODE } = zoneWords;
 
 /** Where file pages live on the disk: block (4 KiB units) of page `index` of inode `inode`. */
 export type BlockMap = (inode: number, index: number) => number;

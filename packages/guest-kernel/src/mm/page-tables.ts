@@ -5,24 +5,16 @@
  * Readers need no lock: an entry is read as of one moment. Who changes one holds its process's page-table lock, against
  * others of the kernel; against the hardware, which sets A and D by itself, changes are exchanges.
  */
-import {
-  gfn,
-  pteHigh,
-  pteLow,
-  ptePfn,
-  ptIndex,
-  PTE_A,
-  PTE_D,
-  PTE_P,
-  PTE_U,
-  PTE_W,
-  PT_LEVELS,
-  spinLock,
-  spinUnlock,
-  type Vcpu,
-} from '@ebb/machine';
-import { GFP_NORETRY, type PageAllocator } from './page-alloc.ts';
-import { MIGRATE_UNMOVABLE } from './zone.ts';
+import * as machine from '@ebb/machine';
+import { gfn, pteHigh, pteLow, ptePfn, ptIndex, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
+import * as pageAlloc from './page-alloc.ts';
+import { type PageAllocator } from './page-alloc.ts';
+import * as zoneWords from './zone.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { PTE_A, PTE_D, PTE_P, PTE_U, PTE_W, PT_LEVELS } = machine;
+const { GFP_NORETRY } = pageAlloc;
+const { MIGRATE_UNMOVABLE } = zoneWords;
 
 /** Normal zone (H24). Allocated under the reverse-map lock too, which the OOM path may want: it is not called. */
 const TABLE_GFP: number = 2 | GFP_NORETRY;

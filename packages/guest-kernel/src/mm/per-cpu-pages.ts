@@ -16,7 +16,7 @@ import * as page from './page.ts';
 import { shadowMove } from './page.ts';
 import * as zoneWords from './zone.ts';
 
-// Copied out of their modules: a module's own constants are folded into machine code, imported ones are read at each use.
+// Local copies: docs/performance.md § Constants.
 const { MAX_CPUS, PCP_BASE, PCP_WORDS } = layout;
 const { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP } = page;
 const {

@@ -15,28 +15,22 @@
  * A move, in order: entries become migration entries; every vCPU forgets its translations; only then content is copied;
  * then entries name the new page. Who faults meanwhile waits for that.
  */
-import {
-  assert,
-  gfn,
-  GuestMmu,
-  ptePfn,
-  PTE_D,
-  PTE_MIGRATION,
-  PTE_P,
-  PTE_U,
-  PTE_W,
-  spinLock,
-  spinUnlock,
-  type Vcpu,
-} from '@ebb/machine';
+import * as machine from '@ebb/machine';
+import { assert, gfn, GuestMmu, ptePfn, spinLock, spinUnlock, type Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
-import { H_RMAP_LOCK, MAX_PROCESSES, PROCESS_BASE, PROCESS_WORDS } from '../layout.ts';
+import * as layout from '../layout.ts';
 import { EV, eventRow } from './events.ts';
-import { P_FLAGS, P_INDEX, P_REF, PG_ANON } from './page.ts';
+import * as pageWords from './page.ts';
 import type { PageAllocator } from './page-alloc.ts';
 import { PageTables } from './page-tables.ts';
 import { TlbShootdown } from './shootdown.ts';
-import { MIGRATE_MOVABLE } from './zone.ts';
+import * as zoneWords from './zone.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { PTE_D, PTE_MIGRATION, PTE_P, PTE_U, PTE_W } = machine;
+const { H_RMAP_LOCK, MAX_PROCESSES, PROCESS_BASE, PROCESS_WORDS } = layout;
+const { P_FLAGS, P_INDEX, P_REF, PG_ANON } = pageWords;
+const { MIGRATE_MOVABLE } = zoneWords;
 
 /** Words of a process. */
 const X_ALIVE = 0;

@@ -8,14 +8,21 @@
  */
 import type { Vcpu } from '@ebb/machine';
 import type { Arena } from '../arena.ts';
-import { H_NR_DIRTY, H_NR_WRITEBACK, T_KSWAPD, T_WRITEBACK } from '../layout.ts';
+import * as layout from '../layout.ts';
 import { EV, eventRow } from './events.ts';
-import { L_ACTIVE, L_INACTIVE, type Lru } from './lru.ts';
-import { P_FLAGS, P_REF, PG_DIRTY, PG_REFERENCED, PG_WRITEBACK } from './page.ts';
+import * as lruWords from './lru.ts';
+import { type Lru } from './lru.ts';
+import * as pageWords from './page.ts';
 import type { PageAllocator } from './page-alloc.ts';
 import type { PageCache } from './page-cache.ts';
 import { watermarkOk } from './page-alloc.ts';
-import { Z_FLAGS, Z_HIGH, Z_MANAGED, Z_NODE, Z_TYPE, ZF_RECLAIM_ACTIVE } from './zone.ts';
+import * as zoneWords from './zone.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { H_NR_DIRTY, H_NR_WRITEBACK, T_KSWAPD, T_WRITEBACK } = layout;
+const { L_ACTIVE, L_INACTIVE } = lruWords;
+const { P_FLAGS, P_REF, PG_DIRTY, PG_REFERENCED, PG_WRITEBACK } = pageWords;
+const { Z_FLAGS, Z_HIGH, Z_MANAGED, Z_NODE, Z_TYPE, ZF_RECLAIM_ACTIVE } = zoneWords;
 
 /** `SWAP_CLUSTER_MAX`. */
 const CLUSTER = 32;

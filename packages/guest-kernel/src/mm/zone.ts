@@ -54,9 +54,13 @@ export const Z_LISTS = 32;
 export const ZF_BELOW_HIGH = 1;
 export const ZF_RECLAIM_ACTIVE = 2;
 
+// Local copies: docs/performance.md § Constants.
+const LISTS = Z_LISTS;
+const TYPES = MIGRATE_TYPES;
+
 /** Offset of the list of (order, migratetype) in a zone: head, then tail. */
 export function listAt(order: number, migratetype: number): number {
-  return Z_LISTS + ((Math.imul(order, MIGRATE_TYPES) + migratetype) << 1);
+  return LISTS + ((Math.imul(order, TYPES) + migratetype) << 1);
 }
 
 export interface ZoneSpan {

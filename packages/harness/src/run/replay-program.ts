@@ -4,19 +4,19 @@
  * Handles live in a table shared by the VM's vCPUs: per allocation the page it got and its stamp. Where events of one
  * allocation come from two CPUs, each waits for the one before it: it is put aside and tried again in the next slice.
  */
-import {
-  MIGRATE_MOVABLE,
-  P_FLAGS,
-  P_NEXT,
-  P_ORDER,
-  PG_CACHED,
-  PG_DIRTY,
-  PG_UPTODATE,
-  SHADOW_ALLOCATED,
-  type GuestKernel,
-} from '@ebb/guest-kernel';
-import { HUGE_PAGES, NS_PER_MS } from '@ebb/machine';
-import {
+import * as guestKernel from '@ebb/guest-kernel';
+import { type GuestKernel } from '@ebb/guest-kernel';
+import * as machine from '@ebb/machine';
+import * as replayPlan from '../trace/replay-plan.ts';
+import { type ReplayPlan } from '../trace/replay-plan.ts';
+import * as traceWords from '../trace/trace.ts';
+import { idle, type Program } from './program.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { MIGRATE_MOVABLE, P_FLAGS, P_NEXT, P_ORDER, PG_CACHED, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } =
+  guestKernel;
+const { HUGE_PAGES, NS_PER_MS } = machine;
+const {
   PLAN_ADD,
   PLAN_ALLOC,
   PLAN_DELETE,
@@ -25,17 +25,8 @@ import {
   PLAN_FREE,
   PLAN_FREE_START,
   PLAN_SHARED,
-  type ReplayPlan,
-} from '../trace/replay-plan.ts';
-import {
-  TG_ATOMIC,
-  TG_NORETRY,
-  TG_NOWAIT,
-  TG_NO_KSWAPD,
-  TG_THISNODE,
-  TG_ZONE_SHIFT,
-} from '../trace/trace.ts';
-import { idle, type Program } from './program.ts';
+} = replayPlan;
+const { TG_ATOMIC, TG_NORETRY, TG_NOWAIT, TG_NO_KSWAPD, TG_THISNODE, TG_ZONE_SHIFT } = traceWords;
 
 /**
  * Words of a handle: page + 1 (0: not yet, −1: failed or gone, below: a huge page made of small ones, of which this is −2 −

@@ -4,8 +4,12 @@
  *
  * A slot maps guest frames onto a range of a memory file; the file takes the place of the user address (Y26, Y48).
  */
-import { err, ok, PAGE_SIZE, type Result } from '@ebb/machine';
+import * as machine from '@ebb/machine';
+import { err, ok, type Result } from '@ebb/machine';
 import type { MemFile } from '@ebb/memfs';
+
+// Local copies: docs/performance.md § Constants.
+const { PAGE_SIZE } = machine;
 
 export const KVM_MEM_LOG_DIRTY_PAGES = 1;
 export const KVM_MEM_READONLY = 2;

@@ -6,16 +6,9 @@
  * bits a vCPU set last are in the value returned. Tables taken out of the tree are kept in `detachedTables` until the
  * flush that follows, because a walker may still be inside them.
  */
+import * as machine from '@ebb/machine';
 import {
   assert,
-  EPT_A,
-  EPT_D,
-  EPT_PS,
-  EPT_R,
-  EPT_ROOT_LEVEL,
-  EPT_RWX,
-  EPT_W,
-  EPT_WB,
   eptFrame,
   eptHigh,
   eptIndex,
@@ -26,6 +19,9 @@ import {
   type Schedule,
 } from '@ebb/machine';
 import type { FramePool } from '../mm/frame-pool.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { EPT_A, EPT_D, EPT_PS, EPT_R, EPT_ROOT_LEVEL, EPT_RWX, EPT_W, EPT_WB } = machine;
 
 /** Software bits of a frame, set from A and D at zap time: dirty state outlives the mapping (I18). */
 export const FRAME_ACCESSED = 1;
@@ -91,19 +87,24 @@ export class TdpMmu {
     return table * 1024 + eptIndex(gfn, level) * 2;
   }
 
-  /** Writes an entry that is not present: high, then low. Pairs with the walker's low, high, low. */
+  /**
+   * Writes an entry that is not present: high, then low. Pairs with the walker's low, high, low. Nobody else writes a high
+   * word, so one that is right already is left: below 4 GiB of host memory all are 0.
+   */
   #install(word: number, frame: number, flags: number): void {
     this.#schedule.point('ept-write', word);
-    Atomics.store(this.#dram, word + 1, eptHigh(frame));
+    const high = eptHigh(frame);
+    if (this.#dram[word + 1] !== high) Atomics.store(this.#dram, word + 1, high);
     Atomics.store(this.#dram, word, eptLow(frame, flags));
   }
 
   /**
    * Maps `gfn` (aligned to the level) to `frame` with a leaf of `level` (1, 2 or 3). False without a frame for a table.
-   * A leaf that is present already (another vCPU faulted first) is only upgraded to writable.
+   * A leaf that is present already (another vCPU faulted first) is only upgraded to writable. `bits`: A and D of the access
+   * that faulted, which is about to be made (`make_spte` sets them too); the walk then need not.
    */
-  map(gfn: number, frame: number, level: number, writable: boolean): boolean {
-    const flags = EPT_R | 4 | EPT_WB | (writable ? EPT_W : 0) | (level > 1 ? EPT_PS : 0);
+  map(gfn: number, frame: number, level: number, writable: boolean, bits = 0): boolean {
+    const flags = EPT_R | 4 | EPT_WB | (writable ? EPT_W : 0) | (level > 1 ? EPT_PS : 0) | bits;
     const word = this.#entry(gfn, level);
     if (word === -1) return false;
     if (word === -2) return true;
@@ -202,7 +203,7 @@ export class TdpMmu {
   #exchange(word: number): number {
     this.#schedule.point('ept-write', word);
     const low = Atomics.exchange(this.#dram, word, 0);
-    Atomics.store(this.#dram, word + 1, 0);
+    if (this.#dram[word + 1] !== 0) Atomics.store(this.#dram, word + 1, 0);
     return low;
   }
 

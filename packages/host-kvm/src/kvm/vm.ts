@@ -6,41 +6,46 @@
  * blocks, `end` moves the sequence, and the frames go back. A fault samples the sequence before it resolves and retries
  * if the range is in progress or the sequence moved. Counterpart: `kvm_mmu_invalidate_begin/end`, `mmu_invalidate_retry`.
  */
+import * as machineWords from '@ebb/machine';
 import {
   assert,
-  COST_TABLE,
   err,
-  EXIT_EPT_VIOLATION,
-  EXIT_MMIO_READ,
-  EXIT_MMIO_WRITE,
   hfn,
-  HUGE_PAGES,
   ok,
   ownerOf,
-  PAGE_SIZE,
-  RESULT_EMULATED,
-  RESULT_KILLED,
-  RESULT_RETRY,
-  USE_VMM,
   type CostTable,
   type Result,
   type Schedule,
   type ViolationLog,
 } from '@ebb/machine';
 import type { InvalidationListener, MemFile } from '@ebb/memfs';
-import { HostTasks, PARK, TaskLock, type HostTask, type TaskBody, type TaskYield } from '../host-tasks.ts';
+import { PARK, HostTasks, TaskLock, type HostTask, type TaskBody, type TaskYield } from '../host-tasks.ts';
 import type { FramePool } from '../mm/frame-pool.ts';
-import {
-  KVM_MEM_READONLY,
-  Memslots,
-  type Memslot,
-  type SlotError,
-  type UserMemoryRegion,
-} from './memslots.ts';
+import * as memslots from './memslots.ts';
+import { Memslots, type Memslot, type SlotError, type UserMemoryRegion } from './memslots.ts';
 import type { RegionGate, Verdict } from './region-gate.ts';
-import { FRAME_DIRTY, TdpMmu } from './tdp-mmu.ts';
+import * as tdpMmu from './tdp-mmu.ts';
+import { TdpMmu } from './tdp-mmu.ts';
 import { VcpuBlocks } from './vcpu-blocks.ts';
 import { VmMemory } from './vm-memory.ts';
+
+// Local copies: docs/performance.md § Constants.
+const {
+  COST_TABLE,
+  EPT_A,
+  EPT_D,
+  EXIT_EPT_VIOLATION,
+  EXIT_MMIO_READ,
+  EXIT_MMIO_WRITE,
+  HUGE_PAGES,
+  PAGE_SIZE,
+  RESULT_EMULATED,
+  RESULT_KILLED,
+  RESULT_RETRY,
+  USE_VMM,
+} = machineWords;
+const { KVM_MEM_READONLY } = memslots;
+const { FRAME_DIRTY } = tdpMmu;
 
 /** A device's registers in guest-physical space. */
 export interface MmioRegion {
@@ -215,7 +220,7 @@ export class Vm implements InvalidationListener {
       if (slot.invalid) return false;
       this.counters.eptViolations++;
       const frame = this.#populate(vcpu, slot, gfn, write);
-      if (frame >= 0) this.#install(vcpu, slot, gfn, frame);
+      if (frame >= 0) this.#install(vcpu, slot, gfn, frame, write);
     } else if (this.#registerWaits(vcpu, address)) return false;
     else this.#register(vcpu, address);
     return true;
@@ -287,7 +292,7 @@ export class Vm implements InvalidationListener {
         if (this.#inProgress > 0) yield () => this.#inProgress === 0;
         continue;
       }
-      this.#install(vcpu, slot, gfn, frame);
+      this.#install(vcpu, slot, gfn, frame, write);
       this.#mmuLock.release();
       return;
     }
@@ -343,7 +348,7 @@ export class Vm implements InvalidationListener {
   }
 
   /** Maps a resolved page and answers the violation. Under the MMU lock, or with nobody else to take it. */
-  #install(vcpu: number, slot: Memslot, gfn: number, frame: number): void {
+  #install(vcpu: number, slot: Memslot, gfn: number, frame: number, write: boolean): void {
     const zeros = frame === this.#zeroFrame;
     const writable = (slot.flags & KVM_MEM_READONLY) === 0 && !zeros;
     const within = gfn & (HUGE_PAGES - 1);
@@ -353,7 +358,8 @@ export class Vm implements InvalidationListener {
       this.#mayBeHuge(slot, gfn) &&
       slot.file.isHuge(slot.fileOffset + (gfn - within - slot.baseGfn));
     const offset = huge ? within : 0;
-    if (!this.mmu.map(gfn - offset, frame - offset, huge ? 2 : 1, writable)) {
+    const bits = write && writable ? EPT_A | EPT_D : EPT_A;
+    if (!this.mmu.map(gfn - offset, frame - offset, huge ? 2 : 1, writable, bits)) {
       this.#kill(vcpu);
       return;
     }

@@ -10,8 +10,8 @@ import { assert } from '@ebb/machine';
 /** Words of `chains` per buffer: head, end of its segments, end of its readable ones, bytes written. */
 export const CHAIN_WORDS = 4;
 export const C_HEAD = 0;
-const C_END = 1;
-const C_READABLE_END = 2;
+export const C_END = 1;
+export const C_READABLE_END = 2;
 /** At first all that the device may write; a device that writes less lowers it before `pushChains`. */
 export const C_WRITTEN = 3;
 

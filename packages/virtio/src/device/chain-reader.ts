@@ -6,7 +6,15 @@
  * before the first that is not; `read` takes any, and says what is wrong with one.
  */
 import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
-import {
+import * as virtio from '../uapi/virtio.ts';
+import type { RingAddresses } from '../uapi/virtio.ts';
+import * as chainBatch from './chain-batch.ts';
+import type { ChainBatch } from './chain-batch.ts';
+import type { DescriptorChain } from './descriptor-chain.ts';
+import type { QueueError } from './queue-error.ts';
+
+// Local copies: docs/performance.md § Constants.
+const {
   AVAIL_RING,
   DESC_BYTES,
   MAX_CHAIN_BYTES,
@@ -14,18 +22,10 @@ import {
   VIRTQ_DESC_F_INDIRECT,
   VIRTQ_DESC_F_NEXT,
   VIRTQ_DESC_F_WRITE,
-} from '../uapi/virtio.ts';
-import type { RingAddresses } from '../uapi/virtio.ts';
-import type { ChainBatch } from './chain-batch.ts';
-import type { DescriptorChain } from './descriptor-chain.ts';
-import type { QueueError } from './queue-error.ts';
-
-// A module's own constants are folded into machine code, imported ones are read at each use.
-const PAGE = 4096;
-const OFFSET = 4095;
-const F_NEXT = 1;
-const F_WRITE = 2;
-const F_INDIRECT = 4;
+} = virtio;
+const { C_END, C_HEAD, C_READABLE_END, C_WRITTEN, CHAIN_WORDS } = chainBatch;
+const PAGE: number = PAGE_SIZE;
+const IN_PAGE: number = PAGE_SIZE - 1;
 
 export class ChainReader {
   readonly #size: number;
@@ -70,7 +70,7 @@ export class ChainReader {
     const n = max | 0;
     let taken = 0;
     let segment = 0;
-    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    // Touched before the loop: docs/performance.md § Loops.
     const first = u16[ring + (from & mask)];
     if (first >= size) return 0;
     void (i32[desc + (first << 2)] + chains[0] + segments[0]);
@@ -81,14 +81,14 @@ export class ChainReader {
       let word = i32[d + 3];
       let table = desc;
       let limit = size;
-      if ((word & F_INDIRECT) !== 0) {
+      if ((word & VIRTQ_DESC_F_INDIRECT) !== 0) {
         const low = i32[d];
         const length = i32[d + 2];
         // A table within a page below 2 GiB, aligned to its descriptors; 1 to `size` of them.
         if (
           !indirect ||
-          ((word & F_NEXT) | i32[d + 1] | ((low | length) & 15)) !== 0 ||
-          (low | (length - 1) | (PAGE - (low & OFFSET) - length)) < 0 ||
+          ((word & VIRTQ_DESC_F_NEXT) | i32[d + 1] | ((low | length) & 15)) !== 0 ||
+          (low | (length - 1) | (PAGE - (low & IN_PAGE) - length)) < 0 ||
           !memory.window(low, length, false) ||
           memory.i32 !== i32
         )
@@ -111,11 +111,11 @@ export class ChainReader {
         if (s === end) break outer;
         const low = i32[d];
         const length = i32[d + 2];
-        if (((word & F_INDIRECT) | i32[d + 1]) !== 0 || (low | (length - 1)) < 0) break outer;
-        const writable = (word & F_WRITE) !== 0;
+        if (((word & VIRTQ_DESC_F_INDIRECT) | i32[d + 1]) !== 0 || (low | (length - 1)) < 0) break outer;
+        const writable = (word & VIRTQ_DESC_F_WRITE) !== 0;
         // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched. Only looked
         // at: a buffer that is given back or hinted may never have been touched, and is not to be.
-        if ((((low & OFFSET) + length) | 0) <= PAGE) {
+        if ((((low & IN_PAGE) + length) | 0) <= PAGE) {
           if (!memory.contains(low, length, writable)) break outer;
         } else if (
           low + length > 0x7fff_ffff ||
@@ -134,19 +134,18 @@ export class ChainReader {
         segments[s] = low;
         segments[s + 1] = length;
         s = (s + 2) | 0;
-        if ((word & F_NEXT) === 0) break;
+        if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
         const next = word >>> 16;
         if (next >= limit) break outer;
         d = (table + (next << 2)) | 0;
         word = i32[d + 3];
       }
       segment = s >> 1;
-      // Head, end, end of the readable ones, written: the words of `ChainBatch`.
-      const c = taken << 2;
-      chains[c] = head;
-      chains[c + 1] = segment;
-      chains[c + 2] = readableEnd < 0 ? segment : readableEnd >> 1;
-      chains[c + 3] = readableEnd < 0 ? 0 : (bytes - readable) | 0;
+      const c = taken * CHAIN_WORDS;
+      chains[c + C_HEAD] = head;
+      chains[c + C_END] = segment;
+      chains[c + C_READABLE_END] = readableEnd < 0 ? segment : readableEnd >> 1;
+      chains[c + C_WRITTEN] = readableEnd < 0 ? 0 : (bytes - readable) | 0;
     }
     batch.count = taken;
     return taken;
@@ -171,7 +170,7 @@ export class ChainReader {
     const n = max | 0;
     const first = u16[ring + (from & mask)];
     if (first >= size) return 0;
-    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    // Touched before the loop: docs/performance.md § Loops.
     void (i32[desc + (first << 2)] + heads[0] + gpas[0] + lengths[0]);
     let taken = 0;
     for (; taken < n; taken++) {
@@ -180,13 +179,13 @@ export class ChainReader {
       const d = (desc + (head << 2)) | 0;
       const length = i32[d + 2];
       const word = i32[d + 3];
-      if ((word & (F_NEXT | F_INDIRECT)) !== 0 || length <= 0) break;
+      if ((word & (VIRTQ_DESC_F_NEXT | VIRTQ_DESC_F_INDIRECT)) !== 0 || length <= 0) break;
       const low = i32[d];
       const high = i32[d + 1];
       heads[taken] = head;
       // Addresses below 2 GiB, nearly all of them, need no arithmetic on doubles.
       gpas[taken] = high === 0 && low >= 0 ? low : (high >>> 0) * 0x1_0000_0000 + (low >>> 0);
-      lengths[taken] = (word & F_WRITE) !== 0 ? -length : length;
+      lengths[taken] = (word & VIRTQ_DESC_F_WRITE) !== 0 ? -length : length;
     }
     return taken;
   }

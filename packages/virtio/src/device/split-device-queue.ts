@@ -5,8 +5,20 @@
  *
  * All state is private to the device. `lastAvail` and `usedIdx` are free-running 16-bit numbers.
  */
-import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
-import {
+import * as machine from '@ebb/machine';
+import { pageOffset, type DeviceMemory } from '@ebb/machine';
+import * as virtioWords from '../uapi/virtio.ts';
+import { availEventOffset, isPowerOfTwo, needEvent, ringDistance, usedEventOffset } from '../uapi/virtio.ts';
+import type { RingAddresses } from '../uapi/virtio.ts';
+import * as chainBatch from './chain-batch.ts';
+import { ChainBatch } from './chain-batch.ts';
+import { ChainReader } from './chain-reader.ts';
+import { DescriptorChain } from './descriptor-chain.ts';
+import type { QueueError } from './queue-error.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { PAGE_SIZE } = machine;
+const {
   AVAIL_IDX,
   AVAIL_RING,
   MAX_QUEUE_SIZE,
@@ -15,17 +27,8 @@ import {
   USED_RING,
   VIRTQ_AVAIL_F_NO_INTERRUPT,
   VIRTQ_USED_F_NO_NOTIFY,
-  availEventOffset,
-  isPowerOfTwo,
-  needEvent,
-  ringDistance,
-  usedEventOffset,
-} from '../uapi/virtio.ts';
-import type { RingAddresses } from '../uapi/virtio.ts';
-import { C_HEAD, C_WRITTEN, CHAIN_WORDS, ChainBatch } from './chain-batch.ts';
-import { ChainReader } from './chain-reader.ts';
-import { DescriptorChain } from './descriptor-chain.ts';
-import type { QueueError } from './queue-error.ts';
+} = virtioWords;
+const { C_HEAD, C_WRITTEN, CHAIN_WORDS } = chainBatch;
 
 export interface SplitDeviceQueueOptions {
   readonly size: number;
@@ -191,7 +194,7 @@ export class SplitDeviceQueue {
     const { i32 } = this.memory;
     const mask = (this.size - 1) | 0;
     const idx = this.#usedIdx | 0;
-    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    // Touched before the loop: docs/performance.md § Loops.
     void (i32[ring + ((idx & mask) << 1)] + chains[0]);
     for (let i = 0; i < count; i++) {
       const at = (ring + (((idx + i) & mask) << 1)) | 0;
@@ -210,7 +213,7 @@ export class SplitDeviceQueue {
     const mask = (this.size - 1) | 0;
     const idx = this.#usedIdx | 0;
     const bytes = written | 0;
-    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    // Touched before the loop: docs/performance.md § Loops.
     void (i32[ring + ((idx & mask) << 1)] + heads[0]);
     for (let i = 0; i < count; i++) {
       const at = (ring + (((idx + i) & mask) << 1)) | 0;

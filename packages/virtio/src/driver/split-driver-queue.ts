@@ -12,8 +12,22 @@
  * Departures from Linux: the ring parts each start on a page of their own and fit in it, so a queue has at most 256
  * entries; Linux prefers larger queues for block devices.
  */
-import { assert, PAGE_SIZE, type GuestMemory } from '@ebb/machine';
+import * as machine from '@ebb/machine';
+import { assert, type GuestMemory } from '@ebb/machine';
+import * as virtioWords from '../uapi/virtio.ts';
 import {
+  availBytes,
+  availEventOffset,
+  isPowerOfTwo,
+  needEvent,
+  ringDistance,
+  type RingAddresses,
+  usedEventOffset,
+} from '../uapi/virtio.ts';
+
+// Local copies: docs/performance.md § Constants.
+const { PAGE_SIZE } = machine;
+const {
   AVAIL_IDX,
   AVAIL_RING,
   DESC_BYTES,
@@ -25,14 +39,7 @@ import {
   VIRTQ_DESC_F_NEXT,
   VIRTQ_DESC_F_WRITE,
   VIRTQ_USED_F_NO_NOTIFY,
-  availBytes,
-  availEventOffset,
-  isPowerOfTwo,
-  needEvent,
-  ringDistance,
-  type RingAddresses,
-  usedEventOffset,
-} from '../uapi/virtio.ts';
+} = virtioWords;
 
 export const DRIVER_QUEUE_MAX = 256;
 
@@ -258,7 +265,7 @@ export class SplitDriverQueue {
     const word = this.#word | 0;
     const idx = s[base + S_AVAIL] | 0;
     let head = s[base + S_FREE_HEAD] | 0;
-    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    // Touched before the loop: docs/performance.md § Loops.
     void (i32[desc + (head << 2)] + u16[ring + (idx & mask)] + gpas[0] + tokens[0]);
     for (let i = 0; i < n; i++) {
       const at = (desc + (head << 2)) | 0;
@@ -419,7 +426,7 @@ export class SplitDriverQueue {
     const first = last | 0;
     let free = s[this.#base + S_FREE_HEAD] | 0;
     let i = from | 0;
-    // Touched before the loop, V8 knows these arrays in it: docs/performance.md § Loops.
+    // Touched before the loop: docs/performance.md § Loops.
     void (i32[ring + (((first + i) & mask) << 1)] + tokens[i]);
     for (; i < end; i++) {
       const head = i32[ring + (((first + i) & mask) << 1)];
