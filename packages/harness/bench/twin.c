@@ -95,16 +95,19 @@ static void ring(int batch, long total) {
   pthread_join(device, NULL);
 }
 
-// ── Buddy with a per-CPU list of order 0 ─────────────────────────────────────────────────────────────────────────
-// The same algorithm as ours without locks, counters, shadow and run-time tuning: lists by order and migratetype linked
-// through the pages, a per-CPU list linked likewise (pushed at the head, refilled and drained at the tail), and the look
-// at the next buddy that decides between head and tail of a free list.
+// ── Buddy with per-CPU lists of orders 0–3 ───────────────────────────────────────────────────────────────────────
+// The same algorithm as ours without locks, counters, shadow and run-time tuning of `high`: lists by order and migratetype
+// linked through the pages, per-CPU lists linked likewise (pushed at the head, refilled and drained at the tail, a drain
+// going round the orders from the one just freed, and all of it when large blocks are freed one after the other), and the
+// look at the next buddy that decides between head and tail of a free list.
 #define PAGES (1 << 17)
 #define MAXO 10
 #define TYPES 5
+#define BATCH 63
+#define COSTLY 3
 // One cache line per page, as `struct page` and our memmap have.
 static struct { int32_t next, prev; int8_t order, buddy; char rest[54]; } pg[PAGES] __attribute__((aligned(64)));
-static struct { int32_t head, tail; } areas[MAXO + 1][TYPES], pcp;
+static struct { int32_t head, tail; } areas[MAXO + 1][TYPES];
 static int32_t nr_free[MAXO + 1], pcp_count;
 static uint8_t block_type[PAGES >> 9];
 static void link_head(int32_t *head, int32_t *tail, int32_t p) {
@@ -157,31 +160,54 @@ static void buddy_free(int32_t p, int o) {
   }
   push(p, o, type);
 }
-static int32_t pcp_alloc(void) {
-  if (pcp.head < 0) for (int i = 0; i < 63; i++) {
-    int32_t p = buddy_alloc(0);
-    if (p < 0) break;
-    link_tail(&pcp.head, &pcp.tail, p);
-    pcp_count++;
+static struct { int32_t head, tail; } pcps[COSTLY + 1];
+static int free_count, prev_high;
+static int32_t pcp_alloc(int order) {
+  free_count >>= 1;
+  if (pcps[order].head < 0) {
+    int want = BATCH >> order;
+    if (want < 2) want = 2;
+    for (int i = 0; i < want; i++) {
+      int32_t p = buddy_alloc(order);
+      if (p < 0) break;
+      link_tail(&pcps[order].head, &pcps[order].tail, p);
+      pcp_count += 1 << order;
+    }
   }
-  int32_t p = pcp.head;
-  if (p >= 0) { unlink_page(&pcp.head, &pcp.tail, p); pcp_count--; }
+  int32_t p = pcps[order].head;
+  if (p >= 0) { unlink_page(&pcps[order].head, &pcps[order].tail, p); pcp_count -= 1 << order; }
   return p;
 }
-static void pcp_free(int32_t p) {
-  link_head(&pcp.head, &pcp.tail, p);
-  if (++pcp_count >= 63 * 6) for (int i = 0; i < 63; i++) {
-    int32_t last = pcp.tail;
-    unlink_page(&pcp.head, &pcp.tail, last);
-    pcp_count--;
-    buddy_free(last, 0);
+static void pcp_free(int32_t p, int order) {
+  link_head(&pcps[order].head, &pcps[order].tail, p);
+  pcp_count += 1 << order;
+  int free_high = 0;
+  if (order > 0) {
+    free_high = free_count >= BATCH && prev_high && pcp_count >= BATCH;
+    prev_high = 1;
+  } else prev_high = 0;
+  if (free_count < BATCH << 5) free_count += 1 << order;
+  if (!free_high && pcp_count < BATCH * 6) return;
+  int left = free_high ? (pcp_count < BATCH << 5 ? pcp_count : BATCH << 5)
+                       : free_count < BATCH ? BATCH : free_count > BATCH * 5 ? BATCH * 5 : free_count;
+  if (left > pcp_count) left = pcp_count;
+  int o = order - 1;
+  while (left > 0) {
+    do o = o == COSTLY ? 0 : o + 1; while (pcps[o].tail < 0);
+    do {
+      int32_t last = pcps[o].tail;
+      unlink_page(&pcps[o].head, &pcps[o].tail, last);
+      left -= 1 << o;
+      pcp_count -= 1 << o;
+      buddy_free(last, o);
+    } while (left > 0 && pcps[o].tail >= 0);
   }
 }
 static void buddy(const char *what) {
   static int32_t held[PAGES];
   static int8_t orders[PAGES];
   for (int o = 0; o <= MAXO; o++) for (int t = 0; t < TYPES; t++) areas[o][t].head = areas[o][t].tail = -1;
-  pcp.head = pcp.tail = -1;
+  for (int o = 0; o <= COSTLY; o++) pcps[o].head = pcps[o].tail = -1;
   memset(block_type, 1, sizeof block_type);
   for (int32_t p = 0; p < PAGES; p += 1 << MAXO) push(p, MAXO, 1);
   long ops = 0;
@@ -195,19 +221,19 @@ static void buddy(const char *what) {
       int count = 0;
       for (int i = 0; i < n / 2; i++) {
         int o = mix[i & 7];
-        int32_t p = o == 0 ? pcp_alloc() : buddy_alloc(o);
+        int32_t p = pcp_alloc(o);
         if (p < 0) break;
         held[count] = p; orders[count++] = o; ops++;
       }
-      for (int i = 0; i < count; i++) { if (orders[i]) buddy_free(held[i], orders[i]); else pcp_free(held[i]); ops++; }
+      for (int i = 0; i < count; i++) { pcp_free(held[i], orders[i]); ops++; }
     } else {
-      for (int i = 0; i < n; i++) held[i] = pcp_alloc();
+      for (int i = 0; i < n; i++) held[i] = pcp_alloc(0);
       ops += n;
       if (!strcmp(what, "random")) {
         for (int i = n - 1; i > 0; i--) { int j = rng() % (i + 1); int32_t t = held[i]; held[i] = held[j]; held[j] = t; }
         t0 = now_s(); ops = 0;
       }
-      for (int i = 0; i < n; i++) pcp_free(held[i]);
+      for (int i = 0; i < n; i++) pcp_free(held[i], 0);
       ops += n;
     }
     double ns = (now_s() - t0) * 1e9 / ops;
