@@ -14,7 +14,7 @@ import { PageReporting } from './drivers/reporting.ts';
 import { LINE_ACPI, LINE_BALLOON } from './drivers/virtio-guest.ts';
 import { AcpiMemory } from './drivers/acpi-memory.ts';
 import { MEM_DRIVER_PAGES, VirtioMemDriver } from './drivers/virtio-mem.ts';
-import { H_BOOTED } from './layout.ts';
+import { CPU_BASE, CPU_NEXT_VMSTAT_F64, CPU_WORDS, H_BOOTED } from './layout.ts';
 import { Buddy } from './mm/buddy.ts';
 import { Lru } from './mm/lru.ts';
 import { MemoryHotplug } from './mm/memory-hotplug.ts';
@@ -36,7 +36,6 @@ export class GuestKernel {
   readonly vcpu: Vcpu;
   readonly config: GuestConfig;
   #parts: Parts | null = null;
-  #nextVmstat = VMSTAT_INTERVAL;
 
   constructor(config: GuestConfig, arenaBuffer: SharedArrayBuffer, vcpu: Vcpu) {
     this.arena = new Arena(arenaBuffer, config.maxPfn);
@@ -201,9 +200,12 @@ export class GuestKernel {
     for (const node of kswapdNodes) if (reclaim.kswapdPending(node)) reclaim.kswapd(node);
     reclaim.flusher();
     // A deferrable timer: it wakes no idle CPU, which then does what it has missed.
-    if (vcpu.clock >= this.#nextVmstat) {
-      let missed = Math.floor((vcpu.clock - this.#nextVmstat) / VMSTAT_INTERVAL);
-      this.#nextVmstat = vcpu.clock + VMSTAT_INTERVAL;
+    const { f64 } = this.arena;
+    const timer = (CPU_BASE + vcpu.id * CPU_WORDS + CPU_NEXT_VMSTAT_F64) / 2;
+    if (f64[timer] === 0) f64[timer] = VMSTAT_INTERVAL;
+    if (vcpu.clock >= f64[timer]) {
+      let missed = Math.floor((vcpu.clock - f64[timer]) / VMSTAT_INTERVAL);
+      f64[timer] = vcpu.clock + VMSTAT_INTERVAL;
       while (pcp.decay() && missed-- > 0);
     }
   }

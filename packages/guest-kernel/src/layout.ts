@@ -92,6 +92,14 @@ export const SHOOTDOWN_BASE: number = PROCESS_BASE + MAX_PROCESSES * PROCESS_WOR
 export const EVENTS_BASE: number = SHOOTDOWN_BASE + MAX_CPUS * SHOOTDOWN_WORDS;
 export const EVENTS_WORDS = 64;
 
+// ── What a CPU keeps to itself between its slices ────────────────────────────────────────────────────────────────
+export const CPU_BASE: number = EVENTS_BASE + MAX_CPUS * EVENTS_WORDS;
+export const CPU_WORDS = 16;
+/** Interrupt lines that a wait took, by bit, whose handlers are still to run. */
+export const CPU_LINES_TAKEN = 0;
+/** Virtual time of the next `vmstat_update`, float64. */
+export const CPU_NEXT_VMSTAT_F64 = 2;
+
 // ── Queues ───────────────────────────────────────────────────────────────────────────────────────────────────────
 /** Inflate, deflate, stats, hint, reporting, blk, and one per memory device. */
 export const NR_QUEUES: number = 6 + MAX_MEM_DEVICES;
@@ -130,7 +138,7 @@ export const MAX_GUEST_PFN: number = 2 ** 26;
 /** Lays out an arena for pages `0 … maxPfn − 1`, hot-pluggable ones included. */
 export function arenaLayout(maxPfn: number): ArenaLayout {
   assert(maxPfn <= MAX_GUEST_PFN, 'a guest whose memmap has 31-bit word numbers');
-  assert(EVENTS_BASE + MAX_CPUS * EVENTS_WORDS <= HEADER_WORDS, 'the header holds everything');
+  assert(CPU_BASE + MAX_CPUS * CPU_WORDS <= HEADER_WORDS, 'the header holds everything');
   const queues = HEADER_WORDS;
   const pageblocks = queues + NR_QUEUES * QUEUE_WORDS;
   // The memmap starts on a cache line.

@@ -7,7 +7,7 @@ import { MmioDriver, SplitDriverQueue, type MmioBus } from '@ebb/virtio/driver';
 import type { Features } from '@ebb/virtio/uapi';
 import { VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC } from '@ebb/virtio/uapi';
 import type { Arena } from '../arena.ts';
-import { MAX_MEM_DEVICES, QUEUE_WORDS } from '../layout.ts';
+import { CPU_BASE, CPU_LINES_TAKEN, CPU_WORDS, MAX_MEM_DEVICES, QUEUE_WORDS } from '../layout.ts';
 
 /** Guest-physical base of device registers: far above RAM; device `n` is at `+ n · 4 KiB` and has interrupt line `n`. */
 export const MMIO_BASE = 0xfd_0000_0000;
@@ -37,9 +37,9 @@ export class VirtioGuest {
   readonly line: number;
   readonly driver: MmioDriver;
   readonly vcpu: Vcpu;
-  /** A wait took the line's bit: the driver's interrupt handler must run for whatever else it announced. */
-  interruptTaken = false;
   readonly #arena: Arena;
+  /** Word of the lines taken. */
+  readonly #taken: number;
   /** Runs inside every wait: sections are begun by the wait itself; this serves requests of sibling CPUs. */
   readonly #inWait: () => void;
 
@@ -47,6 +47,7 @@ export class VirtioGuest {
     this.line = line;
     this.vcpu = vcpu;
     this.#arena = arena;
+    this.#taken = CPU_BASE + vcpu.id * CPU_WORDS + CPU_LINES_TAKEN;
     this.#inWait = inWait;
     const base = MMIO_BASE + line * MMIO_STRIDE;
     const bus: MmioBus = {
@@ -54,6 +55,16 @@ export class VirtioGuest {
       write: (offset, width, value) => vcpu.mmioWrite(base + offset, width, value),
     };
     this.driver = new MmioDriver(bus);
+  }
+
+  /** A wait took the line's bit: the driver's interrupt handler must run for whatever else it announced. This CPU's. */
+  get interruptTaken(): boolean {
+    return (this.#arena.w[this.#taken] & (1 << this.line)) !== 0;
+  }
+  set interruptTaken(taken: boolean) {
+    const { w } = this.#arena;
+    if (taken) w[this.#taken] |= 1 << this.line;
+    else w[this.#taken] &= ~(1 << this.line);
   }
 
   /** Bring-up to FEATURES_OK with what the device offers of `wanted`; null: no such device, or it does not agree. */

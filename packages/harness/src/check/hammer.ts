@@ -53,7 +53,6 @@ export async function hammer(options: {
   const violations = ViolationLog.create();
   const log = new ViolationLog(violations);
   const pool = new FramePool({ memory, ledger, violations: log, frames: memory.frames, poison: 'full' });
-  const frameFlags = new Uint8Array(memory.frames);
   const tasks = new HostTasks(freeSchedule);
   const control = new SharedArrayBuffer(2 * VCPU_BLOCK_BYTES);
   const runControl = new SharedArrayBuffer(RUN_CONTROL_BYTES);
@@ -67,18 +66,13 @@ export async function hammer(options: {
     violations: log,
     schedule: freeSchedule,
     tableLive: new Int32Array(memory.frames),
-    frameFlags,
   });
   // Frames go back through this door: content without a dirty mark is a lost dirty bit.
   const frames: FrameSource = {
-    allocZeroed: (order, owner) => {
-      const first = pool.allocZeroed(order, owner);
-      if (first >= 0) frameFlags.fill(0, first, first + (1 << order));
-      return first;
-    },
+    allocZeroed: (order, owner) => pool.allocZeroed(order, owner),
     free(first: Hfn, count: number) {
       for (let f = first as number; f < first + count; f++) {
-        if ((frameFlags[f] & FRAME_DIRTY) !== 0) continue;
+        if ((pool.frameFlags[f] & FRAME_DIRTY) !== 0) continue;
         for (let w = 0; w < 1024; w++) {
           if (memory.i32[f * 1024 + w] === 0) continue;
           log.record({

@@ -50,7 +50,6 @@ export class HostLab {
   readonly ledger: FrameLedger;
   readonly #memory: HostMemory;
   readonly #runControl: Int32Array;
-  readonly #frameFlags: Uint8Array;
   #running = 0;
   /** What a checker found, in words. */
   readonly found: string[] = [];
@@ -95,7 +94,6 @@ export class HostLab {
       schedule,
     });
     this.tasks = new HostTasks(schedule);
-    this.#frameFlags = new Uint8Array(this.#memory.frames);
     const tableLive = new Int32Array(this.#memory.frames);
     for (let id = 0; id < shape.vms; id++) {
       const vm = new Vm({
@@ -108,7 +106,6 @@ export class HostLab {
         violations: this.log,
         schedule,
         tableLive,
-        frameFlags: this.#frameFlags,
       });
       const file = new MemFile({
         name: `vm${id}`,
@@ -138,14 +135,10 @@ export class HostLab {
   /** Frames go back through this door: content without a dirty mark is a lost dirty bit (I18). */
   #frames(vm: number): FrameSource {
     return {
-      allocZeroed: (order, owner) => {
-        const first = this.pool.allocZeroed(order, owner);
-        if (first >= 0) this.#frameFlags.fill(0, first, first + (1 << order));
-        return first;
-      },
+      allocZeroed: (order, owner) => this.pool.allocZeroed(order, owner),
       free: (first: Hfn, count: number) => {
         for (let f = first as number; f < first + count; f++)
-          if ((this.#frameFlags[f] & FRAME_DIRTY) === 0 && this.#hasContent(f)) {
+          if ((this.pool.frameFlags[f] & FRAME_DIRTY) === 0 && this.#hasContent(f)) {
             this.found.push(
               `lost-dirty: frame 0x${f.toString(16)} of VM ${vm} is given back with content that no dirty bit announced`,
             );
@@ -269,7 +262,7 @@ export class HostLab {
             );
           } else if (
             (walk.low & EPT_D) === 0 &&
-            (this.#frameFlags[want] & FRAME_DIRTY) === 0 &&
+            (this.pool.frameFlags[want] & FRAME_DIRTY) === 0 &&
             this.#hasContent(want)
           ) {
             this.found.push(

@@ -64,7 +64,6 @@ export class HostSide {
   readonly #storage: (vm: number, bytes: number) => BlockStorage;
   readonly #policy: BalloonPolicy;
   readonly #tableLive: Int32Array;
-  readonly #frameFlags: Uint8Array;
   readonly #deviceTrace: string[] = [];
   readonly #watch: MemoryWatch;
   #nextSample = 0;
@@ -96,7 +95,6 @@ export class HostSide {
       poison: spec.poison,
     });
     this.#tableLive = new Int32Array(memory.frames);
-    this.#frameFlags = new Uint8Array(memory.frames);
   }
 
   /** One round: looks for exits, runs ready tasks. True if anything happened. */
@@ -270,7 +268,6 @@ export class HostSide {
         violations: this.violations,
         schedule: this.#schedule,
         tableLive: this.#tableLive,
-        frameFlags: this.#frameFlags,
         storage: this.#storage,
         watch: this.#watch,
         policyDue: spec.policySets !== undefined ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,

@@ -58,7 +58,6 @@ export interface PowerOn {
   readonly violations: ViolationLog;
   readonly schedule: Schedule;
   readonly tableLive: Int32Array;
-  readonly frameFlags: Uint8Array;
   readonly storage: (vm: number, bytes: number) => BlockStorage;
   /** When the balloon policy first acts; Infinity without one. */
   readonly policyDue: number;
@@ -91,7 +90,6 @@ export function powerOn(options: PowerOn): RunningVm {
     violations: options.violations,
     schedule: options.schedule,
     tableLive: options.tableLive,
-    frameFlags: options.frameFlags,
   });
   const huge = HUGE_POLICY[backing];
   const files: MemFile[] = [];

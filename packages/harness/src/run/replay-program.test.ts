@@ -41,6 +41,7 @@ function replay(trace: Writer): { result: RunResult; free: number } {
   const captured: Trace = {
     ...imported,
     name: 'written',
+    hash: '',
     maxPfn: PAGES,
     guestMemoryBytes: GUEST,
     e820: [

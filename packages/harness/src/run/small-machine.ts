@@ -70,7 +70,6 @@ export function smallMachine(options: SmallMachineOptions): SmallMachine {
   const control = new SharedArrayBuffer(VCPU_BLOCK_BYTES * nrVms);
   const runControl = new SharedArrayBuffer(RUN_CONTROL_BYTES);
   const tableLive = new Int32Array(memory.frames);
-  const frameFlags = new Uint8Array(memory.frames);
   const vms: SmallVm[] = [];
   const poll = (): boolean => {
     let found = false;
@@ -88,7 +87,6 @@ export function smallMachine(options: SmallMachineOptions): SmallMachine {
       violations: log,
       schedule: freeSchedule,
       tableLive,
-      frameFlags,
     });
     const file = new MemFile({
       name: `vm${id}`,

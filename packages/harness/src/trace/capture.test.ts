@@ -99,3 +99,19 @@ test('a range of the firmware’s map is rounded inward: a page that is only in 
   capture(4096, { 'dmesg.txt': '[0.0] BIOS-e820: [mem 0x0000000000000800-0x00000000000047ff] usable\n' });
   expect(readCapture(folder).e820).toEqual([{ start: 1, end: 4 }]);
 });
+
+test('a hole below 4 GiB is not memory of the guest', () => {
+  capture(2048, {
+    'dmesg.txt':
+      '[0.0] BIOS-e820: [mem 0x0000000000000000-0x00000000003fffff] usable\n' +
+      '[0.0] BIOS-e820: [mem 0x0000000000600000-0x00000000007fffff] usable\n',
+  });
+  const small = readCapture(folder);
+  expect([small.maxPfn, small.guestMemoryBytes]).toEqual([2048, 64 << 20]);
+  capture(40960, {
+    'dmesg.txt':
+      '[0.0] BIOS-e820: [mem 0x0000000000000000-0x0000000003ffffff] usable\n' +
+      '[0.0] BIOS-e820: [mem 0x0000000006000000-0x0000000009ffffff] usable\n',
+  });
+  expect(readCapture(folder).guestMemoryBytes).toBe(128 << 20);
+});

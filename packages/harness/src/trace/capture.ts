@@ -17,7 +17,7 @@ import {
 } from '@ebb/guest-kernel';
 import { importTraceText, type ImportedEvents } from './import.ts';
 import { VGA_HOLE_END, VGA_HOLE_START } from './vga-hole.ts';
-import { UserError, type Trace, type TraceEnd, type TraceStart } from './trace.ts';
+import { traceHash, UserError, type Trace, type TraceEnd, type TraceStart } from './trace.ts';
 
 /** Bits of /proc/kpageflags (include/uapi/linux/kernel-page-flags.h); low and high word of each 64-bit entry. */
 const KPF_LRU = 1 << 5;
@@ -77,14 +77,16 @@ export function readCapture(path: string): Trace {
   const maxPfn = start?.pages.length ?? Math.ceil(imported.maxPfn / ROUND_PAGES) * ROUND_PAGES;
   const end = imported.windowed && start !== undefined ? readEnd(folder) : undefined;
   const e820 = readE820(folder, maxPfn);
+  const { events } = imported;
+  const ram = e820.reduce((sum, range) => sum + range.end - range.start, 0);
   return {
     name,
-    hash: imported.hash,
+    hash: traceHash({ events, e820, maxPfn, ...(start === undefined ? {} : { start }) }),
     nrCpus: imported.nrCpus,
     maxPfn,
-    guestMemoryBytes: Math.ceil(maxPfn / ROUND_PAGES) * ROUND_PAGES * PAGE_SIZE,
+    guestMemoryBytes: Math.ceil(ram / ROUND_PAGES) * ROUND_PAGES * PAGE_SIZE,
     e820,
-    events: imported.events,
+    events,
     ...(start === undefined ? {} : { start }),
     ...(end === undefined ? {} : { end }),
     skipped: imported.skipped,

@@ -30,6 +30,10 @@ const MAX_ORDER = 10;
 const NUMBER = /^(0x[0-9a-f]+|\d+)$/i;
 /** `TASK-PID [CPU] FLAGS TIME: EVENT: FIELDS`; the task may hold anything, the flags may be absent. */
 const LINE = /^.*?-\d+\s+(?:\([^)]*\)\s+)?\[(\d+)\]\s+(?:\S{4,8}\s+)?(\d+\.\d+): (\w+): ?(.*)$/;
+/** What `trace-cmd report` says before the events. */
+const PREAMBLE = /^(cpus=\d+|version = \d+|CPU \d+ is empty)$/;
+/** What stands where a reader was too slow: in tracefs, and in `trace-cmd report`, which may not know how many. */
+const LOST = /^\s*CPU:\d+ \[(?:LOST (\d+) EVENTS|(?:(\d+) )?EVENTS DROPPED)\]$/;
 const IGNORED = new Set([
   'mm_page_free_batched',
   'mm_page_alloc_zone_locked',
@@ -81,7 +85,6 @@ export interface ImportedEvents {
   readonly events: TraceEvents;
   readonly nrCpus: number;
   readonly maxPfn: number;
-  readonly hash: string;
   readonly skipped: Record<string, number>;
   readonly marks: { timeUs: number; name: string }[];
   /** Pages whose first event is an allocation without a `zone_locked`, or a drain: the CPU on whose list each sat. */
@@ -124,8 +127,14 @@ export function importTraceText(text: string, source: string): ImportedEvents {
     const line = text.slice(at, eol).trimEnd();
     at = eol + 1;
     lineNumber++;
-    if (line === '' || line.startsWith('#') || line.startsWith('cpus=')) continue;
+    if (line === '' || line.startsWith('#') || PREAMBLE.test(line)) continue;
     lastLine = line;
+    const lost = LOST.exec(line);
+    if (lost !== null) {
+      const what = 'events lost by the kernel (its ring buffer was too small)';
+      skipped[what] = (skipped[what] ?? 0) + Number(lost[1] ?? lost[2] ?? 1);
+      continue;
+    }
     const match = LINE.exec(line);
     if (match === null) return fail(line, 'not a trace line');
     const cpu = Number(match[1]);
@@ -219,7 +228,7 @@ export function importTraceText(text: string, source: string): ImportedEvents {
   const events = columns.freeze();
   if (events.count === 0)
     throw new UserError(`${source}: no page events in it; capture kmem:mm_page_alloc and kmem:mm_page_free`);
-  return { events, nrCpus, maxPfn, hash: hashEvents(events), skipped, marks, onPcpAtStart: onPcp, windowed };
+  return { events, nrCpus, maxPfn, skipped, marks, onPcpAtStart: onPcp, windowed };
 }
 
 /** The bits a replay needs from a `gfp_flags=` text. */
@@ -268,18 +277,4 @@ function packGfp(text: string): number {
     }
   }
   return bits | (zone << TG_ZONE_SHIFT);
-}
-
-function hashEvents(events: TraceEvents): string {
-  let h = 0x811c9dc5;
-  const mix = (v: number): void => {
-    h = Math.imul(h ^ (v & 0xffff), 0x01000193);
-    h = Math.imul(h ^ (v >>> 16), 0x01000193);
-  };
-  for (let i = 0; i < events.count; i++) {
-    mix(events.pfn[i]);
-    mix(events.op[i] | (events.order[i] << 4) | (events.cpu[i] << 8) | (events.gfp[i] << 16));
-    mix(events.timeUs[i] | 0);
-  }
-  return (h >>> 0).toString(16).padStart(8, '0');
 }

@@ -54,11 +54,11 @@ export interface TraceEnd {
 
 export interface Trace {
   readonly name: string;
-  /** FNV-1a of the source text's events, hex. */
+  /** FNV-1a of all that a replay reads (`traceHash`), hex. */
   readonly hash: string;
   readonly nrCpus: number;
   readonly maxPfn: number;
-  /** Memory of the captured guest, bytes: 2ⁿ MiB above `maxPfn`. */
+  /** RAM of the captured guest in bytes, rounded up to 64 MiB; holes in its physical memory do not count. */
   readonly guestMemoryBytes: number;
   readonly e820: readonly { readonly start: number; readonly end: number }[];
   readonly events: TraceEvents;
@@ -68,6 +68,32 @@ export interface Trace {
   readonly skipped: Readonly<Record<string, number>>;
   /** Workload marks: name and time in microseconds. */
   readonly marks: readonly { readonly timeUs: number; readonly name: string }[];
+}
+
+/** What a replay reads: events, start state, memory map. Names and the end state, which is only compared, are left out. */
+export function traceHash(trace: Pick<Trace, 'events' | 'start' | 'e820' | 'maxPfn'>): string {
+  let h = 0x811c9dc5;
+  const mix = (v: number): void => {
+    h = Math.imul(h ^ (v & 0xffff), 0x01000193);
+    h = Math.imul(h ^ (v >>> 16), 0x01000193);
+  };
+  const { events, start, e820, maxPfn } = trace;
+  for (let i = 0; i < events.count; i++) {
+    mix(events.pfn[i]);
+    mix(events.op[i] | (events.order[i] << 4) | (events.cpu[i] << 8) | (events.gfp[i] << 16));
+    mix(events.migratetype[i]);
+    mix(Math.round(events.timeUs[i]) | 0);
+    mix(events.file[i]);
+    mix(events.index[i] | 0);
+  }
+  mix(maxPfn);
+  for (const range of e820) {
+    mix(range.start);
+    mix(range.end);
+  }
+  for (const state of start === undefined ? [] : [start.pages, start.pageblocks])
+    for (const page of state) mix(page);
+  return (h >>> 0).toString(16).padStart(8, '0');
 }
 
 /** A user's mistake: one line that names the value and the mend; the command ends with exit code 2. */

@@ -35,8 +35,8 @@ function mmu(frames = (16 * MiB) / 4096): {
     violations: new ViolationLog(ViolationLog.create()),
     frames: memory.frames,
   });
-  const flags = new Uint8Array(memory.frames);
-  const tables = new TdpMmu(0, pool, inlineSchedule, new Int32Array(memory.frames), flags);
+  const flags = pool.frameFlags;
+  const tables = new TdpMmu(0, pool, inlineSchedule, new Int32Array(memory.frames));
   return {
     mmu: tables,
     memory,

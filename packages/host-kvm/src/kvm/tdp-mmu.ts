@@ -49,17 +49,17 @@ export class TdpMmu {
   readonly #schedule: Schedule;
   /** Present entries in each table frame; host-private. */
   readonly #live: Int32Array;
-  /** `FRAME_ACCESSED | FRAME_DIRTY` per frame; host-private. */
+  /** `FRAME_ACCESSED | FRAME_DIRTY` per frame; the pool's. */
   readonly frameFlags: Uint8Array;
 
-  /** `live` and `frameFlags` are per-host arrays indexed by frame, shared by all MMUs. Throws if no root frame. */
-  constructor(vm: number, pool: FramePool, schedule: Schedule, live: Int32Array, frameFlags: Uint8Array) {
+  /** `live` is a per-host array indexed by frame, shared by all MMUs. Throws if no root frame. */
+  constructor(vm: number, pool: FramePool, schedule: Schedule, live: Int32Array) {
     this.#vm = vm;
     this.#pool = pool;
     this.#dram = pool.memory.i32;
     this.#schedule = schedule;
     this.#live = live;
-    this.frameFlags = frameFlags;
+    this.frameFlags = pool.frameFlags;
     const root = pool.allocTable(vm);
     assert(root >= 0, 'a frame for the root table');
     this.root = hfn(root);

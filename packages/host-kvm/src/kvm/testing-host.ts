@@ -24,7 +24,6 @@ export interface TestHost {
   readonly vm: Vm;
   readonly file: MemFile;
   readonly vcpus: Vcpu[];
-  readonly frameFlags: Uint8Array;
   poll(): boolean;
   /** Runs a task body to its end, with everything else that is ready. */
   finish<T>(body: Generator<unknown, T, void>): T;
@@ -45,7 +44,6 @@ export function testHost(
   const control = new SharedArrayBuffer(VCPU_BLOCK_BYTES * nrVcpus * 4);
   const runControl = new Int32Array(new SharedArrayBuffer(RUN_CONTROL_BYTES));
   const tableLive = new Int32Array(memory.frames);
-  const frameFlags = new Uint8Array(memory.frames);
   const vms: Vm[] = [];
   const poll = (): boolean => {
     for (const vm of vms) vm.scanExits();
@@ -83,7 +81,6 @@ export function testHost(
       violations: log,
       schedule: inlineSchedule,
       tableLive,
-      frameFlags,
     });
     vms.push(vm);
     const file = new MemFile({
@@ -123,5 +120,5 @@ export function testHost(
     return { vm, file, vcpus };
   };
   const first = addVm();
-  return { pool, tasks, log, ...first, frameFlags, poll, finish, addVm };
+  return { pool, tasks, log, ...first, poll, finish, addVm };
 }

@@ -36,7 +36,6 @@ export class VmMemory implements DeviceMemory {
     vm: number,
     pool: FramePool,
     slots: Memslots,
-    frameFlags: Uint8Array,
     schedule: Schedule,
     verdict: (gfn: number, write: boolean) => Verdict,
   ) {
@@ -46,7 +45,7 @@ export class VmMemory implements DeviceMemory {
     this.#memory = pool.memory;
     this.#pool = pool;
     this.#slots = slots;
-    this.#frameFlags = frameFlags;
+    this.#frameFlags = pool.frameFlags;
     this.u8 = this.#memory.u8[0];
     this.u16 = this.#memory.u16[0];
     this.i32 = this.#memory.i32Chunks[0];

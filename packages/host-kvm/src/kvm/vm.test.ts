@@ -1,8 +1,8 @@
 import { describe, expect, test } from 'vitest';
-import { gfn, hfn, MiB, PAGE_SIZE } from '@ebb/machine';
+import { EPT_A, EPT_D, eptWalk, gfn, hfn, MiB, PAGE_SIZE, WalkResult } from '@ebb/machine';
 import { MemFile } from '@ebb/memfs';
 import { KVM_MEM_READONLY } from './memslots.ts';
-import { FRAME_DIRTY } from './tdp-mmu.ts';
+import { FRAME_ACCESSED, FRAME_DIRTY } from './tdp-mmu.ts';
 import { testHost } from './testing-host.ts';
 
 const page = (n: number): ReturnType<typeof gfn> => gfn(n);
@@ -64,6 +64,32 @@ describe('faults', () => {
   });
 });
 
+test('the leaf of a fault has the A and D of the access that faulted (`make_spte`); a later store sets D in the walk (I8)', () => {
+  const host = testHost({ huge: 'never' });
+  const [vcpu] = host.vcpus;
+  const leaf = (gfn: number): number => {
+    const walk = new WalkResult();
+    eptWalk(host.pool.memory.i32, host.vm.mmu.root, page(gfn), walk);
+    return walk.low & (EPT_A | EPT_D);
+  };
+  // What the host has installed before the vCPU goes on.
+  const installed: number[] = [];
+  const map = host.vm.mmu.map.bind(host.vm.mmu);
+  host.vm.mmu.map = (gfn, ...rest) => {
+    const done = map(gfn, ...rest);
+    installed.push(leaf(gfn));
+    return done;
+  };
+  vcpu.enterGuest();
+  vcpu.load32(page(1), 0);
+  vcpu.store32(page(2), 0, 1);
+  expect(installed).toEqual([EPT_A, EPT_A | EPT_D]);
+  expect(leaf(1)).toBe(EPT_A);
+  vcpu.store32(page(1), 0, 1);
+  expect(leaf(1)).toBe(EPT_A | EPT_D);
+  vcpu.leaveGuest();
+});
+
 describe('discard', () => {
   test('really returns frames, and the next touch reads zero (firecracker#6167 is the bug to rule out)', () => {
     const host = testHost();
@@ -85,6 +111,7 @@ describe('discard', () => {
     host.vcpus[0].leaveGuest();
     const gone = host.file.bmap(100);
     expect(host.finish(host.vm.discard(Int32Array.of(100, 1), 1))).toBe(1);
+    expect(host.pool.frameFlags[gone] & FRAME_DIRTY).toBe(FRAME_DIRTY);
     expect([host.vm.mmu.leafLevel(99), host.vm.mmu.leafLevel(100), host.vm.mmu.counters.splits]).toEqual([
       1, 0, 1,
     ]);
@@ -92,11 +119,10 @@ describe('discard', () => {
     expect([host.vcpus[0].load32(page(99), 1), host.vcpus[0].load32(page(101), 1)]).toEqual([100, 102]);
     expect(host.vcpus[0].load32(page(100), 1)).toBe(0);
     host.vcpus[0].leaveGuest();
-    expect(host.frameFlags[gone] & FRAME_DIRTY).toBe(FRAME_DIRTY);
     // The children inherited D: zapping one later still says dirty.
     const child = host.file.bmap(7);
     host.finish(host.vm.discard(Int32Array.of(7, 1), 1));
-    expect(host.frameFlags[child] & FRAME_DIRTY).toBe(FRAME_DIRTY);
+    expect(host.pool.frameFlags[child] & FRAME_DIRTY).toBe(FRAME_DIRTY);
   });
   test('of a range that is no RAM, or of parts of a fixed 2 MiB page, is skipped, never rounded outward', () => {
     const host = testHost({ huge: 'hugetlb' });
@@ -237,9 +263,23 @@ describe('KVM_SET_USER_MEMORY_REGION', () => {
     const { memory } = host.vm;
     expect([memory.window(32 * MiB, 4, false), memory.window(32 * MiB, 4, true)]).toEqual([true, false]);
     expect(memory.window(5 * PAGE_SIZE, 4, false)).toBe(true);
-    expect(host.frameFlags[host.file.bmap(5)] & FRAME_DIRTY).toBe(0);
+    expect(host.pool.frameFlags[host.file.bmap(5)] & FRAME_DIRTY).toBe(0);
     expect(memory.window(5 * PAGE_SIZE, 4, true)).toBe(true);
-    expect(host.frameFlags[host.file.bmap(5)] & FRAME_DIRTY).toBe(FRAME_DIRTY);
+    expect(host.pool.frameFlags[host.file.bmap(5)] & FRAME_DIRTY).toBe(FRAME_DIRTY);
+  });
+  test('what A and D said of a frame does not outlive its owner', () => {
+    const host = testHost({ huge: 'never' });
+    const [vcpu] = host.vcpus;
+    vcpu.enterGuest();
+    vcpu.store32(page(5), 0, 1);
+    vcpu.leaveGuest();
+    const frame = host.file.bmap(5);
+    host.finish(host.vm.discard(Int32Array.of(5, 1), 1));
+    expect(host.pool.frameFlags[frame]).toBe(FRAME_ACCESSED | FRAME_DIRTY);
+    vcpu.enterGuest();
+    vcpu.load32(page(6), 0);
+    vcpu.leaveGuest();
+    expect([host.file.bmap(6), host.pool.frameFlags[frame]]).toEqual([frame, 0]);
   });
   test('the size of a live slot cannot change; delete and create can change it', () => {
     const host = testHost();

@@ -68,7 +68,6 @@ export interface VmOptions {
   readonly violations: ViolationLog;
   readonly schedule: Schedule;
   readonly tableLive: Int32Array;
-  readonly frameFlags: Uint8Array;
   readonly costs?: CostTable;
 }
 
@@ -128,14 +127,9 @@ export class Vm implements InvalidationListener {
     this.#tasks = options.tasks;
     this.#schedule = options.schedule;
     this.vcpus = new VcpuBlocks(options.control, options.firstBlock, options.nrVcpus, options.schedule);
-    this.mmu = new TdpMmu(options.id, options.pool, options.schedule, options.tableLive, options.frameFlags);
-    this.memory = new VmMemory(
-      options.id,
-      options.pool,
-      this.slots,
-      options.frameFlags,
-      options.schedule,
-      (gfn, write) => this.#verdict(gfn, write),
+    this.mmu = new TdpMmu(options.id, options.pool, options.schedule, options.tableLive);
+    this.memory = new VmMemory(options.id, options.pool, this.slots, options.schedule, (gfn, write) =>
+      this.#verdict(gfn, write),
     );
     this.vcpus.setRoot(this.mmu.root);
     for (let v = 0; v < options.nrVcpus; v++)

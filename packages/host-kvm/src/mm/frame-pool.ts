@@ -49,6 +49,8 @@ export class FramePool implements FrameSource {
   /** Frames zeroed by the last `allocZeroed`, for the cost of the fault. */
   lastZeroed = 0;
   failures = 0;
+  /** What A and D bits said of each frame's present owner (`FRAME_*` in `tdp-mmu.ts`); written by the VMs' MMUs and devices. */
+  readonly frameFlags: Uint8Array;
   readonly #log: ViolationLog;
   readonly #full: boolean;
   readonly #schedule: Schedule;
@@ -63,6 +65,7 @@ export class FramePool implements FrameSource {
     this.#full = options.poison === 'full';
     this.#schedule = options.schedule ?? freeSchedule;
     this.#poisoned = new Uint8Array(options.frames);
+    this.frameFlags = new Uint8Array(options.memory.frames);
   }
 
   get used(): number {
@@ -80,6 +83,9 @@ export class FramePool implements FrameSource {
     if (this.#schedule.controlled) this.#schedule.point('owner-change', frame);
     this.#checkPoison(frame, count);
     this.ledger.take(hfn(frame), count, owner);
+    // What the owner before did says nothing of this one.
+    if (count === 1) this.frameFlags[frame] = 0;
+    else this.frameFlags.fill(0, frame, frame + count);
     this.memory.zeroFrames(hfn(frame), count);
     this.zeroed += count;
     this.lastZeroed = count;

@@ -306,4 +306,20 @@ export const HOST_FAULTS: readonly Mutant[] = [
     'Y27: more than the missing blocks',
     MEM_FILE_TEST,
   ),
+  fault(
+    'dirt-inherited',
+    'packages/host-kvm/src/mm/frame-pool.ts',
+    '    if (count === 1) this.frameFlags[frame] = 0;\n    else ',
+    '    if (count > 1) ',
+    'I7: a frame is dirty for what its owner before did',
+    test('host-kvm/src/kvm/vm.test.ts'),
+  ),
+  fault(
+    'read-makes-dirty',
+    'packages/host-kvm/src/kvm/vm.ts',
+    'const bits = write && writable ? EPT_A | EPT_D : EPT_A;',
+    'const bits = writable ? EPT_A | EPT_D : EPT_A;',
+    'I8: what was only read is written out',
+    test('host-kvm/src/kvm/vm.test.ts'),
+  ),
 ];
