@@ -69,8 +69,24 @@ export function emitJson(target: string | undefined, value: unknown): void {
   else writeOut(target, text);
 }
 
-/** Writes the allocation events of a run as tracefs text and its device events as QEMU trace lines. */
+/**
+ * Writes the allocation events of a run as tracefs text and its device events as QEMU trace lines; of several VMs each into
+ * files of its own, as captures are.
+ */
 export function writeTraces(prefix: string, alloc: readonly string[], device: readonly string[]): void {
+  const vm = (line: string): number => Number(/^ *(?:ebb-vm)?(\d+)/.exec(line)?.[1] ?? 0);
+  const vms = new Set([...alloc, ...device].map(vm));
+  if (vms.size < 2) writeVmTraces(prefix, alloc, device);
+  else
+    for (const k of [...vms].toSorted((a, b) => a - b))
+      writeVmTraces(
+        `${prefix}.vm${k}`,
+        alloc.filter((line) => vm(line) === k),
+        device.filter((line) => vm(line) === k),
+      );
+}
+
+function writeVmTraces(prefix: string, alloc: readonly string[], device: readonly string[]): void {
   // Each vCPU's lines are in order; of several vCPUs they come a slice at a time.
   const at = (line: string): number => Number(/ (\d+\.\d+): /.exec(line)?.[1] ?? 0);
   const timed = alloc.map((line) => ({ line, at: at(line) }));

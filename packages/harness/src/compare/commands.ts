@@ -44,7 +44,7 @@ export function addCompareCommand(program: Command): void {
     .option('--report <file>', 'write a page with plots')
     .option(
       '--trace-out <prefix>',
-      'write allocation events (tracefs text) and device events of the last run',
+      'write allocation events (tracefs text) and device events of the last run, of each VM',
     )
     .option('--json <file>', 'write the result as JSON; - for standard output')
     .option('--schema', 'print the JSON schema of the result and exit')

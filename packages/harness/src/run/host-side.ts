@@ -273,8 +273,8 @@ export class HostSide {
         policyDue: spec.policySets !== undefined ? this.windowEnd + POLICY_NS : Number.POSITIVE_INFINITY,
         ...(this.#spec.traceOut
           ? {
-              trace: (line: string) =>
-                this.#deviceTrace.push(`${k}@${(this.windowEnd / NS_PER_S).toFixed(6)}:${line}`),
+              trace: (line: string, atNs: number) =>
+                this.#deviceTrace.push(`${k}@${(atNs / NS_PER_S).toFixed(6)}:${line}`),
             }
           : {}),
       }),

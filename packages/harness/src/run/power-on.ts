@@ -61,8 +61,8 @@ export interface PowerOn {
   readonly storage: (vm: number, bytes: number) => BlockStorage;
   /** When the balloon policy first acts; Infinity without one. */
   readonly policyDue: number;
-  /** Told of device events as QEMU's trace lines name them. */
-  readonly trace?: (line: string) => void;
+  /** Told of device events as QEMU's trace lines name them, and when: virtual ns. */
+  readonly trace?: (line: string, atNs: number) => void;
   /** Who watches the memory devices. */
   readonly watch?: MemoryWatch;
 }
@@ -121,7 +121,8 @@ export function powerOn(options: PowerOn): RunningVm {
     const base = MMIO_BASE + line * MMIO_STRIDE;
     transports.push(attachVirtio(vm, base, line, device, (gpa) => leaseBroken(options.violations, id, gpa)));
   };
-  const tracing = options.trace === undefined ? {} : { trace: options.trace };
+  const { trace } = options;
+  const tracing = trace === undefined ? {} : { trace: (line: string) => trace(line, vm.vcpus.now()) };
 
   let balloon: BalloonDevice | null = null;
   if (spec.balloonFeatures !== undefined) {

@@ -63,6 +63,13 @@ export class VcpuBlocks {
     return this.#controlF64[this.#baseF64(vcpu) + VC_CLOCK_F64];
   }
 
+  /** The latest of the vCPUs' clocks, in ns: what the VM's devices call now. */
+  now(): number {
+    let latest = 0;
+    for (let v = 0; v < this.count; v++) latest = Math.max(latest, this.clock(v));
+    return latest;
+  }
+
   // ── Exits ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
   /** Whether the vCPU waits for an answer. Pairs with its store of `EXIT_REQUEST`. */
