@@ -9,19 +9,22 @@ import { watermarkOk } from './page-alloc.ts';
 import { PerCpuPages } from './per-cpu-pages.ts';
 import { P_FLAGS, P_ORDER, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY } from './page.ts';
 import {
-  listAt,
   MAX_ORDER,
   MIGRATE_TYPES,
-  minFreePages,
-  pcpBatch,
   Z_END,
   Z_FREE,
+  Z_MANAGED,
   Z_MIN,
   Z_NR_FREE,
   Z_PCP_HIGH_MAX,
   Z_PCP_HIGH_MIN,
   Z_RESERVE,
   Z_START,
+  Z_TYPE,
+  listAt,
+  minFreePages,
+  pcpBatch,
+  setupWatermarks,
 } from './zone.ts';
 
 /** Walks every list and the whole memmap: counters equal lists, no two buddies unmerged, shadow agrees. */
@@ -338,6 +341,35 @@ describe('the allocator', () => {
 });
 
 describe('watermarks as Linux computes them', () => {
+  example('a zone at its mark is not above it; one page more is (`__zone_watermark_ok`)', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const [, dma32] = guest.kernels[0].parts.zones;
+    const { w } = guest.arena;
+    w[dma32 + Z_RESERVE + 2] = 0;
+    const free = w[dma32 + Z_FREE];
+    expect([free - 1, free].map((mark) => watermarkOk(w, dma32, 0, mark, 2))).toEqual([true, false]);
+    // Of a block of eight, seven pages count as taken before the last.
+    expect([free - 8, free - 7].map((mark) => watermarkOk(w, dma32, 3, mark, 2))).toEqual([true, false]);
+  });
+  example(
+    'what a zone keeps from requests of higher zones: a 256th of them below 4 GiB, a 32nd for Movable',
+    () => {
+      const w = new Int32Array(16384);
+      const bases = [0, 1, 2, 3].map((type) => {
+        const z = 256 + type * 256;
+        w[z + Z_TYPE] = type;
+        w[z + Z_MANAGED] = [3840, 256_000, 512_000, 1_024_000][type];
+        return z;
+      });
+      setupWatermarks(w, bases, [0]);
+      expect(bases.map((z) => [0, 1, 2, 3].map((type) => w[z + Z_RESERVE + type]))).toEqual([
+        [0, 1000, 3000, 7000],
+        [0, 0, 2000, 6000],
+        [0, 0, 0, 32_000],
+        [0, 0, 0, 0],
+      ]);
+    },
+  );
   example('a 1 GiB guest: min_free from THP, 11264 pages over two zones (captured: 11263)', () => {
     expect(minFreePages(3840 + 243675, 2, true)).toBe(11264);
   });

@@ -4,7 +4,7 @@ import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { eventSum } from './events.ts';
 import { P_FLAGS, P_REF, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
-import { Z_FREE, Z_HIGH, Z_TYPE } from './zone.ts';
+import { ZF_BELOW_HIGH, ZF_RECLAIM_ACTIVE, Z_FLAGS, Z_FREE, Z_HIGH, Z_MIN, Z_TYPE } from './zone.ts';
 
 /** A guest with eight clean pages in its cache, and where they are. */
 function cached(): { guest: TestGuest; pfns: number[] } {
@@ -121,4 +121,39 @@ test('a page that a scan takes off its list as its last reference goes is freed 
   vi.restoreAllMocks();
   expect(looks.slice(0, 2)).toEqual(['sub references', 'load flags']);
   expect(w[guest.arena.shadow + pfn]).not.toBe(SHADOW_ALLOCATED);
+});
+
+test('while kswapd runs its zones say so, and no longer: per-CPU lists shrink for it (`ZONE_RECLAIM_ACTIVE`)', () => {
+  const { guest } = cached();
+  const { reclaim, zones, buddy } = guest.kernels[0].parts;
+  const { w } = guest.arena;
+  const [, dma32] = zones;
+  for (const zone of zones) {
+    buddy.lock(zone);
+    while (w[zone + Z_FREE] > w[zone + Z_MIN] && buddy.rmqueue(zone, 0, 1) >= 0);
+    buddy.unlock(zone);
+  }
+  const during: boolean[] = [];
+  const section = vi.spyOn(guest.kernels[0].vcpu, 'beginSection').mockImplementation(() => {
+    during.push((w[dma32 + Z_FLAGS] & ZF_RECLAIM_ACTIVE) !== 0);
+  });
+  reclaim.wakeKswapd(dma32, 2);
+  reclaim.kswapd(0);
+  section.mockRestore();
+  expect([during.includes(true), w[dma32 + Z_FLAGS] & ZF_RECLAIM_ACTIVE]).toEqual([true, 0]);
+});
+
+test('a zone that was seen below its high mark is so until a free finds it above (`ZONE_BELOW_HIGH`)', () => {
+  const { guest } = cached();
+  const { alloc, zones, pcp } = guest.kernels[0].parts;
+  const { w } = guest.arena;
+  const [, dma32] = zones;
+  const taken: number[] = [];
+  while ((w[dma32 + Z_FLAGS] & ZF_BELOW_HIGH) === 0) taken.push(alloc.alloc(0, 1, 2));
+  for (const pfn of taken) alloc.free(pfn, 0);
+  pcp.drain(0);
+  // Lists that are full: a free gives some back and looks at the mark.
+  const more = Array.from({ length: 4096 }, () => alloc.alloc(0, 1, 2));
+  for (const pfn of more) alloc.free(pfn, 0);
+  expect([w[dma32 + Z_FREE] > w[dma32 + Z_HIGH], w[dma32 + Z_FLAGS] & ZF_BELOW_HIGH]).toEqual([true, 0]);
 });

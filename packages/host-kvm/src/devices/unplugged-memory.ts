@@ -65,22 +65,23 @@ export class UnpluggedMemory implements RegionGate {
   }
 
   /** What an access to page `gfn` of the region meets. Asked at a violation and before a device touches memory. */
-  verdict(gfn: number, write: boolean): Verdict {
+  verdict(gfn: number, write: boolean, touches: boolean): Verdict {
     if (this.#profile === 'qemu') return 'memory';
+    const one = touches ? 1 : 0;
     if (this.#plugged.has(Math.floor((gfn - this.baseGfn) / this.unitPages))) {
-      this.#count.letThrough++;
+      this.#count.letThrough += one;
       return 'memory';
     }
     if (this.#profile === 'scribble') return 'scribbled';
     if (write) {
-      this.#count.refusedWrites++;
+      this.#count.refusedWrites += one;
       return 'nothing';
     }
     if (this.#profile === 'rfc-write-protect') {
-      this.#count.zeroReads++;
+      this.#count.zeroReads += one;
       return 'zeros';
     }
-    this.#count.refusedReads++;
+    this.#count.refusedReads += one;
     return 'nothing';
   }
 

@@ -14,5 +14,6 @@ export interface RegionGate {
   readonly nrPages: number;
   /** Pages that share one verdict: a leaf that covers more would let an access past. */
   readonly unitPages: number;
-  verdict(gfn: number, write: boolean): Verdict;
+  /** `touches` false: somebody only looks where memory is; that is not counted. */
+  verdict(gfn: number, write: boolean, touches: boolean): Verdict;
 }

@@ -90,6 +90,17 @@ describe('leaves', () => {
     m.mmu.freeDetachedTables();
     expect(m.mmu.detachedTables.length).toBe(0);
   });
+  test('a frame above 4 GiB has its high word, and the frame below that follows it does not', () => {
+    const above = (1 << 20) + 7;
+    const m = mmu((1 << 20) + 4096);
+    m.mmu.map(5, above, 1, true);
+    // Keeps the table.
+    m.mmu.map(6, 9, 1, true);
+    expect(m.walk(5).frame).toBe(above);
+    m.mmu.zapRange(5, 1);
+    m.mmu.map(5, 7, 1, true);
+    expect(m.walk(5).frame).toBe(7);
+  });
   test('a read-only leaf is upgraded in place', () => {
     const m = mmu();
     m.mmu.map(5, 50, 1, false);

@@ -29,7 +29,7 @@ export class VmMemory implements DeviceMemory {
   readonly #slots: Memslots;
   readonly #frameFlags: Uint8Array;
   readonly #schedule: Schedule;
-  readonly #verdict: (gfn: number, write: boolean) => Verdict;
+  readonly #verdict: (gfn: number, write: boolean, touches: boolean) => Verdict;
 
   /** `verdict`: what an access to a page meets, as the device decides whose region it is in. */
   constructor(
@@ -37,7 +37,7 @@ export class VmMemory implements DeviceMemory {
     pool: FramePool,
     slots: Memslots,
     schedule: Schedule,
-    verdict: (gfn: number, write: boolean) => Verdict,
+    verdict: (gfn: number, write: boolean, touches: boolean) => Verdict,
   ) {
     this.#verdict = verdict;
     this.#vm = vm;
@@ -52,22 +52,22 @@ export class VmMemory implements DeviceMemory {
   }
 
   contains(gpa: number, length: number, write: boolean): boolean {
-    return this.#slotOf(gpa, length, write) !== null;
+    return this.#slotOf(gpa, length, write, false) !== null;
   }
 
   /** The slot behind the bytes; null if they are not for a device. */
-  #slotOf(gpa: number, length: number, write: boolean): Memslot | null {
+  #slotOf(gpa: number, length: number, write: boolean, touches: boolean): Memslot | null {
     const gfn = Math.floor(gpa / PAGE_SIZE);
     if (length < 0 || gpa - gfn * PAGE_SIZE + length > PAGE_SIZE) return null;
     const slot = this.#slots.findForVmm(gfn);
     if (slot === null || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return null;
     // Unplugged memory is not for DMA, whatever a CPU may read there (§ 5.15.6).
-    const verdict = this.#verdict(gfn, write);
+    const verdict = this.#verdict(gfn, write, touches);
     return verdict === 'zeros' || verdict === 'nothing' ? null : slot;
   }
 
   window(gpa: number, length: number, write: boolean): boolean {
-    const slot = this.#slotOf(gpa, length, write);
+    const slot = this.#slotOf(gpa, length, write, true);
     if (slot === null) return false;
     const gfn = Math.floor(gpa / PAGE_SIZE);
     const offset = gpa - gfn * PAGE_SIZE;

@@ -128,8 +128,12 @@ export class Vm implements InvalidationListener {
     this.#schedule = options.schedule;
     this.vcpus = new VcpuBlocks(options.control, options.firstBlock, options.nrVcpus, options.schedule);
     this.mmu = new TdpMmu(options.id, options.pool, options.schedule, options.tableLive);
-    this.memory = new VmMemory(options.id, options.pool, this.slots, options.schedule, (gfn, write) =>
-      this.#verdict(gfn, write),
+    this.memory = new VmMemory(
+      options.id,
+      options.pool,
+      this.slots,
+      options.schedule,
+      (gfn, write, touches) => this.#verdict(gfn, write, touches),
     );
     this.vcpus.setRoot(this.mmu.root);
     for (let v = 0; v < options.nrVcpus; v++)
@@ -158,8 +162,8 @@ export class Vm implements InvalidationListener {
     return undefined;
   }
 
-  #verdict(gfn: number, write: boolean): Verdict {
-    return this.#gate(gfn)?.verdict(gfn, write) ?? 'memory';
+  #verdict(gfn: number, write: boolean, touches = true): Verdict {
+    return this.#gate(gfn)?.verdict(gfn, write, touches) ?? 'memory';
   }
 
   /** Whether a 2 MiB leaf around the page reaches no further than the slot and the verdict do. */

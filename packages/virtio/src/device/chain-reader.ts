@@ -53,6 +53,7 @@ export class ChainReader {
    * Returns how many: it stops before the first that is not of the common form (see `ChainBatch`), well-formed and in RAM.
    */
   readCommon(batch: ChainBatch, idx: number, max: number): number {
+    batch.count = 0;
     if (!this.#paged || max === 0) return 0;
     const memory = this.#memory;
     const size = this.#size | 0;
@@ -88,7 +89,9 @@ export class ChainReader {
         if (
           !indirect ||
           ((word & VIRTQ_DESC_F_NEXT) | i32[d + 1] | ((low | length) & 15)) !== 0 ||
-          (low | (length - 1) | (PAGE - (low & IN_PAGE) - length)) < 0 ||
+          low < 0 ||
+          length <= 0 ||
+          (low & IN_PAGE) + length > PAGE ||
           !memory.window(low, length, false) ||
           memory.i32 !== i32
         )
@@ -111,7 +114,7 @@ export class ChainReader {
         if (s === end) break outer;
         const low = i32[d];
         const length = i32[d + 2];
-        if (((word & VIRTQ_DESC_F_INDIRECT) | i32[d + 1]) !== 0 || (low | (length - 1)) < 0) break outer;
+        if (((word & VIRTQ_DESC_F_INDIRECT) | i32[d + 1]) !== 0 || low < 0 || length <= 0) break outer;
         const writable = (word & VIRTQ_DESC_F_WRITE) !== 0;
         // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched. Only looked
         // at: a buffer that is given back or hinted may never have been touched, and is not to be.

@@ -186,9 +186,10 @@ export class SplitDeviceQueue {
     return this.#writeUsed(chain.head, written < most ? written : most);
   }
 
-  /** Returns the buffers of `popChains` with one index store, each with its `C_WRITTEN` bytes written. */
+  /** Returns the buffers of `popChains` with one index store, each with its `C_WRITTEN` bytes written; empties the batch. */
   pushChains(batch: ChainBatch): void {
     const { chains, count } = batch;
+    batch.count = 0;
     const ring = this.#usedWindow(count);
     if (ring < 0) return;
     const { i32 } = this.memory;

@@ -255,9 +255,18 @@ export class SplitDriverQueue {
     const base = this.#base;
     const n = Math.min(count, s[base + S_FREE]) | 0;
     if (n === 0) return 0;
-    const desc = this.#descriptorsBeside(memory) >> 2;
+    // Table and available ring in one section: each with its own view, since they may lie in different parts of the host.
+    let i32: Int32Array;
+    let desc: number;
+    let section: number;
+    do {
+      this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
+      ({ i32, section } = memory);
+      desc = memory.at >> 2;
+      this.#window(memory, this.rings.driver, availBytes(this.size));
+    } while (memory.section !== section);
     const ring = (memory.at + AVAIL_RING) >> 1;
-    const { i32, u16 } = memory;
+    const { u16 } = memory;
     // `| 0`: a field is a tagged number, which V8 would untag at each use in the loop.
     const bytes = length | 0;
     const bits = flags | 0;
@@ -290,16 +299,6 @@ export class SplitDriverQueue {
     Atomics.store(u16, (memory.at + AVAIL_IDX) >> 1, published);
     s[base + S_PUBLISHED] = published;
     return n;
-  }
-
-  /** Byte offset of the descriptor table, in one section with the available ring, whose window is left in `memory`. */
-  #descriptorsBeside(memory: GuestMemory): number {
-    for (;;) {
-      this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
-      const { at, section } = memory;
-      this.#window(memory, this.rings.driver, availBytes(this.size));
-      if (memory.section === section) return at;
-    }
   }
 
   #pushAvail(memory: GuestMemory, head: number): void {

@@ -1,5 +1,6 @@
 /** The two sides of a split queue against a model queue: any program of adds, publishes, pops and pushes, with wrap. */
 import { fc, test } from '@fast-check/vitest';
+import { FlatGuestMemory } from '@ebb/machine';
 import { expect } from 'vitest';
 import { needEvent } from '../uapi/index.ts';
 import { ChainBatch } from '../device/index.ts';
@@ -164,6 +165,79 @@ test('buffers through tables are popped, returned and reaped in batches, among o
     expect([...reaped.subarray(0, 3)]).toEqual([1, 2, 3]);
   }
   expect([r.queue.free, r.queue.broken, device.inFlight]).toEqual([r.queue.size, false, 0]);
+});
+
+/** Guest memory whose upper half is another view, as a host's memory beyond its first GiB is. */
+class TwoViews extends FlatGuestMemory {
+  readonly #lower: FlatGuestMemory;
+  readonly #upper: FlatGuestMemory;
+
+  constructor(bytes: number) {
+    super(new ArrayBuffer(bytes));
+    this.#lower = new FlatGuestMemory(new ArrayBuffer(bytes / 2));
+    this.#upper = new FlatGuestMemory(new ArrayBuffer(bytes / 2));
+  }
+  override window(gpa: number, length: number, write: boolean): boolean {
+    if (!this.contains(gpa, length, write)) return false;
+    const half = gpa < this.size / 2 ? this.#lower : this.#upper;
+    ({ u8: this.u8, u16: this.u16, i32: this.i32 } = half);
+    this.at = gpa % (this.size / 2);
+    return true;
+  }
+}
+
+test.prop([fc.array(fc.boolean(), { minLength: 4, maxLength: 4 })])(
+  'rings, tables and buffers may each lie in another part of the host’s memory',
+  (upper) => {
+    const memory = new TwoViews(1 << 20);
+    const [desc, driver, device, table] = upper.map((is, i) => 0x10000 + i * 0x1000 + (is ? 1 << 19 : 0));
+    const r = rig({ memory, rings: { desc, driver, device } });
+    const queue = r.device.queue;
+    if (queue === null) throw new Error('active');
+    expect(memory.window(table, 16, true)).toBe(true);
+    memory.i32.set([0x20000, 0, 64, 2], memory.at >> 2);
+    const popped = new ChainBatch(8, r.queue.size);
+    const reaped = new Int32Array(8);
+    for (const batch of [true, false]) {
+      r.queue.addSingles(memory, Float64Array.of(0x20000, 0xa0000), Int32Array.of(1, 2), 2, 16, true);
+      r.queue.addTables(memory, Float64Array.of(table), Int32Array.of(3), 1, 1);
+      const seen: number[][] = [];
+      if (batch) {
+        for (let n = queue.popChains(popped, 8); n > 0; n = queue.popChains(popped, 8)) {
+          for (let i = 0; i < n; i++)
+            seen.push([popped.gpa(popped.start(i)), popped.length(popped.start(i))]);
+          queue.pushChains(popped);
+        }
+      }
+      for (let chain = queue.pop(); chain !== null; chain = queue.pop()) {
+        seen.push([chain.gpas[0], chain.lengths[0]]);
+        queue.push(chain, 0);
+      }
+      expect(seen).toEqual([
+        [0x20000, 16],
+        [0xa0000, 16],
+        [0x20000, 64],
+      ]);
+      expect([r.queue.popUsedBatch(memory, reaped, 8), ...reaped.subarray(0, 3)]).toEqual([3, 1, 2, 3]);
+    }
+    expect([queue.error, r.queue.broken]).toEqual([null, false]);
+  },
+);
+
+test('a batch is returned once, and an empty one returns nothing', () => {
+  const r = rig();
+  const device = r.device.queue;
+  if (device === null) throw new Error('active');
+  const popped = new ChainBatch(8, r.queue.size);
+  r.queue.addSingles(r.memory, Float64Array.of(0x20000, 0x20100), Int32Array.of(4, 5), 2, 16, true);
+  expect(device.popChains(popped, 8)).toBe(2);
+  device.pushChains(popped);
+  device.pushChains(popped);
+  expect(device.popChains(popped, 8)).toBe(0);
+  device.pushChains(popped);
+  const reaped = new Int32Array(8);
+  expect([r.queue.popUsedBatch(r.memory, reaped, 8), device.inFlight]).toEqual([2, 0]);
+  expect([r.queue.popUsedBatch(r.memory, reaped, 8), r.queue.broken]).toEqual([0, false]);
 });
 
 test('a batch that breaks the ring is reaped up to there', () => {

@@ -13,6 +13,38 @@ const PROCFS_TEST = test('guest-kernel/src/procfs.test.ts');
 
 export const ALLOCATOR_FAULTS: readonly Mutant[] = [
   fault(
+    'watermark-one-page-off',
+    ALLOC,
+    '<= mark + w[zone + Z_RESERVE + highestType]) return false;',
+    '< mark + w[zone + Z_RESERVE + highestType]) return false;',
+    'a zone at its mark gives a page away',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
+    'reserve-ratio-of-normal',
+    ZONE,
+    '(w[z + Z_TYPE] === ZONE_NORMAL ? 32 : 256)',
+    '256',
+    'Normal keeps too little from Movable requests',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
+    'reclaim-active-stays',
+    'packages/guest-kernel/src/mm/reclaim.ts',
+    '    for (const z of zones) Atomics.and(w, z + Z_FLAGS, ~ZF_RECLAIM_ACTIVE);\n',
+    '',
+    'per-CPU lists stay small after kswapd has ended',
+    test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
+  fault(
+    'below-high-stays',
+    PCP,
+    '      Atomics.and(w, zone + Z_FLAGS, ~ZF_BELOW_HIGH);\n',
+    '',
+    'per-CPU lists stay small after the zone has recovered',
+    test('guest-kernel/src/mm/reclaim.test.ts'),
+  ),
+  fault(
     'buddy-order-unchecked',
     BUDDY,
     'if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) break;',

@@ -307,6 +307,22 @@ export const HOST_FAULTS: readonly Mutant[] = [
     MEM_FILE_TEST,
   ),
   fault(
+    'high-word-skipped',
+    MMU,
+    '    if (this.#dram[word + 1] !== high) Atomics.store(this.#dram, word + 1, high);\n',
+    '',
+    'I1: a leaf above 4 GiB maps a frame below',
+    test('host-kvm/src/kvm/tdp-mmu.test.ts'),
+  ),
+  fault(
+    'torn-walk',
+    'packages/machine/src/ept.ts',
+    '      if (again === low) break;\n',
+    '      break;\n',
+    'I1: low and high word of two entries',
+    test('machine/src/ept.test.ts'),
+  ),
+  fault(
     'dirt-inherited',
     'packages/host-kvm/src/mm/frame-pool.ts',
     '    if (count === 1) this.frameFlags[frame] = 0;\n    else ',

@@ -237,6 +237,22 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
     CHAIN_READERS,
   ),
   fault(
+    'batch-in-the-wrong-view',
+    DRIVER_QUEUE,
+    '    const { u16 } = memory;\n',
+    '    const { u16 } = memory;\n    ({ i32 } = memory);\n',
+    'I1: descriptors land in another part of the host',
+    test('virtio/'),
+  ),
+  fault(
+    'batch-returned-twice',
+    DEVICE_QUEUE,
+    '    batch.count = 0;\n',
+    '',
+    'I21: buffers are returned that were returned before',
+    test('virtio/'),
+  ),
+  fault(
     'chain-loses-its-second',
     DRIVER_QUEUE,
     '      let tail = s[this.#second + head];\n',
