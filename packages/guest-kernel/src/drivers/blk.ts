@@ -48,6 +48,9 @@ export class BlkDriver implements BlockIo {
   readonly #guest: VirtioGuest;
   readonly #vcpu: Vcpu;
   readonly #relax: () => void;
+  /** Tables and tokens of one batch, slot by slot. */
+  readonly #tables = new Float64Array(NR_SLOTS);
+  readonly #tokens: Int32Array = Int32Array.from({ length: NR_SLOTS }, (_, slot) => slot);
   #queue: SplitDriverQueue | null = null;
 
   constructor(arena: Arena, vcpu: Vcpu, inWait: () => void) {
@@ -113,9 +116,8 @@ export class BlkDriver implements BlockIo {
           blocks[done + i] * SECTORS_PER_PAGE,
           pfns[done + i],
         );
-        queue.addIndirect(this.#vcpu, this.#slotGpa(i), 3, i);
       }
-      ok = this.#run(queue, n) && ok;
+      ok = this.#run(queue, n, 3) && ok;
     }
     spinUnlock(this.#w, H_BLK_MUTEX);
     return ok;
@@ -126,8 +128,7 @@ export class BlkDriver implements BlockIo {
     spinLock(this.#w, H_BLK_MUTEX, this.#vcpu.id, this.#relax);
     const queue = this.#view();
     this.#fillSlot(0, VIRTIO_BLK_T_FLUSH, 0, -1);
-    queue.addIndirect(this.#vcpu, this.#slotGpa(0), 2, 0);
-    const ok = this.#run(queue, 1);
+    const ok = this.#run(queue, 1, 2);
     spinUnlock(this.#w, H_BLK_MUTEX);
     return ok;
   }
@@ -162,9 +163,10 @@ export class BlkDriver implements BlockIo {
     i32[at + SLOT_STATUS / 4] = 0xff;
   }
 
-  /** Publishes `n` requests and waits for all of them; true if every status is OK. */
-  #run(queue: SplitDriverQueue, n: number): boolean {
-    this.#guest.submit(queue, 0);
+  /** Submits the requests in the first `n` slots, of `descriptors` each, and waits for them; true if every status is OK. */
+  #run(queue: SplitDriverQueue, n: number, descriptors: number): boolean {
+    for (let slot = 0; slot < n; slot++) this.#tables[slot] = this.#slotGpa(slot);
+    this.#guest.submitTables(queue, 0, this.#tables, this.#tokens, n, descriptors);
     let ok = true;
     for (let i = 0; i < n; i++) {
       const slot = this.#guest.waitUsed(queue);

@@ -103,10 +103,27 @@ export class VirtioGuest {
   /** Publishes what was added and kicks if the device wants it. */
   submit(queue: SplitDriverQueue, deviceQueue: number): void {
     this.vcpu.schedule.point('index-publish', deviceQueue);
-    if (queue.publish(this.vcpu)) {
-      this.vcpu.schedule.point('doorbell', deviceQueue);
-      this.driver.kick(deviceQueue);
-    }
+    if (queue.publish(this.vcpu)) this.#kick(deviceQueue);
+  }
+
+  /** Adds and publishes `count` buffers of `descriptors` each, through tables at `tables`, and kicks if the device wants it. */
+  submitTables(
+    queue: SplitDriverQueue,
+    deviceQueue: number,
+    tables: Float64Array,
+    tokens: Int32Array,
+    count: number,
+    descriptors: number,
+  ): void {
+    this.vcpu.schedule.point('index-publish', deviceQueue);
+    const added = queue.addTables(this.vcpu, tables, tokens, count, descriptors);
+    assert(added === count, 'a batch is no larger than the queue');
+    if (queue.needsKick(this.vcpu)) this.#kick(deviceQueue);
+  }
+
+  #kick(deviceQueue: number): void {
+    this.vcpu.schedule.point('doorbell', deviceQueue);
+    this.driver.kick(deviceQueue);
   }
 
   /** Waits for the next returned buffer of `queue`: its token. */

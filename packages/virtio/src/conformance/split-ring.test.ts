@@ -66,21 +66,23 @@ describe('driver', () => {
 
   test('The driver MUST NOT set the VIRTQ_DESC_F_INDIRECT flag unless the VIRTIO_F_INDIRECT_DESC feature was negotiated', () => {
     const r = rig({ driverBits: plain });
-    expect(() => r.queue.addIndirect(r.memory, 0x20000, 2, 0)).toThrow(/INDIRECT_DESC/);
+    expect(() => r.queue.addTables(r.memory, Float64Array.of(0x20000), Int32Array.of(0), 1, 2)).toThrow(
+      /INDIRECT_DESC/,
+    );
   });
 
   test('A driver MUST NOT create a descriptor chain longer than the Queue Size of the device', () => {
     const r = rig();
-    expect(() => r.queue.addIndirect(r.memory, 0x20000, QUEUE_SIZE + 1, 0)).toThrow(
-      /no longer than the queue/,
-    );
+    expect(() =>
+      r.queue.addTables(r.memory, Float64Array.of(0x20000), Int32Array.of(0), 1, QUEUE_SIZE + 1),
+    ).toThrow(/no longer than the queue/);
     const many = Array.from({ length: QUEUE_SIZE + 1 }, () => seg(0x20000, 8));
     expect(r.queue.add(r.memory, many, [], 0)).toBe(false);
   });
 
   test('A driver MUST NOT set both VIRTQ_DESC_F_INDIRECT and VIRTQ_DESC_F_NEXT in flags', () => {
     const r = rig();
-    r.queue.addIndirect(r.memory, 0x20000, 3, 0);
+    r.queue.addTables(r.memory, Float64Array.of(0x20000), Int32Array.of(0), 1, 3);
     expect(flagsOf(r, 0)).toBe(VIRTQ_DESC_F_INDIRECT);
   });
 
@@ -378,7 +380,7 @@ test('rings, buffers and indirect tables above 4 GiB: all 64 bits of an address 
   // A table of one: the same eight bytes.
   const table = 0x30000;
   memory.i32.set([0x20000, 1, 8, 0], table >> 2);
-  r.queue.addIndirect(memory, HIGH + table, 1, 6);
+  r.queue.addTables(memory, Float64Array.of(HIGH + table), Int32Array.of(6), 1, 1);
   r.queue.addSingles(memory, Float64Array.of(HIGH + 0x22000), Int32Array.of(7), 1, 16, true);
   r.queue.publish(memory);
   const bytes = new Uint8Array(8);

@@ -181,28 +181,6 @@ export class SplitDriverQueue {
     return true;
   }
 
-  /**
-   * Adds a buffer through an indirect table of `count` descriptors that the caller has written at `table` (§ 2.7.5.3).
-   * Uses one ring entry. False when the ring is full.
-   */
-  addIndirect(memory: GuestMemory, table: number, count: number, token: number): boolean {
-    this.#checkTable(count);
-    const s = this.#state;
-    if (s[this.#base + S_FREE] === 0) return false;
-    const head = s[this.#base + S_FREE_HEAD];
-    this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
-    const at = (memory.at >> 2) + head * 4;
-    memory.i32[at] = table | 0;
-    memory.i32[at + 1] = Math.floor(table / 0x1_0000_0000);
-    memory.i32[at + 2] = count * DESC_BYTES;
-    memory.i32[at + 3] = VIRTQ_DESC_F_INDIRECT;
-    s[this.#base + S_FREE_HEAD] = ~s[this.#word + head];
-    s[this.#base + S_FREE]--;
-    this.#takeOut(head, token, false);
-    this.#pushAvail(memory, head);
-    return true;
-  }
-
   #takeOut(head: number, token: number, several: boolean): void {
     assert(token >= 0 && token < MAX_TOKEN, 'a token has 30 bits');
     this.#state[this.#word + head] = 2 * token + (several ? 1 : 0);
@@ -224,8 +202,8 @@ export class SplitDriverQueue {
   }
 
   /**
-   * Adds up to `count` buffers through indirect tables of `descriptors` each, which the caller has written at `tables[i]`,
-   * and publishes them. Returns how many fitted. The batch path of `addIndirect`.
+   * Adds up to `count` buffers through indirect tables of `descriptors` each, which the caller has written at `tables[i]`
+   * (§ 2.7.5.3), and publishes them. A buffer takes one ring entry. Returns how many fitted.
    */
   addTables(
     memory: GuestMemory,

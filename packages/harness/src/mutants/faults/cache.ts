@@ -99,8 +99,8 @@ export const CACHE_FAULTS: readonly Mutant[] = [
   fault(
     'disk-error-of-a-batch-lost',
     BLK,
-    'ok = this.#run(queue, n) && ok;',
-    'ok = this.#run(queue, n);',
+    'ok = this.#run(queue, n, 3) && ok;',
+    'ok = this.#run(queue, n, 3);',
     'write-back drops what the disk refused',
     BLK_TEST,
   ),

@@ -271,8 +271,8 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'table-below-4g',
     DRIVER_QUEUE,
-    'memory.i32[at + 1] = Math.floor(table / 0x1_0000_0000);',
-    'memory.i32[at + 1] = 0;',
+    'i32[at + 1] = gpa / 0x1_0000_0000;',
+    'i32[at + 1] = 0;',
     'an address of 32 bits',
     SPLIT_RING_TEST,
   ),
