@@ -29,6 +29,8 @@ export class Arena {
   readonly memmap: number;
   /** First word of the shadow: page `pfn` is at `shadow + pfn`. */
   readonly shadow: number;
+  /** First word of the table of free blocks: page `pfn` is at `free + pfn`. */
+  readonly free: number;
   readonly maxPfn: number;
 
   constructor(buffer: SharedArrayBuffer, maxPfn: number) {
@@ -37,6 +39,7 @@ export class Arena {
     this.f64 = sharedF64('arena', buffer, 0, this.layout.memmap / 2);
     this.memmap = this.layout.memmap;
     this.shadow = this.layout.shadow;
+    this.free = this.layout.free;
     this.maxPfn = maxPfn;
   }
 
@@ -46,6 +49,7 @@ export class Arena {
     const last = lastPage(w, layout);
     w.fill(0, 0, this.memmap + last * PAGE_STRUCT_WORDS);
     w.fill(0, this.shadow, this.shadow + last);
+    w.fill(0, this.free, this.free + last);
     w.fill(0, layout.sections, layout.words);
   }
 

@@ -8,6 +8,7 @@
  * pageblocks    one word per 512 pages: migratetype
  * memmap        16 words (64 B, one cache line) per page
  * hash          page-cache buckets
+ * shadow, free  one word each per page: its state as checkers see it, the free block that starts there
  * sections      4 words per memory block: state, zone, memmap's page, virtio-mem state
  * plugged       one bit per MiB of guest-physical space
  * ```
@@ -118,6 +119,8 @@ export interface ArenaLayout {
   readonly hashBuckets: number;
   /** One word per page, apart from the memmap: the states of a block's pages share cache lines. */
   readonly shadow: number;
+  /** One word per page: the free block that starts there. */
+  readonly free: number;
   readonly sections: number;
   readonly plugged: number;
   readonly words: number;
@@ -147,8 +150,9 @@ export function arenaLayout(maxPfn: number): ArenaLayout {
   let hashBuckets = 1024;
   while (hashBuckets < maxPfn / 4) hashBuckets *= 2;
   const shadow = hash + hashBuckets;
-  const sections = shadow + maxPfn;
+  const free = shadow + maxPfn;
+  const sections = free + maxPfn;
   const plugged = sections + Math.ceil(maxPfn / MIN_SECTION_PAGES) * SECTION_WORDS;
   const words = plugged + Math.ceil(maxPfn / (1 << PLUGGED_SHIFT) / 32);
-  return { maxPfn, queues, pageblocks, memmap, hash, hashBuckets, shadow, sections, plugged, words };
+  return { maxPfn, queues, pageblocks, memmap, hash, hashBuckets, shadow, free, sections, plugged, words };
 }

@@ -12,7 +12,7 @@ import type { Arena } from '../arena.ts';
 import { H_BALLOON_MUTEX, T_REPORTING } from '../layout.ts';
 import type { Buddy } from '../mm/buddy.ts';
 import { EV, eventRow } from '../mm/events.ts';
-import { P_FLAGS, P_NEXT, PG_REPORTED } from '../mm/page.ts';
+import { P_NEXT } from '../mm/page.ts';
 import { watermarkOk } from '../mm/page-alloc.ts';
 import {
   listAt,
@@ -134,7 +134,7 @@ export class PageReporting {
     while (pfn >= 0) {
       const page = this.#memmap + (pfn << 4);
       const next = w[page + P_NEXT];
-      if ((w[page + P_FLAGS] & PG_REPORTED) !== 0) {
+      if (this.#buddy.isReported(pfn)) {
         pfn = next;
         continue;
       }

@@ -7,7 +7,7 @@ import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.
 import { eventSum } from './events.ts';
 import { watermarkOk } from './page-alloc.ts';
 import { PerCpuPages } from './per-cpu-pages.ts';
-import { P_FLAGS, P_ORDER, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY } from './page.ts';
+import { FREE_ORDER, SHADOW_BUDDY } from './page.ts';
 import {
   MAX_ORDER,
   MIGRATE_TYPES,
@@ -44,10 +44,7 @@ function audit(guest: TestGuest): void {
         for (let pfn = w[zone + listAt(order, mt)]; pfn >= 0; prev = pfn, pfn = w[memmap + (pfn << 4) + 2]) {
           const page = memmap + (pfn << 4);
           must(w[page + 3] === prev, `${pfn}: links`);
-          must(
-            (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order,
-            `${pfn}: flags and order`,
-          );
+          must((w[layout.free + pfn] & FREE_ORDER) === order + 1, `${pfn}: order`);
           must(pfn % (1 << order) === 0, `${pfn}: alignment`);
           must(w[layout.pageblocks + (pfn >> 9)] === mt, `${pfn}: pageblock type`);
           for (let i = 0; i < 1 << order; i++) {
@@ -57,11 +54,7 @@ function audit(guest: TestGuest): void {
           }
           const buddy = pfn ^ (1 << order);
           if (order < MAX_ORDER && buddy >= w[zone + Z_START] && buddy < w[zone + Z_END]) {
-            const twin = memmap + (buddy << 4);
-            must(
-              (w[twin + P_FLAGS] & PG_BUDDY) === 0 || w[twin + P_ORDER] !== order,
-              `${pfn}: unmerged buddy`,
-            );
+            must((w[layout.free + buddy] & FREE_ORDER) !== order + 1, `${pfn}: unmerged buddy`);
           }
           free += 1 << order;
           length++;
@@ -176,9 +169,7 @@ describe('the allocator', () => {
     expect(buddy.isolate(zone, pair, 9)).toBe(true);
     buddy.freeOne(zone, pair + 512, 9, false);
     buddy.putBack(zone, pair, 9, true);
-    const page = guest.arena.memmap + (pair << 4);
-    const { w } = guest.arena;
-    expect([w[page + P_ORDER], w[page + P_FLAGS] & PG_REPORTED]).toEqual([10, 0]);
+    expect([buddy.freeOrder(pair), buddy.isReported(pair)]).toEqual([10, false]);
     buddy.unlock(zone);
   });
 
@@ -195,7 +186,7 @@ describe('the allocator', () => {
     buddy.unlock(zone);
     const type = buddy.pageblockType(pair);
     expect(buddy.pageblockType(pair + 512)).toBe(type);
-    expect(guest.arena.w[guest.arena.memmap + (pair << 4) + P_ORDER]).toBe(10);
+    expect(buddy.freeOrder(pair)).toBe(10);
     audit(guest);
   });
 

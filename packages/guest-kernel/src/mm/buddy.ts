@@ -14,7 +14,7 @@ import * as zoneWords from './zone.ts';
 import { listAt } from './zone.ts';
 
 // Local copies: docs/performance.md § Constants.
-const { P_FLAGS, P_NEXT, P_ORDER, P_PREV, P_ZONE, PG_BUDDY, PG_REPORTED, SHADOW_BUDDY, SHADOW_ISOLATED } =
+const { FREE_ORDER, FREE_REPORTED, FREE_ZONE_SHIFT, P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_ISOLATED } =
   page;
 const {
   MAX_ORDER,
@@ -45,6 +45,7 @@ const FALLBACKS: readonly (readonly number[])[] = [
 export class Buddy {
   readonly w: Int32Array;
   readonly memmap: number;
+  readonly #free: number;
   readonly #shadow: number;
   readonly pageblocks: number;
   readonly vcpu: Vcpu;
@@ -60,6 +61,7 @@ export class Buddy {
   constructor(arena: Arena, vcpu: Vcpu) {
     this.w = arena.w;
     this.memmap = arena.memmap;
+    this.#free = arena.free;
     this.#shadow = arena.shadow;
     this.pageblocks = arena.layout.pageblocks;
     this.vcpu = vcpu;
@@ -89,6 +91,16 @@ export class Buddy {
     this.w[this.pageblocks + (pfn >>> PAGEBLOCK_ORDER)] = migratetype;
   }
 
+  /** Order of the free block that starts at `pfn`, −1 if none does. */
+  freeOrder(pfn: number): number {
+    return (this.w[this.#free + pfn] & FREE_ORDER) - 1;
+  }
+
+  /** Whether the host knows of the free block that starts at `pfn`. */
+  isReported(pfn: number): boolean {
+    return (this.w[this.#free + pfn] & FREE_REPORTED) !== 0;
+  }
+
   // ── Lists ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
   #addHead(zone: number, pfn: number, order: number, migratetype: number): void {
@@ -101,8 +113,7 @@ export class Buddy {
     if (head >= 0) w[this.memmap + (head << 4) + P_PREV] = pfn;
     else w[list + 1] = pfn;
     w[list] = pfn;
-    w[page + P_FLAGS] = PG_BUDDY;
-    w[page + P_ORDER] = order;
+    w[this.#free + pfn] = (zone << FREE_ZONE_SHIFT) | (order + 1);
     w[zone + Z_NR_FREE + order]++;
   }
 
@@ -116,8 +127,7 @@ export class Buddy {
     if (tail >= 0) w[this.memmap + (tail << 4) + P_NEXT] = pfn;
     else w[list] = pfn;
     w[list + 1] = pfn;
-    w[page + P_FLAGS] = PG_BUDDY;
-    w[page + P_ORDER] = order;
+    w[this.#free + pfn] = (zone << FREE_ZONE_SHIFT) | (order + 1);
     w[zone + Z_NR_FREE + order]++;
   }
 
@@ -131,7 +141,7 @@ export class Buddy {
     else w[list] = next;
     if (next >= 0) w[this.memmap + (next << 4) + P_PREV] = prev;
     else w[list + 1] = prev;
-    w[page + P_FLAGS] = 0;
+    w[this.#free + pfn] = 0;
     w[zone + Z_NR_FREE + order]--;
   }
 
@@ -255,11 +265,9 @@ export class Buddy {
       return this.#take(zone, pfn, have, want, from);
     let free = 0;
     for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
-      const page = this.memmap + (p << 4);
-      const isFree = (w[page + P_FLAGS] & PG_BUDDY) !== 0;
-      const pages = isFree ? 1 << w[page + P_ORDER] : 1;
-      if (isFree) free += pages;
-      p += pages;
+      const order = this.freeOrder(p);
+      if (order >= 0) free += 1 << order;
+      p += order < 0 ? 1 : 1 << order;
     }
     if (free < PAGEBLOCK_PAGES / 2) return this.#take(zone, pfn, have, want, from);
     this.#moveFreepages(zone, block, from, migratetype);
@@ -273,16 +281,15 @@ export class Buddy {
     const w = this.w;
     let moved = 0;
     for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
-      const page = this.memmap + (p << 4);
-      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) {
+      const order = this.freeOrder(p);
+      if (order < 0) {
         p++;
         continue;
       }
-      const order = w[page + P_ORDER];
-      const reported = w[page + P_FLAGS] & PG_REPORTED;
+      const reported = w[this.#free + p] & FREE_REPORTED;
       this.#remove(zone, p, order, from);
       this.#addHead(zone, p, order, to);
-      w[page + P_FLAGS] |= reported;
+      w[this.#free + p] |= reported;
       p += 1 << order;
       moved += 1 << order;
     }
@@ -294,8 +301,7 @@ export class Buddy {
     const w = this.w;
     for (let o = 0; o <= MAX_ORDER; o++) {
       let head = pfn & ~((1 << o) - 1);
-      const page = this.memmap + (head << 4);
-      if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) continue;
+      if (this.freeOrder(head) !== o) continue;
       const migratetype = this.pageblockType(head);
       if (migratetype === MIGRATE_ISOLATE) return false;
       this.#remove(zone, head, o, migratetype);
@@ -320,11 +326,14 @@ export class Buddy {
    */
   freeOne(zone: number, pfn: number, order: number, notify: boolean, atTail = false): void {
     const w = this.w;
-    const memmap = this.memmap;
     const start = w[zone + Z_START];
     const end = w[zone + Z_END];
     const migratetype = w[this.pageblocks + (pfn >>> PAGEBLOCK_ORDER)];
-    const pageZone = w[memmap + (pfn << 4) + P_ZONE];
+    // What a buddy's word says if it is a block of this zone; spans of zones may cross, since plugged memory goes to a zone
+    // block by block (`page_is_buddy`).
+    const own = zone << FREE_ZONE_SHIFT;
+    const free = this.#free;
+    w[this.memmap + (pfn << 4) + P_FLAGS] = 0;
     let at = pfn;
     let o = order;
     // What is being isolated is nobody's to allocate, and does not count as free.
@@ -332,18 +341,15 @@ export class Buddy {
     while (o < MAX_ORDER) {
       const buddy = at ^ (1 << o);
       if (buddy < start || buddy >= end) break;
-      const page = memmap + (buddy << 4);
-      if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== o) break;
+      if ((w[free + buddy] & ~FREE_REPORTED) !== (own | (o + 1))) break;
       const buddyType = w[this.pageblocks + (buddy >>> PAGEBLOCK_ORDER)];
       if (buddyType !== migratetype && (migratetype >= MIGRATE_HIGHATOMIC || buddyType >= MIGRATE_HIGHATOMIC))
         break;
-      // Spans of zones may cross: plugged memory goes to a zone block by block (`page_is_buddy`).
-      if (w[page + P_ZONE] !== pageZone) break;
       this.#remove(zone, buddy, o, buddyType);
       at &= ~(1 << o);
       o++;
     }
-    if (atTail || (o < MAX_ORDER && this.#mergeLikely(at, o, start, end)))
+    if (atTail || (o < MAX_ORDER && this.#mergeLikely(zone, at, o, start, end)))
       this.#addTail(zone, at, o, this.#listType(at, o, migratetype));
     else this.#addHead(zone, at, o, this.#listType(at, o, migratetype));
     if (notify && o >= this.largeOrder) this.onLargeFree(o);
@@ -358,17 +364,12 @@ export class Buddy {
     return migratetype;
   }
 
-  #mergeLikely(pfn: number, order: number, start: number, end: number): boolean {
+  #mergeLikely(zone: number, pfn: number, order: number, start: number, end: number): boolean {
     if (order >= MAX_ORDER - 1) return false;
     const combined = pfn & ~(1 << order);
     const higher = combined ^ (1 << (order + 1));
     if (higher < start || higher >= end) return false;
-    const page = this.memmap + (higher << 4);
-    return (
-      (this.w[page + P_FLAGS] & PG_BUDDY) !== 0 &&
-      this.w[page + P_ORDER] === order + 1 &&
-      this.w[page + P_ZONE] === this.w[this.memmap + (pfn << 4) + P_ZONE]
-    );
+    return (this.w[this.#free + higher] & ~FREE_REPORTED) === ((zone << FREE_ZONE_SHIFT) | (order + 2));
   }
 
   // ── Isolation for reporting ──────────────────────────────────────────────────────────────────────────────────────
@@ -381,7 +382,7 @@ export class Buddy {
   isolate(zone: number, pfn: number, order: number): boolean {
     const w = this.w;
     if (w[zone + Z_FREE] - (1 << order) < w[zone + Z_MIN]) return false;
-    assert((w[this.memmap + (pfn << 4) + P_FLAGS] & PG_BUDDY) !== 0, 'only a free block is isolated');
+    assert(this.freeOrder(pfn) === order, 'only a free block is isolated');
     this.#remove(zone, pfn, order, this.pageblockType(pfn));
     w[zone + Z_FREE] -= 1 << order;
     shadowMove(w, this.#shadow, this.vcpu, pfn, 1 << order, SHADOW_BUDDY, SHADOW_ISOLATED);
@@ -404,11 +405,9 @@ export class Buddy {
    */
   putBack(zone: number, pfn: number, order: number, reported: boolean): void {
     const w = this.w;
-    const page = this.memmap + (pfn << 4);
     shadowMove(w, this.#shadow, this.vcpu, pfn, 1 << order, SHADOW_ISOLATED, SHADOW_BUDDY);
     this.freeOne(zone, pfn, order, false, true);
-    if (reported && (w[page + P_FLAGS] & PG_BUDDY) !== 0 && w[page + P_ORDER] === order)
-      w[page + P_FLAGS] |= PG_REPORTED;
+    if (reported && this.freeOrder(pfn) === order) w[this.#free + pfn] |= FREE_REPORTED;
   }
 
   // ── Isolation of pageblocks (`mm/page_isolation.c`) ──────────────────────────────────────────────────────────────
@@ -423,15 +422,13 @@ export class Buddy {
 
   /** Puts an isolated pageblock back into circulation as `migratetype`. Needs the lock. */
   unisolatePageblock(zone: number, block: number, migratetype: number): void {
-    const w = this.w;
     this.setPageblockType(block, migratetype);
     for (let p = block; p < block + PAGEBLOCK_PAGES; ) {
-      const page = this.memmap + (p << 4);
-      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) {
+      const order = this.freeOrder(p);
+      if (order < 0) {
         p++;
         continue;
       }
-      const order = w[page + P_ORDER];
       this.#remove(zone, p, order, MIGRATE_ISOLATE);
       this.freeOne(zone, p, order, true);
       p += 1 << order;
@@ -441,14 +438,13 @@ export class Buddy {
   /** A free block of the largest order that reaches over a pageblock becomes one per pageblock. */
   #splitAcross(zone: number, block: number, migratetype: number): void {
     const head = block & ~((1 << MAX_ORDER) - 1);
-    const page = this.memmap + (head << 4);
     const w = this.w;
-    if ((w[page + P_FLAGS] & PG_BUDDY) === 0 || w[page + P_ORDER] !== MAX_ORDER) return;
-    const reported = w[page + P_FLAGS] & PG_REPORTED;
+    if (this.freeOrder(head) !== MAX_ORDER) return;
+    const reported = w[this.#free + head] & FREE_REPORTED;
     this.#remove(zone, head, MAX_ORDER, migratetype);
     for (let p = head; p < head + (1 << MAX_ORDER); p += PAGEBLOCK_PAGES) {
       this.#addHead(zone, p, PAGEBLOCK_ORDER, migratetype);
-      w[this.memmap + (p << 4) + P_FLAGS] |= reported;
+      w[this.#free + p] |= reported;
     }
   }
 
@@ -457,14 +453,13 @@ export class Buddy {
    * of them is not free. Needs the lock.
    */
   takeIsolated(zone: number, first: number, count: number): boolean {
-    const w = this.w;
     for (let p = first; p < first + count; ) {
-      const page = this.memmap + (p << 4);
-      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) return false;
-      p += 1 << w[page + P_ORDER];
+      const order = this.freeOrder(p);
+      if (order < 0) return false;
+      p += 1 << order;
     }
     for (let p = first; p < first + count; ) {
-      const order = w[this.memmap + (p << 4) + P_ORDER];
+      const order = this.freeOrder(p);
       this.#remove(zone, p, order, MIGRATE_ISOLATE);
       p += 1 << order;
     }

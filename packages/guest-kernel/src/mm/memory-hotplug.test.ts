@@ -6,7 +6,7 @@ import { H_TOTAL_PAGES, MAX_ZONES, ZONE_BASE, ZONE_WORDS } from '../layout.ts';
 import { GuestKernel } from '../kernel.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { MemoryHotplug } from './memory-hotplug.ts';
-import { P_FLAGS, P_NEXT, P_ZONE, PG_BUDDY, PG_OFFLINE, PG_UPTODATE } from './page.ts';
+import { P_FLAGS, P_NEXT, P_ZONE, PG_OFFLINE, PG_UPTODATE } from './page.ts';
 import { PerCpuPages } from './per-cpu-pages.ts';
 import {
   listAt,
@@ -71,9 +71,8 @@ function world(over: Partial<GuestConfig> = {}, sectionPages = 1024): World {
 function listed(w: World): number {
   let free = 0;
   for (let pfn = 4096; pfn < w.arena.maxPfn; pfn++) {
-    const page = w.arena.memmap + (pfn << 4);
-    if ((w.arena.w[page + P_FLAGS] & PG_BUDDY) === 0) continue;
-    const order = w.arena.w[page + 1];
+    const order = w.kernel.parts.buddy.freeOrder(pfn);
+    if (order < 0) continue;
     if (w.kernel.parts.buddy.pageblockType(pfn) !== MIGRATE_ISOLATE) free += 1 << order;
     pfn += (1 << order) - 1;
   }

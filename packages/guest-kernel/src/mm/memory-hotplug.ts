@@ -26,10 +26,10 @@ import { EV, eventRow } from './events.ts';
 import {
   PAGE_LIST_END,
   PG_ANON,
-  PG_BUDDY,
   PG_CACHED,
   PG_OFFLINE,
   PG_RESERVED,
+  FREE_ORDER,
   P_FLAGS,
   P_INODE,
   P_NEXT,
@@ -96,6 +96,7 @@ export class MemoryHotplug {
   readonly #peek: Int32Array;
   readonly #memmap: number;
   readonly #shadow: number;
+  readonly #free: number;
   readonly #sections: number;
   readonly #vcpu: Vcpu;
   readonly #buddy: Buddy;
@@ -128,6 +129,7 @@ export class MemoryHotplug {
     this.#peek = plainView(arena.w);
     this.#memmap = arena.memmap;
     this.#shadow = arena.shadow;
+    this.#free = arena.free;
     this.#sections = arena.layout.sections;
     this.#vcpu = vcpu;
     this.#buddy = buddy;
@@ -465,12 +467,13 @@ export class MemoryHotplug {
   #hasUnmovable(first: number, end: number): boolean {
     const peek = this.#peek;
     for (let pfn = first; pfn < end; ) {
-      const page = this.#memmap + (pfn << 4);
-      const flags = peek[page + P_FLAGS];
-      if ((flags & PG_BUDDY) !== 0) {
-        pfn += 1 << Math.min(MAX_ORDER, peek[page + P_ORDER]);
+      const order = (peek[this.#free + pfn] & FREE_ORDER) - 1;
+      if (order >= 0) {
+        pfn += 1 << Math.min(MAX_ORDER, order);
         continue;
       }
+      const page = this.#memmap + (pfn << 4);
+      const flags = peek[page + P_FLAGS];
       if (this.#isBalloons(pfn)) {
         pfn++;
         continue;

@@ -3,7 +3,7 @@ import { fc, test } from '@fast-check/vitest';
 import { describe, expect } from 'vitest';
 import { pcpPages } from '../procfs.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
-import { P_NEXT, P_ORDER } from './page.ts';
+import { FREE_ORDER, P_NEXT } from './page.ts';
 import {
   listAt,
   MAX_ORDER,
@@ -23,7 +23,7 @@ function lists(guest: TestGuest, zone: number): string {
     text += `\n${order}: ${w[zone + Z_NR_FREE + order]}`;
     for (let mt = 0; mt < MIGRATE_TYPES; mt++)
       for (let pfn = w[zone + listAt(order, mt)]; pfn >= 0; pfn = w[memmap + (pfn << 4) + P_NEXT])
-        text += ` ${mt}/${pfn}/${w[memmap + (pfn << 4) + P_ORDER]}`;
+        text += ` ${mt}/${pfn}/${w[guest.arena.free + pfn] & FREE_ORDER}`;
   }
   return text;
 }

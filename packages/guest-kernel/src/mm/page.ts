@@ -1,11 +1,13 @@
 /**
- * `struct page`: one 64-byte line per page frame in the arena's memmap; and the guest-page shadow that checks it, a table of
- * its own (`Arena.shadow`) with a word per page, written by whoever moves the page and read by checkers.
+ * `struct page`: one 64-byte line per page frame in the arena's memmap; and two tables of a word per page. In `Arena.free` the
+ * first page of a free block says so: order, zone, whether the host knows. Linux keeps that in the page; apart, the buddies
+ * that every free looks at share cache lines. In `Arena.shadow` is the guest-page shadow, which checks it all: written by
+ * whoever moves the page, read by checkers only.
  *
  * | word | field | guarded by |
  * | --- | --- | --- |
- * | 0 | flags | zone lock (buddy), owner (allocated), LRU lock (LRU bits) |
- * | 1 | order of the free block or allocation that starts here | as flags |
+ * | 0 | flags | owner (allocated), LRU lock (LRU bits) |
+ * | 1 | order of the allocation that starts here | as flags |
  * | 2, 3 | list links, as pfn; −1 ends | the list's lock |
  * | 4 | reference count | atomic while cached |
  * | 5 | migratetype kept while on a per-CPU list | the CPU |
@@ -30,7 +32,6 @@ export const P_ZONE = 11;
 /** Ends a list of pages. */
 export const PAGE_LIST_END = -1;
 
-export const PG_BUDDY = 1;
 export const PG_LRU = 2;
 export const PG_ACTIVE = 4;
 export const PG_REFERENCED = 8;
@@ -40,12 +41,19 @@ export const PG_UPTODATE = 64;
 export const PG_RESERVED = 128;
 /** In the balloon, or in an online block but not plugged (Linux `PageOffline`). */
 export const PG_OFFLINE = 256;
-/** Free and known to the host (`PageReported`). */
-export const PG_REPORTED = 512;
 /** The page's first word in guest memory holds its stamp. */
 export const PG_STAMPED = 1024;
 /** In the page cache, or was: its last reference is dropped atomically. */
 export const PG_CACHED = 2048;
+
+/**
+ * Words of `Arena.free`: 0, or for the first page of a free block its order + 1, a flag, and the first word of its zone. Guarded
+ * by the zone's lock.
+ */
+export const FREE_ORDER = 0xff;
+/** Known to the host (`PageReported`). */
+export const FREE_REPORTED = 0x100;
+export const FREE_ZONE_SHIFT = 12;
 
 /** A process's memory: mapped by its page tables, movable. */
 export const PG_ANON = 4096;

@@ -307,6 +307,9 @@ export class PerCpuPages {
       w[pcp + C_FLAGS] |= PREV_FREE_HIGH_ORDER;
     } else w[pcp + C_FLAGS] &= ~PREV_FREE_HIGH_ORDER;
     if (w[pcp + C_FREE_COUNT] < batch << SCALE_MAX) w[pcp + C_FREE_COUNT] += 1 << order;
+    // The common case, in which `#nrHigh` changes nothing: nobody reclaims, and the lists are not full.
+    const limit = w[pcp + C_HIGH];
+    if (!freeHigh && count < limit && w[zone + Z_FLAGS] === 0 && limit <= w[zone + Z_PCP_HIGH_MAX]) return;
     const high = this.#nrHigh(zone, pcp, batch, freeHigh);
     if (count < high) return;
     this.#freeBulk(zone, pcp, this.#nrFree(pcp, batch, high, freeHigh), index);

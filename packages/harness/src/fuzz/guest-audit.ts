@@ -20,11 +20,9 @@ import {
   zoneBases,
   MAX_ORDER,
   MIGRATE_TYPES,
-  P_FLAGS,
   P_NEXT,
-  P_ORDER,
+  FREE_ORDER,
   P_PREV,
-  PG_BUDDY,
 } from '@ebb/guest-kernel';
 import { plainView } from '@ebb/machine';
 
@@ -53,18 +51,13 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
         ) {
           const page = memmap + (pfn << 4);
           if (w[page + P_PREV] !== prev) same(`link back from page ${pfn}`, w[page + P_PREV], prev);
-          if ((w[page + P_FLAGS] & PG_BUDDY) === 0) same(`page ${pfn} on a free list is marked free`, 0, 1);
-          same(`order of free page ${pfn}`, w[page + P_ORDER], order);
+          same(`order + 1 of free page ${pfn}`, w[arena.free + pfn] & FREE_ORDER, order + 1);
           const type = w[arena.layout.pageblocks + (pfn >>> PAGEBLOCK_ORDER)];
           same(`type of the pageblock of free page ${pfn}, and of its list`, type, mt);
           const buddy = pfn ^ (1 << order);
           if (order < MAX_ORDER && buddy >= w[zone + Z_START] && buddy < w[zone + Z_END]) {
-            const twin = memmap + (buddy << 4);
-            if (
-              (w[twin + P_FLAGS] & PG_BUDDY) !== 0 &&
-              w[twin + P_ORDER] === order &&
-              w[twin + P_ZONE] === index
-            )
+            const isFree = (w[arena.free + buddy] & FREE_ORDER) === order + 1;
+            if (isFree && w[memmap + (buddy << 4) + P_ZONE] === index)
               same(`free page ${pfn} of order ${order} and its buddy are merged`, 0, 1);
           }
           for (let i = 0; i < 1 << order; i++) {

@@ -15,8 +15,6 @@ import {
   MAX_NODES,
   MAX_ORDER,
   MAX_ZONES,
-  P_FLAGS,
-  PAGE_STRUCT_WORDS,
   Z_FLAGS,
   Z_FREE,
   Z_HIGH,
@@ -56,16 +54,14 @@ export function racyByDesign(
   maxPfn: number,
   hostileRings: boolean,
 ): (region: SharedRegion, word: number) => boolean {
-  const { pageblocks, memmap, hash } = arenaLayout(maxPfn);
+  const { pageblocks, memmap } = arenaLayout(maxPfn);
   return (region, word) =>
-    region === 'arena' ? inArena(word, pageblocks, memmap, hash) : region === 'dram' && hostileRings;
+    region === 'arena' ? inArena(word, pageblocks, memmap) : region === 'dram' && hostileRings;
 }
 
-function inArena(word: number, pageblocks: number, memmap: number, hash: number): boolean {
+function inArena(word: number, pageblocks: number, memmap: number): boolean {
   // A free picks its per-CPU list by the pageblock's type without the zone lock; the buddy reads it again under it.
   if (word >= pageblocks && word < memmap) return true;
-  // A free looks at its buddy's flags under the zone lock, whoever owns the buddy; only that lock's holders set PG_BUDDY.
-  if (word >= memmap && word < hash) return (word - memmap) % PAGE_STRUCT_WORDS === P_FLAGS;
   if (word >= ZONE_BASE && word < ZONE_BASE + MAX_ZONES * ZONE_WORDS)
     return PEEKED.has((word - ZONE_BASE) % ZONE_WORDS);
   // Lengths of the LRU lists decide which of them reclaim looks at, read without the lock.

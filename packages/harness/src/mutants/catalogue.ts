@@ -50,7 +50,7 @@ export const EQUIVALENT: readonly Equivalent[] = [
   {
     name: 'reported-flag-kept',
     reason:
-      'a block that leaves its list with PG_REPORTED still set: whoever takes it, and whatever list it goes back to, stores the flags word whole',
+      'a block that leaves its list with FREE_REPORTED still set: whatever list it goes back to, its word is stored whole',
   },
   {
     name: 'detach-after-end',

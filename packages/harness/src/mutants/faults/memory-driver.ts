@@ -98,8 +98,8 @@ export const MEMORY_DRIVER_FAULTS: readonly Mutant[] = [
   fault(
     'take-what-is-not-free',
     BUDDY,
-    '      if ((w[page + P_FLAGS] & PG_BUDDY) === 0) return false;\n      p += 1 << w[page + P_ORDER];',
-    '      p += 1 << w[page + P_ORDER];',
+    '      if (order < 0) return false;\n',
+    '      if (order < 0) break;\n',
     'I20: pages are taken that somebody allocated meanwhile',
     HOTPLUG_TEST,
   ),
