@@ -96,15 +96,21 @@ static void ring(int batch, long total) {
 }
 
 // ── Buddy with per-CPU lists of orders 0–3 ───────────────────────────────────────────────────────────────────────
-// The same algorithm as ours without locks, counters, shadow and run-time tuning of `high`: lists by order and migratetype
-// linked through the pages, per-CPU lists linked likewise (pushed at the head, refilled and drained at the tail, a drain
-// going round the orders from the one just freed, and all of it when large blocks are freed one after the other), and the
-// look at the next buddy that decides between head and tail of a free list.
+// The same algorithm as ours (`per-cpu-pages.ts`, `buddy.ts`) without locks, counters and shadow: lists by order and
+// migratetype linked through the pages; per-CPU lists linked likewise, pushed at the head, refilled and drained at the tail
+// by runs of blocks, a drain going round the orders from the one just freed; `high` and the batch tuned at run time; all
+// given back when large blocks are freed one after the other; the look at the next buddy that decides between head and tail
+// of a free list. With `pages` refills and drains go block by block, as Linux's do.
 #define PAGES (1 << 17)
 #define MAXO 10
 #define TYPES 5
-#define BATCH 63
+// Batch and limits that `setupWatermarks` gives the bench's guest of 512 MiB and one CPU.
+#define BATCH 31
+#define HIGH_MIN 852
+#define HIGH_MAX 15104
+#define SCALE_MAX 5
 #define COSTLY 3
+#define PAGEBLOCK 9
 // One cache line per page, as `struct page` and our memmap have.
 static struct { int32_t next, prev; int8_t order, buddy; char rest[54]; } pg[PAGES] __attribute__((aligned(64)));
 static struct { int32_t head, tail; } areas[MAXO + 1][TYPES];
@@ -132,12 +138,17 @@ static void drop(int32_t p, int o, int type) {
   unlink_page(&areas[o][type].head, &areas[o][type].tail, p);
   pg[p].buddy = 0; nr_free[o]--;
 }
-static int32_t buddy_alloc(int order) {
+static int by_pages;
+/* Takes up to `most` blocks of `order` that lie side by side: the first, and how many in `taken`. */
+static int32_t buddy_alloc(int order, int most, int *taken) {
+  int whole = by_pages ? order : order + 31 - __builtin_clz((unsigned)most);
   for (int o = order; o <= MAXO; o++) {
     int32_t p = areas[o][1].head;
     if (p < 0) continue;
+    int run = o < whole ? o : whole;
     drop(p, o, 1);
-    while (o > order) { o--; push(p + (1 << o), o, 1); }
+    while (o > run) { o--; push(p + (1 << o), o, 1); }
+    *taken = 1 << (run - order);
     return p;
   }
   return -1;
@@ -161,17 +172,44 @@ static void buddy_free(int32_t p, int o) {
   push(p, o, type);
 }
 static struct { int32_t head, tail; } pcps[COSTLY + 1];
-static int free_count, prev_high;
+static int free_count, prev_high, alloc_factor, high = HIGH_MIN;
+static int min(int a, int b) { return a < b ? a : b; }
+static int max(int a, int b) { return a > b ? a : b; }
+/* Appends `count` blocks of `order` that lie side by side. */
+static void push_run(int32_t first, int count, int order) {
+  int32_t last = first + ((count - 1) << order), prev = pcps[order].tail;
+  if (prev >= 0) pg[prev].next = first; else pcps[order].head = first;
+  for (int32_t p = first; p <= last; prev = p, p += 1 << order) {
+    pg[p].next = p == last ? -1 : p + (1 << order);
+    pg[p].prev = prev;
+  }
+  pcps[order].tail = last;
+}
+/* Order of the block that the blocks at a list's end make up, the last of them being `p`. */
+static int run_order(int32_t p, int order, int left) {
+  int run = order;
+  if (by_pages) return run;
+  int32_t step = 1 << order, end = p + step;
+  for (int32_t at = p; run < PAGEBLOCK && !(p & (1 << run)) && 2 << run <= left; run++)
+    for (int32_t whole = p + (2 << run); end < whole; end += step, at += step)
+      if (pg[at].prev != end) return run;
+  return run;
+}
 static int32_t pcp_alloc(int order) {
   free_count >>= 1;
   if (pcps[order].head < 0) {
-    int want = BATCH >> order;
-    if (want < 2) want = 2;
-    for (int i = 0; i < want; i++) {
-      int32_t p = buddy_alloc(order);
+    int batch = order == 0 ? BATCH << alloc_factor : BATCH;
+    high = min(high + batch, HIGH_MAX);
+    if (order == 0) {
+      int most = max(high - pcp_count - BATCH, BATCH);
+      if (batch <= most && alloc_factor < SCALE_MAX) alloc_factor++;
+      batch = min(batch, most);
+    }
+    for (int want = max(batch >> order, 2), got = 0, taken = 0; got < want; got += taken) {
+      int32_t p = buddy_alloc(order, want - got, &taken);
       if (p < 0) break;
-      link_tail(&pcps[order].head, &pcps[order].tail, p);
-      pcp_count += 1 << order;
+      push_run(p, taken, order);
+      pcp_count += taken << order;
     }
   }
   int32_t p = pcps[order].head;
@@ -179,27 +217,28 @@ static int32_t pcp_alloc(int order) {
   return p;
 }
 static void pcp_free(int32_t p, int order) {
+  alloc_factor >>= 1;
   link_head(&pcps[order].head, &pcps[order].tail, p);
   pcp_count += 1 << order;
-  int free_high = 0;
-  if (order > 0) {
-    free_high = free_count >= BATCH && prev_high && pcp_count >= BATCH;
-    prev_high = 1;
-  } else prev_high = 0;
-  if (free_count < BATCH << 5) free_count += 1 << order;
-  if (!free_high && pcp_count < BATCH * 6) return;
-  int left = free_high ? (pcp_count < BATCH << 5 ? pcp_count : BATCH << 5)
-                       : free_count < BATCH ? BATCH : free_count > BATCH * 5 ? BATCH * 5 : free_count;
-  if (left > pcp_count) left = pcp_count;
-  int o = order - 1;
-  while (left > 0) {
+  int free_high = order > 0 && free_count >= BATCH && prev_high && pcp_count >= BATCH;
+  prev_high = order > 0;
+  if (free_count < BATCH << SCALE_MAX) free_count += 1 << order;
+  int limit = high;
+  if (free_high) high = max(high - (BATCH << SCALE_MAX), HIGH_MIN);
+  else if (pcp_count >= limit && limit < free_count + BATCH) high = min(free_count + BATCH, HIGH_MAX);
+  if (!free_high && pcp_count < limit) return;
+  int left = min(pcp_count, free_high ? BATCH << SCALE_MAX : max(BATCH, min(free_count, max(BATCH, limit - BATCH))));
+  for (int o = order - 1; left > 0;) {
     do o = o == COSTLY ? 0 : o + 1; while (pcps[o].tail < 0);
     do {
-      int32_t last = pcps[o].tail;
-      unlink_page(&pcps[o].head, &pcps[o].tail, last);
-      left -= 1 << o;
-      pcp_count -= 1 << o;
-      buddy_free(last, o);
+      int32_t first = pcps[o].tail;
+      int run = run_order(first, o, left);
+      int32_t prev = pg[first + (1 << run) - (1 << o)].prev;
+      pcps[o].tail = prev;
+      if (prev >= 0) pg[prev].next = -1; else pcps[o].head = -1;
+      left -= 1 << run;
+      pcp_count -= 1 << run;
+      buddy_free(first, run);
     } while (left > 0 && pcps[o].tail >= 0);
   }
 }
@@ -211,9 +250,9 @@ static void buddy(const char *what) {
   memset(block_type, 1, sizeof block_type);
   for (int32_t p = 0; p < PAGES; p += 1 << MAXO) push(p, MAXO, 1);
   long ops = 0;
-  int n = PAGES * 3 / 4;
+  int n = PAGES * 7 / 10;
   double best = 1e9;
-  for (int round = 0; round < 12; round++) {
+  for (int round = 0; round < 24; round++) {
     double t0 = now_s();
     ops = 0;
     if (!strcmp(what, "mixed")) {
@@ -239,6 +278,9 @@ static void buddy(const char *what) {
     double ns = (now_s() - t0) * 1e9 / ops;
     if (ns < best) best = ns;
   }
+  long pages = pcp_count;
+  for (int o = 0; o <= MAXO; o++) pages += (long)nr_free[o] << o;
+  if (pages != PAGES) { fprintf(stderr, "twin: %ld pages lost\n", PAGES - pages); exit(1); }
   printf("%.3f\n", best);
 }
 
@@ -322,7 +364,10 @@ static void futex(long n) {
 int main(int argc, char **argv) {
   const char *what = argc > 1 ? argv[1] : "";
   if (!strcmp(what, "ring")) ring(argc > 2 ? atoi(argv[2]) : 64, 20000000);
-  else if (!strcmp(what, "buddy")) buddy(argc > 2 ? argv[2] : "bulk");
+  else if (!strcmp(what, "buddy")) {
+    by_pages = argc > 3 && !strcmp(argv[3], "pages");
+    buddy(argc > 2 ? argv[2] : "bulk");
+  }
   else if (!strcmp(what, "fault")) fault();
   else if (!strcmp(what, "pingpong")) pingpong(500000);
   else if (!strcmp(what, "futex")) futex(50000);

@@ -5,10 +5,10 @@ import { spawnWorker } from '../run/worker-endpoint.ts';
 import { turn } from '../run/worker-port.ts';
 import type { BareWorker } from './bare-worker.ts';
 import type { ExitWorker } from './exit-worker.ts';
-import type { RingWorker } from './ring-worker.ts';
+import type { RingMode, RingWorker } from './ring-worker.ts';
 
 /** Million buffers per second across two workers. */
-export async function ring(batch: number, chains: boolean, total: number): Promise<number> {
+export async function ring(batch: number, mode: RingMode, total: number): Promise<number> {
   const buffer = new SharedArrayBuffer(MiB);
   const device = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-device');
   const driver = spawnWorker<RingWorker>('../bench/ring-worker', 'ring-driver');
@@ -18,8 +18,8 @@ export async function ring(batch: number, chains: boolean, total: number): Promi
     for (const n of [total / 10, total]) {
       new Uint8Array(buffer).fill(0);
       const sides = Promise.all([
-        driver.api.driver(buffer, n, batch, chains),
-        device.api.device(buffer, n, batch, chains),
+        driver.api.driver(buffer, n, batch, mode),
+        device.api.device(buffer, n, batch, mode),
       ]);
       [rate] = await Promise.race([sides, driver.died, device.died]);
     }

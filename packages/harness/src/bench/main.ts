@@ -116,14 +116,24 @@ const c = (...args: string[]): (() => number) | null => (twin === null ? null : 
 
 if (wants('virtio'))
   for (const [name, rate, target] of [
-    ['split queue, batch 64', () => cases.ring(64, false, 8_000_000), 0.5],
-    ['split queue, indirect chains of 3, validated', () => cases.ring(64, true, 6_000_000), 0.25],
+    ['split queue, batch 64', () => cases.ring(64, 'singles', 8_000_000), 0.5],
+    ['split queue, indirect chains of 3, validated', () => cases.ring(64, 'chains', 6_000_000), 0.25],
+    ['the same, popped and returned one by one', () => cases.ring(64, 'one by one', 1_500_000), null],
     ['split ring, bare JavaScript (no checks)', () => cases.bare('ring'), null],
   ] as const)
     await pair(name, 'M buffers/s', 'rate', rate, c('ring', '64'), target);
 if (wants('guest-kernel'))
   for (const what of ['bulk', 'random', 'mixed'] as const) {
-    await pair(`buddy, ${what}`, 'ns/op', 'time', () => cases.buddy(what), c('buddy', what), 0.35);
+    const ebb = (): number => cases.buddy(what);
+    await pair(`buddy, ${what}`, 'ns/op', 'time', ebb, c('buddy', what), 0.35);
+    await pair(
+      `buddy, ${what}, C block by block as Linux`,
+      'ns/op',
+      'time',
+      ebb,
+      c('buddy', what, 'pages'),
+      null,
+    );
   }
 if (wants('machine'))
   await pair(

@@ -10,16 +10,19 @@ const SIZE = 256;
 /** Indirect tables of the chain benchmark: one per token, three descriptors each. */
 const TABLES = 0x10000;
 
+/** Single descriptors by the batch, chains of three by the batch, or such chains popped and returned one by one. */
+export type RingMode = 'singles' | 'chains' | 'one by one';
+
 export class RingWorker {
   /** The device: takes what is there, returns it, until `total` buffers have passed. */
-  device(buffer: SharedArrayBuffer, total: number, batch: number, chains: boolean): number {
+  device(buffer: SharedArrayBuffer, total: number, batch: number, mode: RingMode): number {
     const memory = new FlatGuestMemory(buffer);
     const queue = new SplitDeviceQueue({
       size: SIZE,
       rings: RINGS,
       memory,
       eventIdx: false,
-      indirect: chains,
+      indirect: mode !== 'singles',
     });
     const heads = new Int32Array(batch);
     const gpas = new Float64Array(batch);
@@ -27,7 +30,14 @@ export class RingWorker {
     const popped = new ChainBatch(batch, SIZE);
     let bytes = 0;
     for (let done = 0; done < total; ) {
-      if (chains) {
+      if (mode === 'one by one') {
+        const chain = queue.pop();
+        if (chain === null) continue;
+        bytes = (bytes + chain.totalBytes) | 0;
+        queue.push(chain, chain.writableBytes);
+        queue.recycle(chain);
+        done++;
+      } else if (mode === 'chains') {
         const n = queue.popChains(popped, batch);
         if (n === 0) continue;
         for (let i = 0; i < n; i++) bytes = (bytes + popped.length(popped.start(i) + 1)) | 0;
@@ -45,7 +55,8 @@ export class RingWorker {
   }
 
   /** The driver: adds batches, reaps when fewer than half the entries are free. Returns million buffers per second. */
-  driver(buffer: SharedArrayBuffer, total: number, batch: number, chains: boolean): number {
+  driver(buffer: SharedArrayBuffer, total: number, batch: number, mode: RingMode): number {
+    const chains = mode !== 'singles';
     const memory = new FlatGuestMemory(buffer);
     const queue = new SplitDriverQueue({
       size: SIZE,
