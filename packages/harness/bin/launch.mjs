@@ -4,11 +4,18 @@ import { existsSync } from 'node:fs';
 import { constants } from 'node:os';
 import { fileURLToPath } from 'node:url';
 
+// The checkout's top, or the `node_modules` that this package is installed in.
 const root = fileURLToPath(new URL('../../..', import.meta.url));
-const pinned = `${root}node_modules/.bin/node${process.platform === 'win32' ? '.cmd' : ''}`;
+const fromSource = !root.includes('node_modules');
+const pinned = `${root}${fromSource ? 'node_modules/' : ''}.bin/node${process.platform === 'win32' ? '.cmd' : ''}`;
 const own = Number(process.versions.node.split('.')[0]) >= 26;
 const runtime = own || !existsSync(pinned) ? process.execPath : pinned;
-const fromSource = !root.includes('node_modules');
+
+/** What is amiss with this Node, in one line; null: nothing. */
+function unfit() {
+  if (own || existsSync(pinned)) return null;
+  return `needs Node 26, which npm installs as an optional dependency and has not; install again without --omit=optional, or start this with Node 26 (this is ${process.version})`;
+}
 
 // Node strips types with a WebAssembly module whose memory grows, and a memory that grew makes V8 check at each access to
 // a typed array that its buffer is still there, which costs 10 to 15 %. What was stripped once is kept and not stripped again.
@@ -19,6 +26,11 @@ if (fromSource) process.env['NODE_COMPILE_CACHE'] ??= `${root}node_modules/.cach
  * when we were told to stop it, 3 when something else killed it. It goes when we go: its channel to us closes.
  */
 export function launch(name, args) {
+  const mistake = unfit();
+  if (mistake !== null) {
+    process.stderr.write(`ebb: ${mistake}\n`);
+    return Promise.resolve(2);
+  }
   // From a checkout the sources run as they are; published packages run what was built.
   const source = fileURLToPath(new URL(`../src/${name}.ts`, import.meta.url));
   const built = fileURLToPath(new URL(`../dist/${name}.js`, import.meta.url));
@@ -37,8 +49,13 @@ export function launch(name, args) {
       process.stderr.write(`ebb: ${runtime}: ${error.message}\n`);
       resolve(3);
     });
-    child.once('exit', (code, signal) =>
-      resolve(signal === null ? (code ?? 3) : told === signal ? 128 + constants.signals[signal] : 3),
-    );
+    child.once('exit', (code, signal) => {
+      if (signal === null) resolve(code ?? 3);
+      else if (told === signal) resolve(128 + constants.signals[signal]);
+      else {
+        process.stderr.write(`ebb: its process was ended by ${signal}\n`);
+        resolve(3);
+      }
+    });
   });
 }

@@ -37,8 +37,15 @@ function sourceFiles(): string[] {
   return out.toSorted();
 }
 
+/** What was published has no sources to plant faults in. */
+function mustBeCheckout(): void {
+  if (!existsSync(join(ROOT, 'packages/harness/src')) || !existsSync(join(ROOT, 'node_modules')))
+    throw new UserError('mutants: needs a checkout of the sources with its dependencies installed');
+}
+
 /** Hash of all sources: results are cached under it. */
 export function sourcesHash(): string {
+  mustBeCheckout();
   const hash = createHash('sha256');
   for (const file of sourceFiles()) hash.update(file).update(readFileSync(join(ROOT, file)));
   return hash.digest('hex');
@@ -53,8 +60,7 @@ export class Scratch {
   /** `core`: where searches in this copy run, if the platform can pin. */
   constructor(core?: number) {
     this.#core = core;
-    if (!existsSync(join(ROOT, 'packages/harness/src')) || !existsSync(join(ROOT, 'node_modules')))
-      throw new UserError('mutants: needs a checkout of the sources with its dependencies installed');
+    mustBeCheckout();
     this.folder = mkdtempSync(join(tmpdir(), 'ebb-mutants-'));
     for (const name of COPIED)
       cpSync(join(ROOT, name), join(this.folder, name), {

@@ -28,5 +28,6 @@ export function runInline(
     while (host.poll());
     onWindow(host.windowEnd, host);
   }
-  return { result: host.result(), host, allocTrace: cpus.allocTrace };
+  const allocTrace = cpus.allocTrace.toSorted((a, b) => a.atNs - b.atNs);
+  return { result: host.result(), host, allocTrace };
 }

@@ -8,7 +8,7 @@ import type { CpuWorker } from './cpu-worker.ts';
 import type { HostProgress, HostWorker } from './host-worker.ts';
 import type { RunResult } from './run-result.ts';
 import type { RunBuffers, RunSpec } from './spec.ts';
-import { spawnWorker, WorkerDied, type SpawnedWorker } from './worker-endpoint.ts';
+import { causeOf, spawnWorker, WorkerDied, type SpawnedWorker } from './worker-endpoint.ts';
 
 const PROGRESS_MS = 200;
 
@@ -63,7 +63,7 @@ export async function runThreads(
   try {
     const [result, ...traces] = await Promise.race([
       Promise.all([
-        pool.host.api.run(spec, buffers, crowded),
+        watched(pool.host, pool.host.api.run(spec, buffers, crowded)),
         ...pool.cpus.map((cpu, i) => watched(cpu, cpu.api.run(spec, buffers, i, crowded))),
       ]),
       deaths,
@@ -89,6 +89,6 @@ async function watched<T>(worker: { name: string }, call: Promise<T>): Promise<T
   try {
     return await call;
   } catch (error) {
-    throw new WorkerDied(worker.name, (error as Error).message);
+    throw new WorkerDied(worker.name, causeOf(error));
   }
 }

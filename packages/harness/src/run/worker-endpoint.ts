@@ -14,6 +14,11 @@ export class WorkerDied extends Error {
   }
 }
 
+/** What was thrown, as one line; anything can be. */
+export function causeOf(error: unknown): string {
+  return error instanceof Error ? error.message : String(error);
+}
+
 export interface SpawnedWorker<Api> {
   readonly name: string;
   readonly api: Remote<Api>;
@@ -55,8 +60,8 @@ export function spawnWorker<Api>(file: string, name: string): SpawnedWorker<Api>
   const worker = new Worker(new URL(file + EXTENSION, import.meta.url), { name });
   let closing = false;
   const died = new Promise<never>((_, reject) => {
-    worker.once('error', (error: Error) => {
-      if (!closing) reject(new WorkerDied(name, error.message));
+    worker.once('error', (error: unknown) => {
+      if (!closing) reject(new WorkerDied(name, causeOf(error)));
     });
     worker.once('exit', (code) => {
       if (!closing) reject(new WorkerDied(name, `it exited with code ${code}`));

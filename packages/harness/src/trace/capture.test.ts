@@ -65,6 +65,10 @@ test('a folder that lacks its end mark, or whose states are cut off or hold some
       { 'trace.txt': 'x-1 [000] ..... 1.0: tracing_mark_write: SNAP_start_END\n' },
       /line 1: ends before SNAP_end_END/,
     ],
+    [
+      { 'trace.txt': 'x-1 [000] ..... 1.0: tracing_mark_write: SNAP_start_END\nx-1 [000] ..... 1.0: mm_pa' },
+      /trace.txt: line 2: does not end; is the file truncated\?: 'x-1 \[000\] ..... 1.0: mm_pa'/,
+    ],
     [{ max_pfn: 'abc' }, /max_pfn: holds no page number/],
     [{ max_pfn: '9000' }, /start.kpageflags: has 7168 entries, of 9000; is it truncated\?/],
     [{ 'start.kpageflags': '' }, /start.kpageflags: has 0 entries/],

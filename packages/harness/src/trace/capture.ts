@@ -60,6 +60,17 @@ function foundIn(folder: string): string {
   }
 }
 
+/** Whoever writes a trace ends its last line; one that is cut off may look whole. */
+function mustEnd(text: Uint8Array, file: string): void {
+  if (text.length === 0 || text.at(-1) === 10) return;
+  let lines = 1;
+  for (const byte of text) if (byte === 10) lines++;
+  const line = Buffer.from(text.subarray(text.lastIndexOf(10) + 1)).toString('latin1');
+  throw new UserError(
+    `${file}: line ${lines}: does not end; is the file truncated?: '${line.length > 120 ? `${line.slice(0, 120)}…` : line}'`,
+  );
+}
+
 /** Reads a capture from a folder or from the trace file inside one (or alone). */
 export function readCapture(path: string): Trace {
   if (!existsSync(path))
@@ -68,7 +79,9 @@ export function readCapture(path: string): Trace {
   const folder = isFolder ? path : dirname(path);
   const file = isFolder ? (findFile(path, 'trace.txt') ?? findFile(path, 'trace')) : path;
   if (file === undefined) throw new UserError(`${path}: has no trace.txt or trace.txt.gz${foundIn(path)}`);
-  const imported = importTraceText(readMaybeGz(file).toString('latin1'), file);
+  const text = readMaybeGz(file);
+  mustEnd(text, file);
+  const imported = importTraceText(text, file);
   const base = basename(resolve(isFolder ? path : file)).replace(/(\.txt)?(\.gz)?$/, '');
   const name = isFolder ? base : base === 'trace' ? basename(resolve(folder)) : base;
   const flags = imported.windowed ? findFile(folder, 'start.kpageflags') : undefined;

@@ -8,6 +8,7 @@ import {
   OP_CACHE_ADD,
   OP_FREE,
   TG_WRITE,
+  TG_ZERO,
   TG_ZONE_SHIFT,
   traceHash,
   UserError,
@@ -53,6 +54,24 @@ describe('the input grammar', () => {
     const { events, skipped } = importTraceText(text, 't');
     expect([events.count, Object.values(skipped)]).toEqual([1, [16]]);
     expect(Object.keys(skipped)[0]).toMatch(/^events lost by the kernel/);
+  });
+  test('trace-cmd names the function that wrote a mark; a page that is none is printed in three ways; flags may be a number', () => {
+    const zero = 'mm_page_alloc: page=PAGE pfn=0x0 order=0 migratetype=0 gfp_flags=GFP_KERNEL';
+    const text = [
+      line(alloc),
+      line('print: tracing_mark_write: SNAP_start_END'),
+      ...['(null)', '(nil)', '0x0', '0000000000000000'].map((page) => line(zero.replace('PAGE', page))),
+      line(alloc.replace(/gfp_flags=.*/, 'gfp_flags=0x100dca')),
+      line('print: tracing_mark_write: SNAP_end_END'),
+    ].join('\n');
+    const { events, skipped, windowed } = importTraceText(text, 't');
+    expect([windowed, events.count, Object.values(skipped)]).toEqual([true, 1, [4]]);
+    // GFP_HIGHUSER_MOVABLE | __GFP_ZERO.
+    expect(events.gfp[0]).toBe(TG_ZERO | (3 << TG_ZONE_SHIFT));
+  });
+  test('bytes are read as text is, however many', () => {
+    const text = `${line(alloc)}\n`.repeat(200_000);
+    expect(importTraceText(Buffer.from(text), 't').events.count).toBe(200_000);
   });
   test('a failed allocation is skipped and counted; other events too', () => {
     const text = [
@@ -127,6 +146,12 @@ describe('a bad trace is one line with its number and text', () => {
       /line 1: no valid pfn=/,
     ],
     ['no events at all', '# tracer: nop\n', /no page events/],
+    ['flags cut off', line('mm_page_alloc: page=1 pfn=0x5 order=0 migratetype=1'), /line 1: no gfp_flags=/],
+    [
+      'time that goes back',
+      `${line(alloc, 0, '9.000000')}\n${line(alloc, 0, '4.000000')}`,
+      /t: line 2: goes back in time by 5.000 s/,
+    ],
     [
       'a capture cut off before its end mark',
       `${line('tracing_mark_write: SNAP_start_END')}\n${line(alloc)}\n`,

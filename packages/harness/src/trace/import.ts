@@ -93,8 +93,30 @@ export interface ImportedEvents {
   readonly windowed: boolean;
 }
 
+/** Lines of a text, or of bytes of any length: a string holds half a GiB at most. */
+function* linesOf(text: string | Uint8Array): Generator<string, void, void> {
+  const PIECE = 1 << 24;
+  if (typeof text === 'string') {
+    const lines = text.split('\n');
+    if (lines.at(-1) === '') lines.pop();
+    yield* lines;
+    return;
+  }
+  const decoder = new TextDecoder('latin1');
+  let rest = '';
+  for (let at = 0; at < text.length; at += PIECE) {
+    const lines = (rest + decoder.decode(text.subarray(at, at + PIECE))).split('\n');
+    rest = lines.pop() ?? '';
+    yield* lines;
+  }
+  if (rest !== '') yield rest;
+}
+
+/** A step back in time up to this is two CPUs' clocks apart; more is another trace, or a damaged one. */
+const CLOCK_SKEW_US = 10_000;
+
 /** Parses the text of a trace. `source` names it in messages. Throws `UserError` with line number and text. */
-export function importTraceText(text: string, source: string): ImportedEvents {
+export function importTraceText(text: string | Uint8Array, source: string): ImportedEvents {
   let columns = new Columns();
   let skipped: Record<string, number> = {};
   const marks: { timeUs: number; name: string }[] = [];
@@ -121,11 +143,10 @@ export function importTraceText(text: string, source: string): ImportedEvents {
       `${source}: line ${lineNumber}: ${why}: '${line.length > 120 ? `${line.slice(0, 120)}…` : line}'`,
     );
   };
-  for (let at = 0; at < text.length && !ended; ) {
-    let eol = text.indexOf('\n', at);
-    if (eol < 0) eol = text.length;
-    const line = text.slice(at, eol).trimEnd();
-    at = eol + 1;
+  let last = 0;
+  for (const raw of linesOf(text)) {
+    if (ended) break;
+    const line = raw.trimEnd();
     lineNumber++;
     if (line === '' || line.startsWith('#') || PREAMBLE.test(line)) continue;
     lastLine = line;
@@ -142,6 +163,9 @@ export function importTraceText(text: string, source: string): ImportedEvents {
     const event = match[3];
     const fields = match[4];
     if (origin < 0) origin = timeUs;
+    if (timeUs < last - CLOCK_SKEW_US)
+      return fail(line, `goes back in time by ${((last - timeUs) / 1e6).toFixed(3)} s`);
+    last = Math.max(last, timeUs);
     if (cpu > 63) return fail(line, `CPU ${cpu} is out of range`);
     nrCpus = Math.max(nrCpus, cpu + 1);
     const field = (name: string): string | undefined => {
@@ -168,7 +192,8 @@ export function importTraceText(text: string, source: string): ImportedEvents {
       return value;
     };
     if (event === 'tracing_mark_write' || event === 'print') {
-      const name = fields.trim();
+      // `trace-cmd report` calls the event `print` and puts the function before the text.
+      const name = (event === 'print' ? fields.replace(/^\S+: /, '') : fields).trim();
       marks.push({ timeUs: timeUs - origin, name });
       if (name === 'SNAP_start_END') {
         // Everything before is in the start state already.
@@ -186,7 +211,8 @@ export function importTraceText(text: string, source: string): ImportedEvents {
     if (IGNORED.has(event)) continue;
     switch (event) {
       case 'mm_page_alloc': {
-        if (field('page') === '(null)') {
+        // How `%p` prints no page depends on who prints.
+        if (/^(\(null\)|\(nil\)|(0x)?0+)$/.test(field('page') ?? '')) {
           skipped['failed allocation (page=(null))'] = (skipped['failed allocation (page=(null))'] ?? 0) + 1;
           break;
         }
@@ -195,7 +221,8 @@ export function importTraceText(text: string, source: string): ImportedEvents {
         columns.push(timeUs - origin, OP_ALLOC, cpu, pfn, allocated);
         const row = columns.op.length - 1;
         columns.migratetype[row] = Math.min(2, number('migratetype'));
-        columns.gfp[row] = packGfp(fields.slice(fields.indexOf('gfp_flags=') + 10));
+        const flags = /gfp_flags=(\S+)/.exec(fields)?.[1] ?? fail(line, 'no gfp_flags=');
+        columns.gfp[row] = /^0x[0-9a-f]+$/i.test(flags) ? gfpOfBits(Number(flags)) : packGfp(flags);
         touch(pfn, allocated, cpu);
         maxPfn = Math.max(maxPfn, pfn + 2 ** allocated);
         break;
@@ -229,6 +256,23 @@ export function importTraceText(text: string, source: string): ImportedEvents {
   if (events.count === 0)
     throw new UserError(`${source}: no page events in it; capture kmem:mm_page_alloc and kmem:mm_page_free`);
   return { events, nrCpus, maxPfn, skipped, marks, onPcpAtStart: onPcp, windowed };
+}
+
+/** The same from the number, where nobody knew the names: bits as Linux 6.12 has them (`gfp_types.h`). */
+function gfpOfBits(value: number): number {
+  const has = (bit: number): boolean => ((value >>> bit) & 1) !== 0;
+  const [dma, dma32, movable, high, zero, direct, kswapd, write, noretry, thisnode] = [
+    0, 2, 3, 5, 8, 10, 11, 12, 16, 21,
+  ].map(has);
+  return (
+    (zero ? TG_ZERO : 0) |
+    (write ? TG_WRITE : 0) |
+    (noretry ? TG_NORETRY : 0) |
+    (thisnode ? TG_THISNODE : 0) |
+    (direct ? 0 : high ? TG_ATOMIC : TG_NOWAIT) |
+    (kswapd ? 0 : TG_NO_KSWAPD) |
+    ((dma ? 0 : dma32 ? 1 : movable ? 3 : 2) << TG_ZONE_SHIFT)
+  );
 }
 
 /** The bits a replay needs from a `gfp_flags=` text. */
