@@ -18,6 +18,7 @@ export * from './mm/page.ts';
 export * from './mm/per-cpu-pages.ts';
 export * from './mm/process.ts';
 export * from './mm/reclaim.ts';
+export * from './mm/tracepoints.ts';
 export * from './mm/zone.ts';
 export * from './procfs.ts';
 export { PerCpuPages } from './mm/per-cpu-pages.ts';

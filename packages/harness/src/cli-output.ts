@@ -1,6 +1,7 @@
 /** What every command of `ebb` does with its output: lines, progress, files, JSON. */
 import { accessSync, constants, mkdirSync, statSync, writeFileSync } from 'node:fs';
 import { dirname } from 'node:path';
+import { REPLAY_BEGINS, REPLAY_ENDS } from './run/trace-writer.ts';
 import { UserError } from './trace/trace.ts';
 
 /** With `--json -` standard output is exactly one JSON document; everything else goes to standard error. */
@@ -91,6 +92,13 @@ function writeVmTraces(prefix: string, alloc: readonly string[], device: readonl
   const at = (line: string): number => Number(/ (\d+\.\d+): /.exec(line)?.[1] ?? 0);
   const timed = alloc.map((line) => ({ line, at: at(line) }));
   const lines = timed.toSorted((a, b) => a.at - b.at).map(({ line }) => line);
+  const begins = lines.find((line) => line.endsWith(`: ${REPLAY_BEGINS}`));
+  if (begins !== undefined) {
+    const time = /\d+\.\d+(?=: )/;
+    lines.push(
+      begins.replace(REPLAY_BEGINS, REPLAY_ENDS).replace(time, time.exec(lines.at(-1) ?? '')?.[0] ?? '0.0'),
+    );
+  }
   writeOut(`${prefix}.trace.txt`, `# tracer: nop\n#\n${lines.join('\n')}\n`);
   writeOut(`${prefix}.qemu-trace.log`, `${device.join('\n')}\n`);
   say(

@@ -12,6 +12,7 @@ import { EV, EVENT_STAMP, eventRow } from './events.ts';
 import * as page from './page.ts';
 import { shadowMove } from './page.ts';
 import { pcpIndex, type PerCpuPages } from './per-cpu-pages.ts';
+import type { Tracepoints } from './tracepoints.ts';
 import * as zoneWords from './zone.ts';
 
 // Local copies: docs/performance.md § Constants.
@@ -57,6 +58,10 @@ export const GFP_NO_KSWAPD = 32;
 export const GFP_THISNODE = 64;
 /** May empty the reserves: reclaim itself. */
 export const GFP_MEMALLOC = 128;
+/** Zeroed for who asks, whatever `init_on_alloc` says. */
+export const GFP_ZERO = 256;
+/** Will be written: the allocator of this guest does nothing else with it. */
+export const GFP_WRITE = 512;
 
 const MAX_RECLAIM_RETRIES = 16;
 /** Beyond it a guest word has no 32-bit number, which `scatter32` takes. */
@@ -83,17 +88,8 @@ export interface AllocatorOptions {
   readonly cpuNode: readonly number[];
 }
 
-/** Called for each allocation and free, as `kmem:mm_page_alloc` and `mm_page_free` would be. */
-export type AllocTrace = (
-  event: 'alloc' | 'free',
-  pfn: number,
-  order: number,
-  migratetype: number,
-  gfp: number,
-) => void;
-
 export class PageAllocator {
-  trace: AllocTrace | null = null;
+  trace: Tracepoints | null = null;
   /** Allocations of this vCPU that are to fail, as if there were no memory (`fail_page_alloc`); for fault injection. */
   failNext = 0;
   /** Takes a cached page off the LRU when its last reference goes (`__page_cache_release`). */
@@ -169,8 +165,8 @@ export class PageAllocator {
     w[page + P_ORDER] = order;
     w[page + P_REF] = 1;
     w[this.#events + EV.pgalloc] += 1 << order;
-    this.#prepare(pfn, order);
-    if (this.trace !== null) this.trace('alloc', pfn, order, migratetype, gfp);
+    this.#prepare(pfn, order, (gfp & GFP_ZERO) !== 0);
+    if (this.trace !== null) this.trace.pageAlloc(pfn, order, migratetype, gfp);
     return pfn;
   }
 
@@ -187,18 +183,18 @@ export class PageAllocator {
     w[page + P_ORDER] = 0;
     w[page + P_REF] = 1;
     w[this.#events + EV.pgalloc]++;
-    this.#prepare(pfn, 0);
+    this.#prepare(pfn, 0, false);
     return true;
   }
 
   /** Zeroes (host memory is touched here) and stamps the pages of a fresh allocation. */
-  #prepare(pfn: number, order: number): void {
+  #prepare(pfn: number, order: number, zero: boolean): void {
     const w = this.#w;
     const vcpu = this.#vcpu;
     const count = 1 << order;
     vcpu.clock += vcpu.costs.allocNs;
     if (this.#options.pagePoison) this.#checkPoison(pfn, count);
-    if (this.#options.initOnAlloc) vcpu.zeroPages(gfn(pfn), count);
+    if (zero || this.#options.initOnAlloc) vcpu.zeroPages(gfn(pfn), count);
     // Ids of different CPUs differ modulo their number; never 0, which means free.
     const stamp = (w[this.#events + EVENT_STAMP] * this.#options.nrCpus + vcpu.id + 1) & 0x7fff_ffff;
     w[this.#events + EVENT_STAMP]++;
@@ -347,7 +343,7 @@ export class PageAllocator {
     const count = 1 << order;
     let page = this.#memmap + (pfn << 4);
     vcpu.clock += vcpu.costs.allocNs;
-    if (this.trace !== null) this.trace('free', pfn, order, 0, 0);
+    if (this.trace !== null) this.trace.pageFree(pfn, order);
     // Never touches a page that was not stamped, so not touched: the host may have no frame for it.
     const together = count > 1 && pfn < MAX_WORD_PFN && (w[page + P_FLAGS] & PG_STAMPED) !== 0;
     if (together) {

@@ -14,6 +14,7 @@ import * as lruWords from './lru.ts';
 import { type Lru } from './lru.ts';
 import * as pageWords from './page.ts';
 import type { PageAllocator } from './page-alloc.ts';
+import type { Tracepoints } from './tracepoints.ts';
 import * as zoneWords from './zone.ts';
 
 // Local copies: docs/performance.md § Constants.
@@ -50,6 +51,7 @@ const WRITEBACK_BATCH = 32;
 const FILE_GFP = 3;
 
 export class PageCache {
+  trace: Tracepoints | null = null;
   readonly #w: Int32Array;
   readonly #memmap: number;
   readonly #hash: number;
@@ -161,6 +163,7 @@ export class PageCache {
     Atomics.or(w, page + P_FLAGS, flags | PG_CACHED);
     this.#toLru(pfn);
     this.#unlock();
+    if (this.trace !== null) this.trace.cacheAdd(pfn, inode, index);
     return true;
   }
 
@@ -184,6 +187,7 @@ export class PageCache {
       this.#unlock();
       return false;
     }
+    if (this.trace !== null) this.trace.cacheDelete(pfn, w[page + P_INODE], w[page + P_INDEX]);
     this.#unhash(pfn);
     this.#unlock();
     const node = this.nodeOf(pfn);
@@ -238,6 +242,7 @@ export class PageCache {
       this.#unlock();
       return 'busy';
     }
+    if (this.trace !== null) this.trace.cacheDelete(pfn, w[page + P_INODE], w[page + P_INDEX]);
     this.#unhash(pfn);
     this.#unlock();
     return 'freed';

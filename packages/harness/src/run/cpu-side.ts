@@ -33,7 +33,7 @@ import {
   type RunSpec,
 } from './spec.ts';
 import { TouchFreeProgram } from './touch-free-program.ts';
-import { traceWriter } from './trace-writer.ts';
+import { REPLAY_BEGINS, TraceWriter, type TraceLine } from './trace-writer.ts';
 
 interface VcpuSeat {
   readonly vm: number;
@@ -60,7 +60,7 @@ export class CpuSide {
   /** A VM of this side was killed: nothing more is stepped, since it may hold locks for ever. */
   #dead = false;
   /** Allocation events as tracefs text, when asked for: time and line. */
-  readonly allocTrace: { readonly atNs: number; readonly line: string }[] = [];
+  readonly allocTrace: TraceLine[] = [];
 
   /** `worker`: number of this worker, or −1 to run every vCPU. */
   constructor(spec: RunSpec, buffers: RunBuffers, worker: number, port: ExitPort, schedule: Schedule) {
@@ -137,7 +137,14 @@ export class CpuSide {
       if (seat.program === null) {
         vcpu.clock = Math.max(vcpu.clock, this.#spec.vms[vm].bootAtNs);
         seat.program = this.#program(seat);
-        if (this.#spec.traceOut) kernel.parts.alloc.trace = traceWriter(vcpu, this.allocTrace);
+        if (this.#spec.traceOut) {
+          const writer = new TraceWriter(vcpu, this.allocTrace);
+          // A replay begins: what an import applies lies between this and the end's mark, which closes the file.
+          const { kind } = this.#spec.vms[vm].program;
+          if (id === 0 && kind === 'replay') writer.mark(REPLAY_BEGINS, this.#spec.vms[vm].bootAtNs);
+          kernel.parts.alloc.trace = writer;
+          kernel.parts.cache.trace = writer;
+        }
       }
       const { program } = seat;
       kernel.enter();

@@ -13,8 +13,18 @@ import * as traceWords from '../trace/trace.ts';
 import { idle, type Program } from './program.ts';
 
 // Local copies: docs/performance.md § Constants.
-const { MIGRATE_MOVABLE, P_FLAGS, P_NEXT, P_ORDER, PG_CACHED, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } =
-  guestKernel;
+const {
+  GFP_WRITE,
+  GFP_ZERO,
+  MIGRATE_MOVABLE,
+  P_FLAGS,
+  P_NEXT,
+  P_ORDER,
+  PG_CACHED,
+  PG_DIRTY,
+  PG_UPTODATE,
+  SHADOW_ALLOCATED,
+} = guestKernel;
 const { HUGE_PAGES, NS_PER_MS } = machine;
 const {
   PLAN_ADD,
@@ -26,7 +36,8 @@ const {
   PLAN_FREE_START,
   PLAN_SHARED,
 } = replayPlan;
-const { TG_ATOMIC, TG_NORETRY, TG_NOWAIT, TG_NO_KSWAPD, TG_THISNODE, TG_ZONE_SHIFT } = traceWords;
+const { TG_ATOMIC, TG_NORETRY, TG_NOWAIT, TG_NO_KSWAPD, TG_THISNODE, TG_WRITE, TG_ZERO, TG_ZONE_SHIFT } =
+  traceWords;
 
 /**
  * Words of a handle: page + 1 (0: not yet, −1: failed or gone, below: a huge page made of small ones, of which this is −2 −
@@ -160,7 +171,12 @@ export class ReplayProgram implements Program {
     const { alloc } = this.#kernel.parts;
     const order = plan.order[row];
     const migratetype = plan.migratetype[row];
-    const gfp = (plan.gfp[row] & GFP_BITS) | (plan.gfp[row] >> TG_ZONE_SHIFT);
+    const bits = plan.gfp[row];
+    const gfp =
+      (bits & GFP_BITS) |
+      (bits >> TG_ZONE_SHIFT) |
+      ((bits & TG_ZERO) === 0 ? 0 : GFP_ZERO) |
+      ((bits & TG_WRITE) === 0 ? 0 : GFP_WRITE);
     let pfn = alloc.alloc(order, migratetype, gfp);
     if (pfn < 0 && order === 9) {
       this.#handles[at] = FIRST_SMALL - this.#allocSplit(gfp);
