@@ -11,7 +11,7 @@ export interface Provenance {
   readonly costTable: string;
   readonly backing: Backing;
   /** Whether the host maps 2 MiB where it can. */
-  readonly hugePages: 'always' | 'never';
+  readonly hugePages: 'always' | 'madvise' | 'never';
 }
 
 export function provenance(
@@ -26,6 +26,6 @@ export function provenance(
     schedule,
     costTable: costTableHash(COST_TABLE),
     backing,
-    hugePages: backing === 'thp' ? 'always' : 'never',
+    hugePages: backing === 'thp' ? 'always' : backing === 'madvise' ? 'madvise' : 'never',
   };
 }

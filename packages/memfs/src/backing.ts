@@ -4,8 +4,8 @@
  */
 import type { Hfn } from '@ebb/machine';
 
-/** One frame, 64 KiB, 2 MiB. */
-export type FrameOrder = 0 | 4 | 9;
+/** One frame, 64 KiB, 2 MiB, 1 GiB. */
+export type FrameOrder = 0 | 4 | 9 | 18;
 
 /** Where frames come from: the host's buddy allocator, the ledger and the zeroing behind one face. */
 export interface FrameSource {
@@ -16,14 +16,14 @@ export interface FrameSource {
 }
 
 /**
- * Transparent-huge-page policy of a file (Linux `transparent_hugepage/enabled`); or pages of one size: 2 MiB (`hugetlb`), or
- * the 64 KiB of a host that has no smaller (`64k`, as ppc64 and arm64 are configured). The guest's are 4 KiB all the same.
+ * Transparent-huge-page policy of a file (Linux `transparent_hugepage/enabled`); or pages of one size: 2 MiB (`hugetlb`), 1 GiB
+ * (`hugetlb-1g`, which a host has while its memory is not in pieces, Y53), or the 64 KiB of a host that has no smaller (`64k`, as ppc64 and arm64 are configured). The guest's are 4 KiB all the same.
  */
-export type HugePolicy = 'always' | 'madvise' | 'never' | 'hugetlb' | '64k';
+export type HugePolicy = 'always' | 'madvise' | 'never' | 'hugetlb' | 'hugetlb-1g' | '64k';
 
 /** Order of the smallest block that a file of this policy can have and give back. */
 export function unitOrder(policy: HugePolicy): FrameOrder {
-  return policy === 'hugetlb' ? 9 : policy === '64k' ? 4 : 0;
+  return policy === 'hugetlb-1g' ? 18 : policy === 'hugetlb' ? 9 : policy === '64k' ? 4 : 0;
 }
 
 /** Told before a file's blocks go away, and after. KVM is one; sharers and pinned devices will be others. */

@@ -17,7 +17,7 @@ import {
 } from './backing.ts';
 
 // Local copies: docs/performance.md § Constants.
-const { HUGE_PAGES, USE_RAM } = machine;
+const { GIGA_PAGES, HUGE_PAGES, USE_RAM } = machine;
 
 export interface MemFileOptions {
   readonly name: string;
@@ -57,10 +57,11 @@ export class MemFile {
     this.wantsHuge =
       options.huge === 'always' ||
       options.huge === 'hugetlb' ||
+      options.huge === 'hugetlb-1g' ||
       (options.huge === 'madvise' && options.hugeAdvised === true);
   }
 
-  /** Pages of the smallest unit that can be had and given back: 512 for `hugetlb`, 16 for `64k`, else 1. */
+  /** Pages of the smallest unit that can be had and given back: 512 for `hugetlb`, 2¹⁸ for `hugetlb-1g`, 16 for `64k`, else 1. */
   get granularity(): number {
     return 1 << unitOrder(this.huge);
   }
@@ -81,8 +82,8 @@ export class MemFile {
   }
 
   /**
-   * Makes sure block `index` has a zeroed frame and returns it, or −1 when no frame is free (`hugetlb`, `64k`: no block of
-   * that size). A first touch takes 2 MiB where `allowHuge` (the mapper can map it), the policy, the alignment and the
+   * Makes sure block `index` has a zeroed frame and returns it, or −1 when no frame is free (of pages of one size: no such
+   * page). A first touch takes 2 MiB where `allowHuge` (the mapper can map it), the policy, the alignment and the
    * host's free memory permit. No yield: a leaf of the fault path.
    */
   assign(index: number, allowHuge: boolean): number {
@@ -120,6 +121,11 @@ export class MemFile {
     if (first < 0 || first % HUGE_PAGES !== 0 || base + HUGE_PAGES > this.nrBlocks) return false;
     for (let i = 1; i < HUGE_PAGES; i++) if (this.blocks[base + i] !== first + i) return false;
     return true;
+  }
+
+  /** True if the 2¹⁸ blocks from `base` are one page, so that a 1 GiB leaf may map them. */
+  isGiga(base: number): boolean {
+    return this.huge === 'hugetlb-1g' && base % GIGA_PAGES === 0 && this.blocks[base] >= 0;
   }
 
   #isHole(base: number, count: number): boolean {

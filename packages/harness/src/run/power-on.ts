@@ -76,7 +76,14 @@ export interface MemoryWatch {
   readonly balloon?: (bytes: number) => void;
 }
 
-const HUGE_POLICY = { thp: 'always', '4k': 'never', hugetlb: 'hugetlb', '64k': '64k' } as const;
+const HUGE_POLICY = {
+  thp: 'always',
+  madvise: 'madvise',
+  '4k': 'never',
+  hugetlb: 'hugetlb',
+  'hugetlb-1g': 'hugetlb-1g',
+  '64k': '64k',
+} as const;
 
 export function powerOn(options: PowerOn): RunningVm {
   const { spec, id, pool, backing } = options;
@@ -95,7 +102,14 @@ export function powerOn(options: PowerOn): RunningVm {
   const files: MemFile[] = [];
   const frames = spec.populateLimit === undefined ? pool : atMost(spec.populateLimit, pool, files);
   const newFile = (name: string, nrBlocks: number): MemFile =>
-    new MemFile({ name: `vm${id}/${name}`, nrBlocks, vm: id, frames, huge });
+    new MemFile({
+      name: `vm${id}/${name}`,
+      nrBlocks,
+      vm: id,
+      frames,
+      huge,
+      hugeAdvised: spec.hugeAdvised === true,
+    });
   const addSlot = (slot: number, file: MemFile, gfn: number, first: number, count: number): void => {
     const region = {
       slot,

@@ -51,6 +51,8 @@ export interface VmResult {
   readonly tlbFlushes: number;
   /** EPT table frames at the end. */
   readonly tables: number;
+  /** EPT leaves installed, by size. */
+  readonly leaves: { readonly '4k': number; readonly '2m': number; readonly '1g': number };
   /** Accesses to what is no RAM and no device. */
   readonly unclaimedMmio: number;
   readonly kicks: number;
@@ -213,6 +215,7 @@ export function vmResult(
       faultRetries: 0,
       tlbFlushes: 0,
       tables: 0,
+      leaves: { '4k': 0, '2m': 0, '1g': 0 },
       unclaimedMmio: 0,
       kicks: 0,
       descriptors: 0,
@@ -247,6 +250,11 @@ export function vmResult(
     faultRetries: vm.counters.faultRetries,
     tlbFlushes: vm.counters.tlbFlushes,
     tables: vm.mmu.counters.tables,
+    leaves: {
+      '4k': vm.mmu.counters.mapped4k,
+      '2m': vm.mmu.counters.mapped2m,
+      '1g': vm.mmu.counters.mapped1g,
+    },
     unclaimedMmio: vm.counters.unclaimedMmio,
     kicks: transports.reduce((sum, t) => sum + t.counters.kicks, 0),
     descriptors:

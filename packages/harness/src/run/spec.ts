@@ -3,7 +3,7 @@ import type { GuestConfig } from '@ebb/guest-kernel';
 import type { Dimm, MemoryProfile, RebootPolicy } from '@ebb/host-kvm';
 import type { ReplayPlan } from '../trace/replay-plan.ts';
 
-export type Backing = 'thp' | '4k' | 'hugetlb' | '64k';
+export type Backing = 'thp' | 'madvise' | '4k' | 'hugetlb' | 'hugetlb-1g' | '64k';
 export type Technique = 'none' | 'balloon' | 'reporting' | 'virtio-mem';
 
 /** The program a VM's vCPUs run. */
@@ -93,6 +93,8 @@ export interface MemoryDeviceSpec {
 
 export interface VmSpec {
   readonly bootAtNs: number;
+  /** Whether the VMM asked for huge pages (`MADV_HUGEPAGE`), on a host of `madvise`. */
+  readonly hugeAdvised?: boolean;
   readonly guest: GuestConfig;
   readonly program: ProgramSpec;
   /** Balloon features to offer; none: no balloon device. */

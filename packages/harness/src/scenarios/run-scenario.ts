@@ -44,7 +44,7 @@ export async function runScenario(
     const pool = new ThreadPool(spec.workers);
     try {
       const run = await runThreads(spec, buffers, pool, onProgress);
-      outcome = { result: run.result, arenas };
+      outcome = { result: run.result, arenas, schedule: options.schedule };
       allocTrace = run.allocTrace.map((e) => e.line);
     } finally {
       await pool.close();
@@ -57,7 +57,7 @@ export async function runScenario(
       return disk;
     });
     for (const disk of disks) disk.close();
-    outcome = { result: run.result, arenas };
+    outcome = { result: run.result, arenas, schedule: options.schedule };
     allocTrace = run.allocTrace.map((e) => e.line);
   }
   const checks = scenario.checks(outcome);

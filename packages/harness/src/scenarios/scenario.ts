@@ -7,6 +7,7 @@ import type { ProgramSpec, RunSpec, VmSpec } from '../run/spec.ts';
 export interface ScenarioOutcome {
   readonly result: RunResult;
   readonly arenas: readonly Arena[];
+  readonly schedule: 'threads' | 'inline';
 }
 
 /** A figure that a scenario shows, and whether it is as it must be. */

@@ -94,6 +94,113 @@ export const SCENARIOS: readonly Scenario[] = [
     },
   },
   {
+    name: 'churn',
+    about:
+      'the balloon goes up and down while both vCPUs allocate, touch and free: faults meet invalidations, and look again (in threads)',
+    rows: 'Y16, Y19, K26; I4, I9, I17, I24',
+    spec: () =>
+      spec(
+        512 * MiB,
+        [
+          {
+            bootAtNs: 0,
+            guest: freshGuest(256 * MiB, { balloon: true }),
+            program: {
+              kind: 'touch-free',
+              pages: 6144,
+              order: 0,
+              rounds: 160,
+              holdNs: second(0.004),
+              pauseNs: second(0.004),
+            },
+            balloonFeatures: [VIRTIO_BALLOON_F_MUST_TELL_HOST],
+            balloonTargets: Array.from({ length: 40 }, (_, i) => [
+              second(0.1 + 0.05 * i),
+              (i % 2 === 0 ? 96 : 256) * MiB,
+            ]),
+            diskBytes: 0,
+          },
+        ],
+        { backing: '4k' },
+      ),
+    checks: (outcome) => {
+      const [vm] = outcome.result.vms;
+      return [
+        ...clean(outcome),
+        atLeast('bytes returned to the host', vm.returnedBytes, 64 * MiB),
+        atLeast('TLB flushes', vm.tlbFlushes, 100),
+        // On one thread a fault and an invalidation never overlap.
+        atLeast('faults that looked again', vm.faultRetries, outcome.schedule === 'threads' ? 1 : 0),
+      ];
+    },
+  },
+  {
+    name: 'huge-policy',
+    about:
+      'two VMs on a host whose huge pages are for those that ask (`madvise`): the one that asked takes fewer faults and tables',
+    rows: 'Y2, Y17, Y22; I9',
+    spec: () =>
+      spec(
+        512 * MiB,
+        [true, false].map((hugeAdvised) => ({
+          bootAtNs: 0,
+          hugeAdvised,
+          guest: freshGuest(128 * MiB),
+          program: { kind: 'touch-free', pages: 8192, order: 0, rounds: 1, holdNs: second(0.1), pauseNs: 0 },
+          diskBytes: 0,
+        })),
+        { backing: 'madvise' },
+      ),
+    checks: (outcome) => {
+      const [advised, plain] = outcome.result.vms;
+      return [
+        ...clean(outcome),
+        atLeast('leaves of 2 MiB where asked for', advised.leaves['2m'], 32),
+        exactly('leaves of 2 MiB elsewhere', plain.leaves['2m'], 0),
+        atLeast('leaves of 4 KiB elsewhere', plain.leaves['4k'], 16384),
+        atLeast(
+          'faults elsewhere, for each where asked for',
+          plain.eptViolations / advised.eptViolations,
+          10,
+        ),
+        atLeast('tables elsewhere, more than where asked for', plain.tables - advised.tables, 16),
+      ];
+    },
+  },
+  {
+    name: 'huge-1g',
+    about:
+      'RAM in pages of 1 GiB, had while the host is in one piece: one fault and no table maps a gigabyte; the next VM finds none',
+    rows: 'Y2, Y53, G10; I9',
+    spec: () =>
+      spec(
+        3 * GiB,
+        [0, second(5)].map((bootAtNs) => ({
+          bootAtNs,
+          guest: freshGuest(2 * GiB),
+          program: { kind: 'touch-free', pages: 65536, order: 0, rounds: 1, holdNs: second(2), pauseNs: 0 },
+          diskBytes: 0,
+        })),
+        { backing: 'hugetlb-1g', poison: 'edges' },
+      ),
+    checks: (outcome) => {
+      const [first, second] = outcome.result.vms;
+      return [
+        exactly('ledger violations', outcome.result.ledgerViolations, 0),
+        { what: 'first VM', value: first.state, ok: first.state === 'finished' },
+        {
+          what: 'second VM: no gigabyte in one piece is left',
+          value: second.state,
+          ok: second.state === 'killed',
+        },
+        exactly('leaves of 1 GiB', first.leaves['1g'], 1),
+        // The gigabyte below has the hole at 640 KiB in it.
+        atLeast('leaves of 2 MiB', first.leaves['2m'], 64),
+        { what: 'tables', value: first.tables, ok: first.tables <= 5 },
+      ];
+    },
+  },
+  {
     name: 'reporting',
     about: 'touches and frees 256 MiB; free page reporting gives it back within seconds of virtual time (L9)',
     rows: 'L9, L24, L25, L28; I3, I3b',

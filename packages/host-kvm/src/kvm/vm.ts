@@ -37,6 +37,7 @@ const {
   EXIT_EPT_VIOLATION,
   EXIT_MMIO_READ,
   EXIT_MMIO_WRITE,
+  GIGA_PAGES,
   HUGE_PAGES,
   PAGE_SIZE,
   RESULT_EMULATED,
@@ -168,9 +169,19 @@ export class Vm implements InvalidationListener {
 
   /** Whether a 2 MiB leaf around the page reaches no further than the slot and the verdict do. */
   #mayBeHuge(slot: Memslot, gfn: number): boolean {
-    return (
-      slot.file.wantsHuge && hugeFits(slot, gfn) && (this.#gate(gfn)?.unitPages ?? HUGE_PAGES) >= HUGE_PAGES
-    );
+    return slot.file.wantsHuge && this.#mayBe(slot, gfn, HUGE_PAGES);
+  }
+
+  #mayBe(slot: Memslot, gfn: number, pages: number): boolean {
+    return leafFits(slot, gfn, pages) && (this.#gate(gfn)?.unitPages ?? pages) >= pages;
+  }
+
+  /** Level of the largest leaf that may map a page: 2 MiB or 1 GiB where slot, verdict and frames allow it. */
+  #leafLevel(slot: Memslot, gfn: number): 1 | 2 | 3 {
+    if (!this.#mayBeHuge(slot, gfn)) return 1;
+    const block = (pages: number): number => slot.fileOffset + (gfn - (gfn & (pages - 1)) - slot.baseGfn);
+    if (this.#mayBe(slot, gfn, GIGA_PAGES) && slot.file.isGiga(block(GIGA_PAGES))) return 3;
+    return slot.file.isHuge(block(HUGE_PAGES)) ? 2 : 1;
   }
 
   // ── Exits ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -349,15 +360,10 @@ export class Vm implements InvalidationListener {
   #install(vcpu: number, slot: Memslot, gfn: number, frame: number, write: boolean): void {
     const zeros = frame === this.#zeroFrame;
     const writable = (slot.flags & KVM_MEM_READONLY) === 0 && !zeros;
-    const within = gfn & (HUGE_PAGES - 1);
-    // The largest leaf that may map the page: 2 MiB where slot, verdict and frames allow it.
-    const huge =
-      !zeros &&
-      this.#mayBeHuge(slot, gfn) &&
-      slot.file.isHuge(slot.fileOffset + (gfn - within - slot.baseGfn));
-    const offset = huge ? within : 0;
+    const level = zeros ? 1 : this.#leafLevel(slot, gfn);
+    const offset = level === 1 ? 0 : gfn & ((level === 2 ? HUGE_PAGES : GIGA_PAGES) - 1);
     const bits = write && writable ? EPT_A | EPT_D : EPT_A;
-    if (!this.mmu.map(gfn - offset, frame - offset, huge ? 2 : 1, writable, bits)) {
+    if (!this.mmu.map(gfn - offset, frame - offset, level, writable, bits)) {
       this.#kill(vcpu);
       return;
     }
@@ -589,12 +595,12 @@ function ascendingRuns(runs: [first: number, count: number][]): Int32Array {
   return Int32Array.from(joined);
 }
 
-/** Whether the aligned 2 MiB around `gfn` lies in the slot and is aligned alike in the file. */
-function hugeFits(slot: Memslot, gfn: number): boolean {
-  const base = gfn - (gfn & (HUGE_PAGES - 1));
+/** Whether the aligned `pages` (2ⁿ) around `gfn` lie in the slot and are aligned alike in the file. */
+function leafFits(slot: Memslot, gfn: number, pages: number): boolean {
+  const base = gfn - (gfn & (pages - 1));
   return (
     base >= slot.baseGfn &&
-    base + HUGE_PAGES <= slot.baseGfn + slot.nrPages &&
-    ((slot.fileOffset - slot.baseGfn) & (HUGE_PAGES - 1)) === 0
+    base + pages <= slot.baseGfn + slot.nrPages &&
+    ((slot.fileOffset - slot.baseGfn) & (pages - 1)) === 0
   );
 }

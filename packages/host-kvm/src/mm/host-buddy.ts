@@ -1,6 +1,7 @@
 /**
  * The host's buddy allocator: blocks of 2⁰ … 2¹⁰ frames, split on demand, merged on free. One thread owns it (the host
- * worker), so it has no lock, and no migratetypes: everything it hands out is movable or short-lived.
+ * worker), so it has no lock, and no migratetypes: everything it hands out is movable or short-lived. Pages of 1 GiB are had
+ * while the memory is not in pieces.
  * Counterpart: `mm/page_alloc.c` (`__rmqueue_smallest`, `__free_one_page`).
  */
 import { assert } from '@ebb/machine';
@@ -64,8 +65,9 @@ export class HostBuddy {
     this.#counts[order]--;
   }
 
-  /** Takes an aligned block of 2^order frames; −1 if none is free. */
+  /** Takes an aligned block of 2^order frames, order 0–10 or 18; −1 if none is free. */
   alloc(order: number): number {
+    if (order > HOST_MAX_ORDER) return this.#allocGiga(order);
     let o = order;
     while (o <= HOST_MAX_ORDER && this.#heads[o] < 0) o++;
     if (o > HOST_MAX_ORDER) return -1;
@@ -77,6 +79,21 @@ export class HostBuddy {
     }
     this.#free -= 1 << order;
     return frame;
+  }
+
+  /** Takes a block beyond the largest order: as many of those, side by side and all free (`alloc_contig_range`, which moves none). */
+  #allocGiga(order: number): number {
+    const count = 1 << order;
+    const step = 1 << HOST_MAX_ORDER;
+    for (let first = 0; first + count <= this.frames; first += count) {
+      let at = first;
+      while (at < first + count && this.#order[at] === HOST_MAX_ORDER) at += step;
+      if (at < first + count) continue;
+      for (at = first; at < first + count; at += step) this.#remove(at, HOST_MAX_ORDER);
+      this.#free -= count;
+      return first;
+    }
+    return -1;
   }
 
   /** Frees a run of frames of any length: as the largest aligned blocks, each merged with its buddy. */

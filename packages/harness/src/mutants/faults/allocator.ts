@@ -79,7 +79,7 @@ export const ALLOCATOR_FAULTS: readonly Mutant[] = [
   fault(
     'no-init-on-alloc',
     ALLOC,
-    'if (this.#options.initOnAlloc) vcpu.zeroPages(gfn(pfn), count);',
+    'if (zero || this.#options.initOnAlloc) vcpu.zeroPages(gfn(pfn), count);',
     '',
     'I2: a fresh page shows its old content',
     props('allocator'),
