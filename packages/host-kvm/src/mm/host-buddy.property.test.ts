@@ -46,20 +46,17 @@ test('a block does not merge with a free one of another order: what lies between
   expect([buddy.blocks(0), buddy.blocks(1), buddy.blocks(2)]).toEqual([1, 1, 0]);
 });
 
-example(
-  'a page of 1 GiB is had while its memory is in one piece, and comes back as blocks of the largest order',
-  () => {
-    const frames = (1 << 18) + 4096;
-    const buddy = new HostBuddy(frames);
-    const whole = buddy.blocks(HOST_MAX_ORDER);
-    expect([buddy.alloc(18), buddy.alloc(18), buddy.free]).toEqual([0, -1, 4096]);
-    // The rest goes on as before.
-    expect(buddy.alloc(0)).toBe(1 << 18);
-    buddy.freeRun(1 << 18, 1);
-    buddy.freeRun(0, 1 << 18);
-    expect([buddy.free, buddy.blocks(HOST_MAX_ORDER)]).toEqual([frames, whole]);
-    // One frame of it in use, and there is no such page.
-    const one = buddy.alloc(0);
-    expect([one < 1 << 18, buddy.alloc(18)]).toEqual([true, -1]);
-  },
-);
+test('a page of 1 GiB is had while its memory is in one piece, and comes back as blocks of the largest order', () => {
+  const frames = (1 << 18) + 4096;
+  const buddy = new HostBuddy(frames);
+  const whole = buddy.blocks(HOST_MAX_ORDER);
+  expect([buddy.alloc(18), buddy.alloc(18), buddy.free]).toEqual([0, -1, 4096]);
+  // The rest goes on as before.
+  expect(buddy.alloc(0)).toBe(1 << 18);
+  buddy.freeRun(1 << 18, 1);
+  buddy.freeRun(0, 1 << 18);
+  expect([buddy.free, buddy.blocks(HOST_MAX_ORDER)]).toEqual([frames, whole]);
+  // One frame of it in use, and there is no such page.
+  const one = buddy.alloc(0);
+  expect([one < 1 << 18, buddy.alloc(18)]).toEqual([true, -1]);
+});
