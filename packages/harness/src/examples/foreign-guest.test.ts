@@ -1,6 +1,6 @@
 /**
- * A guest that is not ours: its RAM is a file, its register accesses are lines. The scripts are what Debian's Linux 6.1 and
- * 6.12 did with these devices in QEMU 7.2 over `qemu/bridge.ts`: every register access from discovery to unload, and what
+ * A guest that is not ours: its RAM is a file, its register accesses are lines. The scripts are what Debian's Linux 6.1,
+ * 6.12 and 7.2 did with these devices in QEMU 7.2 over `qemu/bridge.ts`: every register access from discovery to unload, and what
  * the rings held at each notification. Besides the lines of `foreign-guest.ts` a script has
  *
  * | line | meaning |
@@ -95,7 +95,7 @@ class Replay {
 const script = (name: string): string =>
   readFileSync(new URL(`../../captures/linux/${name}.script`, import.meta.url), 'utf8');
 
-describe.each(['6.1', '6.12'])('Linux %s', (version) => {
+describe.each(['6.1', '6.12', '7.2'])('Linux %s', (version) => {
   test('brings the memory device up, plugs 256 MiB, gives half back, then all, and lets go', () => {
     const replay = new Replay(`mem-${version}`);
     const { wrong, compared } = replay.play(script(`memory-device-${version}`));

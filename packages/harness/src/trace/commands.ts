@@ -13,7 +13,13 @@ import { writeTrace } from './ebbtrace.ts';
 import { UserError } from './trace.ts';
 
 export function addTraceCommands(program: Command): void {
-  const trace = program.command('trace').description('import, describe and check allocation traces');
+  const trace = program
+    .command('trace')
+    .description('import, describe and check allocation traces')
+    .addHelpText(
+      'after',
+      '\nExamples:\n  ebb trace import ./my-capture\n  ebb trace info build\n  ebb trace fidelity hog',
+    );
 
   trace
     .command('import')

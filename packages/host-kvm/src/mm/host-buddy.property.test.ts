@@ -56,7 +56,8 @@ test('a page of 1 GiB is had while its memory is in one piece, and comes back as
   buddy.freeRun(1 << 18, 1);
   buddy.freeRun(0, 1 << 18);
   expect([buddy.free, buddy.blocks(HOST_MAX_ORDER)]).toEqual([frames, whole]);
-  // One frame of it in use, and there is no such page.
-  const one = buddy.alloc(0);
-  expect([one < 1 << 18, buddy.alloc(18)]).toEqual([true, -1]);
+  // One frame of it in use, though not its first, and there is no such page.
+  const [first, second] = [buddy.alloc(0), buddy.alloc(0)];
+  buddy.freeRun(first, 1);
+  expect([second < 1 << 18, buddy.alloc(18)]).toEqual([true, -1]);
 });

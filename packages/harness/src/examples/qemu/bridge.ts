@@ -12,7 +12,8 @@
  * The guest asks for the host's side by lines on its console: `@host S 0 268435456`, `@mark text`, `@done`. One vCPU only: with
  * more, QEMU's guard against re-entrant device accesses drops some of them.
  *
- *     apt-get install qemu-system-x86 acpica-tools busybox-static; apt-get download linux-image-amd64's package
+ *     apt-get install qemu-system-x86 acpica-tools busybox-static; apt-get download linux-image-amd64's package (since 7.2:
+ *     linux-binary's and linux-modules') and unpack it with dpkg-deb -x
  *     iasl ssdt.asl; sh make-initrd.sh KERNEL-TREE initrd.gz
  *     node --conditions=ebb-source bridge.ts VMLINUZ initrd.gz ssdt.aml OUT-FOLDER [MORE QEMU OPTIONS...]
  */
