@@ -75,6 +75,11 @@ Examples:
         );
         line.end();
         say(compareTable(outcome));
+        const { trace, vcpus } = options;
+        if (trace.nrCpus > vcpus)
+          say(
+            `events of ${trace.nrCpus} CPUs ran on ${vcpus} vCPUs (--vcpus, at most 8): CPU c on vCPU c mod ${vcpus}`,
+          );
         for (const note of outcome.notes) say(note);
         if (flags.report !== undefined) {
           writeOut(flags.report, renderReport(outcome));
