@@ -10,6 +10,8 @@ const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
 const BALLOON_TEST = test('host-kvm/src/devices/balloon.test.ts');
 const HOSTILE_TEST = test('host-kvm/src/devices/hostile-timing.test.ts');
 const DRIVER_TEST = test('guest-kernel/src/drivers/balloon.conformance.test.ts');
+const HINTING_TEST = test('guest-kernel/src/drivers/hinting.conformance.test.ts');
+const REPORTING_TEST = test('guest-kernel/src/drivers/reporting.conformance.test.ts');
 const ALLOC_TEST = test('guest-kernel/src/mm/allocator.property.test.ts');
 const BALLOON_STATS = 'packages/guest-kernel/src/drivers/balloon-stats.ts';
 const KERNEL = 'packages/guest-kernel/src/kernel.ts';
@@ -158,7 +160,7 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     '      if (state === IDLE) this.#dueInTwoSeconds();\n      if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, state, REQUESTED) === state) return;\n',
     '      if (Atomics.compareExchange(this.#w, T_REPORTING + R_STATE, state, REQUESTED) !== state) continue;\n      this.#w[T_REPORTING + R_DUE_MS] = Math.ceil((this.#vcpu.clock + PAGE_REPORTING_DELAY) / NS_PER_MS);\n      return;\n',
     'memory model: the time is stored after the request is published (found by fuzzing)',
-    DRIVER_TEST,
+    REPORTING_TEST,
   ),
   fault(
     'freed-during-a-pass',
@@ -166,7 +168,7 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     '      if (state === REQUESTED) return;\n',
     '      if (state !== IDLE) return;\n',
     'I24: memory freed during a pass is never reported',
-    test('guest-kernel/src/drivers/balloon.conformance.test.ts'),
+    REPORTING_TEST,
   ),
   fault(
     'stats-rearmed-blindly',
@@ -182,7 +184,7 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     '...(poisonLost ? [VIRTIO_BALLOON_F_REPORTING] : []),\n',
     '...(poisonLost && false ? [VIRTIO_BALLOON_F_REPORTING] : []),\n',
     'L31: poison goes with what is reported (`virtballoon_validate`)',
-    DRIVER_TEST,
+    REPORTING_TEST,
   ),
   fault(
     'taken-interrupt-forgotten',
@@ -254,7 +256,7 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
     'reclaim.direct(node) + balloon.hints.shrink()',
     'reclaim.direct(node)',
     'memory held for a hint cannot be had',
-    DRIVER_TEST,
+    HINTING_TEST,
   ),
   fault(
     'unbound-tells-nothing',
