@@ -76,10 +76,12 @@ async function byProperties(
   }
 }
 
+const NEVER_ENDED = 'the test did not end';
+
 /** One test file, which ends in seconds: one that does not has noticed something, too. */
 async function byTest(scratch: Scratch, file: string): ReturnType<Check> {
   const result = await byTests(scratch, [file], TEST_MS);
-  return result === null ? { caught: true, by: file, how: 'the test did not end', runs: 0 } : result;
+  return result === null ? { caught: true, by: file, how: NEVER_ENDED, runs: 0 } : result;
 }
 
 /** Tests that the filters name, all without one; null if they did not end in time. */
@@ -121,7 +123,12 @@ async function tryMutant(scratch: Scratch, mutant: Mutant): ReturnType<Check> {
   try {
     if ('properties' in mutant.by)
       return await byProperties(scratch, mutant.by.properties, RUNS, PROPERTY_MS);
-    return await byTest(scratch, mutant.by.test);
+    const found = await byTest(scratch, mutant.by.test);
+    // A test names what it notices. A file that only fails to load may do so without the fault as well.
+    if (!found.caught || found.how.includes(' > ') || found.how === NEVER_ENDED) return found;
+    scratch.write(mutant.file, text);
+    const without = await byTest(scratch, mutant.by.test);
+    return without.caught ? { ...MISSED, how: `fails without the fault as well: ${without.how}` } : found;
   } finally {
     scratch.write(mutant.file, text);
   }
