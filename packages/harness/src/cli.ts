@@ -6,6 +6,7 @@ import { addLitmusCommand } from './litmus/commands.ts';
 import { addFidelityCommand } from './memory-device/commands.ts';
 import { addMutantCommand } from './mutants/commands.ts';
 import { addCheckCommand } from './protocol/commands.ts';
+import { inlineFor } from './run/engine.ts';
 import { WorkerDied } from './run/worker-endpoint.ts';
 import { addScenarioCommands } from './scenarios/commands.ts';
 import { addTraceCommands } from './trace/commands.ts';
@@ -37,6 +38,12 @@ Examples:
 
 Exit codes: 0 fine, 1 a check failed, 2 your mistake, 3 a worker died or an internal error.`,
   );
+
+/** Their executions are short. */
+const SEARCHES = new Set(['fuzz', 'replay', 'mutants', 'litmus']);
+program.hook('preAction', (_program, command) => {
+  if (!SEARCHES.has(command.name())) inlineFor('long');
+});
 
 addCompareCommand(program);
 addScenarioCommands(program);

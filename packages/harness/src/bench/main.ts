@@ -12,6 +12,7 @@ import { fileURLToPath } from 'node:url';
 import Table from 'cli-table3';
 import { Command, Option } from 'commander';
 import { allowedCores, onCore } from '../fuzz/cores.ts';
+import { inlineFor } from '../run/engine.ts';
 import * as cases from './cases.ts';
 import { resizeBalloon, resizeRegion, resizeReporting, type ResizeFigures } from './resize.ts';
 
@@ -53,6 +54,8 @@ function buildTwin(): string | null {
   }
   return null;
 }
+
+inlineFor('long');
 
 /** What a program prints, as a number. */
 function measured(command: string, ...args: string[]): number {
@@ -237,7 +240,8 @@ if (wants('machine', 'harness')) {
     });
   }
 }
-// Two vCPUs and no device; one vCPU and a device.
+// Two vCPUs and no device; one vCPU and a device. As `ebb fuzz` runs.
+inlineFor('short');
 if (wants('harness'))
   for (const property of ['invalidation', 'queue'] as const)
     for (const strategy of ['random', 'pct'] as const) {
