@@ -14,8 +14,7 @@ import * as zoneWords from './zone.ts';
 import { listAt } from './zone.ts';
 
 // Local copies: docs/performance.md § Constants.
-const { FREE_ORDER, FREE_REPORTED, FREE_ZONE_SHIFT, P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_ISOLATED } =
-  page;
+const { FREE_ORDER, FREE_REPORTED, FREE_ZONE_SHIFT, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_ISOLATED } = page;
 const {
   MAX_ORDER,
   MIGRATE_HIGHATOMIC,
@@ -333,7 +332,6 @@ export class Buddy {
     // block by block (`page_is_buddy`).
     const own = zone << FREE_ZONE_SHIFT;
     const free = this.#free;
-    w[this.memmap + (pfn << 4) + P_FLAGS] = 0;
     let at = pfn;
     let o = order;
     // What is being isolated is nobody's to allocate, and does not count as free.

@@ -401,7 +401,7 @@ export class MemoryHotplug {
     for (let pfn = first; pfn < first + count; ) {
       let order = 0;
       while (order < MAX_ORDER && pfn % (2 << order) === 0 && pfn + (2 << order) <= first + count) order++;
-      this.#w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
+      for (let p = pfn; p < pfn + (1 << order); p++) this.#w[this.#memmap + (p << 4) + P_FLAGS] = 0;
       this.#buddy.freeOne(zone, pfn, order, true, true);
       pfn += 1 << order;
     }

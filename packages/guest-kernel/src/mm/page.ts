@@ -6,7 +6,7 @@
  *
  * | word | field | guarded by |
  * | --- | --- | --- |
- * | 0 | flags | owner (allocated), LRU lock (LRU bits) |
+ * | 0 | flags; 0 in a page that is free | owner (allocated), LRU lock (LRU bits) |
  * | 1 | order of the allocation that starts here | as flags |
  * | 2, 3 | list links, as pfn; −1 ends | the list's lock |
  * | 4 | reference count | atomic while cached |

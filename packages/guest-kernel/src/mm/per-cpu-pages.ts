@@ -18,7 +18,7 @@ import * as zoneWords from './zone.ts';
 
 // Local copies: docs/performance.md § Constants.
 const { MAX_CPUS, PCP_BASE, PCP_WORDS } = layout;
-const { P_FLAGS, P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP } = page;
+const { P_NEXT, P_PREV, SHADOW_BUDDY, SHADOW_PCP } = page;
 const {
   MIGRATE_MOVABLE,
   MIGRATE_RECLAIMABLE,
@@ -197,7 +197,6 @@ export class PerCpuPages {
     const tail = w[list + 1];
     for (let pfn = first, prev = tail; pfn <= last; prev = pfn, pfn += step) {
       const page = this.#memmap + (pfn << 4);
-      w[page + P_FLAGS] = 0;
       w[page + P_NEXT] = pfn === last ? -1 : pfn + step;
       w[page + P_PREV] = prev;
     }
@@ -296,7 +295,6 @@ export class PerCpuPages {
     const pcp = this.#own[zoneIndex];
     const index = pcpIndex(order, migratetype);
     w[pcp + C_ALLOC_FACTOR] >>= 1;
-    w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
     this.#pushHead(pcp + C_LISTS + 2 * index, pfn);
     const count = (w[pcp + C_COUNT] += 1 << order);
     const batch = w[zone + Z_PCP_BATCH];

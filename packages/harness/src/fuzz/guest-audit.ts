@@ -20,6 +20,7 @@ import {
   zoneBases,
   MAX_ORDER,
   MIGRATE_TYPES,
+  P_FLAGS,
   P_NEXT,
   FREE_ORDER,
   P_PREV,
@@ -62,6 +63,7 @@ export function auditGuest(arena: Arena, nrCpus: number): string[] {
           }
           for (let i = 0; i < 1 << order; i++) {
             same(`zone of free page ${pfn + i}`, w[memmap + ((pfn + i) << 4) + P_ZONE], index);
+            same(`flags of free page ${pfn + i}`, w[memmap + ((pfn + i) << 4) + P_FLAGS], 0);
             same(`shadow of free page ${pfn + i}`, w[arena.shadow + pfn + i], SHADOW_BUDDY);
           }
           prev = pfn;
