@@ -30,10 +30,12 @@ export interface Execution {
   readonly observe: boolean;
 }
 
-/** What a thread found in one execution: violations in words, and a crash if it had one. */
+/** What a thread found in one execution: violations in words, also if it was given up, and a crash if it had one. */
 interface ThreadResult {
   readonly found: readonly string[];
   readonly crash: string;
+  /** Thread 0, if the execution was given up: what the host's tasks waited for. */
+  readonly stuck: string;
   /** Switches by pair of points; see `ControlledSchedule.switched`. */
   readonly switched: Int32Array;
 }
@@ -73,7 +75,7 @@ export class FuzzWorker {
     const switched = new Int32Array(1024);
     const held: { steps: number; hash: number }[] = [];
     const buffer = new ScheduleBuffer(lab.schedule);
-    let last: ThreadResult = { found: [], crash: '', switched };
+    let last: ThreadResult = { found: [], crash: '', stuck: '', switched };
     for (const [i, { program, start, observe }] of executions.entries()) {
       if (this.#thread === 0) {
         resetLab(lab);
@@ -101,7 +103,9 @@ export class FuzzWorker {
     const control = new ControlledSchedule(lab.schedule, this.#thread);
     const found: string[] = [];
     let crash = '';
+    let stuck = '';
     let host: HostLab | null = null;
+    let cpu: VcpuLab | null = null;
     const racy = racyByDesign(lab.shape.ramPages, property.hostileRings === true);
     races = observe ? new RaceDetector(lab.races, this.#thread, racy) : null;
     const order = new LockOrder(lab.lockOrder);
@@ -113,6 +117,10 @@ export class FuzzWorker {
     };
     const finish = (): void => {
       control.end();
+      stopLooking();
+    };
+    const stopLooking = (): void => {
+      if (schedule === null) return;
       schedule = null;
       for (const race of races?.races ?? []) found.push(describeRace(race));
       for (const cycle of order.cycles)
@@ -131,7 +139,7 @@ export class FuzzWorker {
       } else {
         const vm = Math.floor((this.#thread - 1) / lab.shape.vcpus);
         const id = (this.#thread - 1) % lab.shape.vcpus;
-        const cpu = new VcpuLab(lab, control, vm, id);
+        cpu = new VcpuLab(lab, control, vm, id);
         begin();
         property.cpu(cpu, program, vm, id);
         cpu.finish();
@@ -139,16 +147,16 @@ export class FuzzWorker {
         found.push(...cpu.found);
       }
     } catch (error) {
-      schedule = null;
+      stopLooking();
       if (!(error instanceof ScheduleAborted)) {
         crash = error instanceof Error ? `${error.message}\n${error.stack ?? ''}` : String(error);
         control.abandon();
       } else if (host !== null) {
-        if (host.log.total > 0) found.push(`${host.log.total} violation(s) before it was given up`);
-        found.push(`host tasks: ${host.tasks.describe()}`);
-      }
+        found.push(...host.noticed());
+        stuck = `host tasks: ${host.tasks.describe()}`;
+      } else if (cpu !== null) found.push(...cpu.found);
     }
-    return { found, crash, switched: control.switched };
+    return { found, crash, stuck, switched: control.switched };
   }
 }
 

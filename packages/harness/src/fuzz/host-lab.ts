@@ -132,10 +132,18 @@ export class HostLab {
     return this.#arenas[vm];
   }
 
-  /** Frames go back through this door: content without a dirty mark is a lost dirty bit (I18). */
+  /** Frames of files come and go through this door: zeroed (I1), and with a dirty mark if there is content in them (I18). */
   #frames(vm: number): FrameSource {
     return {
-      allocZeroed: (order, owner) => this.pool.allocZeroed(order, owner),
+      allocZeroed: (order, owner) => {
+        const first = this.pool.allocZeroed(order, owner);
+        for (let f = first as number; first >= 0 && f < first + (1 << order); f++)
+          if (this.#hasContent(f))
+            this.found.push(
+              `not-zeroed: frame 0x${f.toString(16)} is given to VM ${vm} with what its last owner or its time as a free frame left in it (I1)`,
+            );
+        return first;
+      },
       free: (first: Hfn, count: number) => {
         for (let f = first as number; f < first + count; f++)
           if ((this.pool.frameFlags[f] & FRAME_DIRTY) === 0 && this.#hasContent(f)) {
@@ -274,8 +282,12 @@ export class HostLab {
     }
     // A device's own frame, taken again, shows what was written while it was free.
     for (const frame of this.pool.poisonedFrames()) this.pool.checkPoison(hfn(frame));
-    const records = this.log.list().map((v) => describeViolation(v, describeOwner));
-    return [...records, ...this.found];
+    return this.noticed();
+  }
+
+  /** What checks said while it ran. */
+  noticed(): string[] {
+    return [...this.log.list().map((v) => describeViolation(v, describeOwner)), ...this.found];
   }
 
   /** The read-only page of zeros that reads of unplugged memory map (H11). */

@@ -71,19 +71,24 @@ export class Stage {
   /** What became of the last execution. */
   #outcome(results: readonly SeriesResult[]): Outcome {
     const outcome = this.buffer.outcome();
-    const found: string[] = [];
+    const crashes: string[] = [];
+    const noticed: string[] = [];
+    const stuck: string[] = [];
+    for (const [t, r] of results.entries()) {
+      if (r.crash !== '') crashes.unshift(`${this.#workers[t].name} crashed: ${r.crash.split('\n')[0]}`);
+      noticed.push(...r.found);
+      if (r.stuck !== '') stuck.push(r.stuck);
+    }
     if (outcome.failure === 'deadlock' || outcome.failure === 'livelock') {
       const where = outcome.positions.map((p, t) => `${this.#workers[t].name} ${p}`).join('; ');
-      found.push(
+      stuck.unshift(
         outcome.failure === 'deadlock'
           ? `deadlock or lost wake-up: nobody can run: ${where}`
           : `livelock: ${outcome.steps} steps and no end: ${where}`,
       );
     }
-    for (const [t, r] of results.entries()) {
-      if (r.crash !== '') found.unshift(`${this.#workers[t].name} crashed: ${r.crash.split('\n')[0]}`);
-      found.push(...r.found);
-    }
+    // What a check names comes first: threads that wait for ever are often what came of it.
+    const found = [...crashes, ...noticed, ...stuck];
     return { ...outcome, found };
   }
 
