@@ -137,7 +137,7 @@ export class HostLab {
     return {
       allocZeroed: (order, owner) => {
         const first = this.pool.allocZeroed(order, owner);
-        for (let f = first as number; first >= 0 && f < first + (1 << order); f++)
+        for (let f = first; first >= 0 && f < first + (1 << order); f++)
           if (this.#hasContent(f))
             this.found.push(
               `not-zeroed: frame 0x${f.toString(16)} is given to VM ${vm} with what its last owner or its time as a free frame left in it (I1)`,
