@@ -3,6 +3,8 @@ import { MiB } from '@ebb/machine';
 import { smallMachine } from '../run/small-machine.ts';
 import { spawnWorker } from '../run/worker-endpoint.ts';
 import { turn } from '../run/worker-port.ts';
+import { bootAllocator, type Load } from './allocator.ts';
+import type { AllocatorWorker } from './allocator-worker.ts';
 import type { BareWorker } from './bare-worker.ts';
 import type { ExitWorker } from './exit-worker.ts';
 import type { RingMode, RingWorker } from './ring-worker.ts';
@@ -69,5 +71,23 @@ export async function exitThreads(count: number, faults: boolean): Promise<numbe
     return result;
   } finally {
     await worker.close();
+  }
+}
+
+/** Nanoseconds per operation of the guest's allocator on each of two vCPUs that share a zone, in threads of their own. */
+export async function buddyOnTwo(load: Load): Promise<number> {
+  // Two VMs of which the first is used: a control block for each vCPU.
+  const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'always', vms: 2 });
+  const arena = bootAllocator(machine.vms[0].vcpu(12), 2);
+  const barrier = new SharedArrayBuffer(8);
+  const workers = [0, 1].map((cpu) =>
+    spawnWorker<AllocatorWorker>('../bench/allocator-worker', `allocator-${cpu}`),
+  );
+  try {
+    const times = Promise.all(workers.map((w, cpu) => w.api.run(machine.buffers, arena, barrier, cpu, load)));
+    const [one, other] = await Promise.race([times, ...workers.map((w) => w.died)]);
+    return (one + other) / 2;
+  } finally {
+    await Promise.all(workers.map((w) => w.close()));
   }
 }

@@ -1,15 +1,6 @@
 /** The benchmarks: each returns figures of one run; `main.ts` repeats them, pairs them with their counterparts, and prints. */
 import { arch } from 'node:os';
-import {
-  Arena,
-  Buddy,
-  freePages,
-  PerCpuPages,
-  zoneBases,
-  bootMemory,
-  type GuestConfig,
-} from '@ebb/guest-kernel';
-import { ControlledSchedule, gfn, MiB, NS_PER_S, PAGE_SIZE, Prng, ScheduleBuffer } from '@ebb/machine';
+import { ControlledSchedule, gfn, MiB, NS_PER_S, PAGE_SIZE, ScheduleBuffer } from '@ebb/machine';
 import { fuzz } from '../fuzz/fuzz.ts';
 import { loadTrace } from '../compare/options.ts';
 import { hostBuffers, runBuffers, type HostBuffers } from '../run/buffers.ts';
@@ -20,6 +11,7 @@ import type { RunSpec } from '../run/spec.ts';
 import { runThreads, ThreadPool } from '../run/threads-run.ts';
 import { makePlan } from '../trace/replay-plan.ts';
 import { smallMachine } from '../run/small-machine.ts';
+import { allocateAndFree, bootAllocator, type Load } from './allocator.ts';
 import { timed } from './timed.ts';
 
 export * from './across-threads.ts';
@@ -59,68 +51,11 @@ export function demandZero(): number {
   return best;
 }
 
-/** Nanoseconds per operation of the guest's allocator, locks, counters and shadow in; no page is touched. */
-export function buddy(what: 'bulk' | 'random' | 'mixed'): number {
-  const maxPfn = 131072;
-  const machine = smallMachine({ ramBytes: 512 * MiB, huge: 'always' });
-  const vcpu = machine.vms[0].vcpu(12);
-  const config: GuestConfig = {
-    e820: [{ start: 0, end: maxPfn }],
-    nodes: [{ start: 0, end: maxPfn }],
-    maxPfn,
-    nrCpus: 1,
-    cpuNode: [0],
-    initOnAlloc: false,
-    pagePoison: false,
-    balloon: false,
-    blk: false,
-    blocks: { kind: 'linear', pagesPerFile: 1 },
-  };
-  const arena = new Arena(Arena.create(maxPfn), maxPfn);
+/** Nanoseconds per operation of the guest's allocator, one vCPU on this thread. */
+export function buddy(load: Load): number {
+  const vcpu = smallMachine({ ramBytes: 512 * MiB, huge: 'always' }).vms[0].vcpu(12);
   vcpu.enterGuest();
-  bootMemory(arena, vcpu, config);
-  const zones = zoneBases(arena.w);
-  const lists = new Buddy(arena, vcpu);
-  const pcp = new PerCpuPages(arena, lists, vcpu, zones);
-  pcp.enter();
-  const zone = zones.length - 1;
-  const n = Math.floor(freePages(arena) * 0.7);
-  const held = new Int32Array(n);
-  const orders = [0, 0, 0, 1, 0, 2, 3, 1];
-  const random = new Prng(9);
-  let best = Number.POSITIVE_INFINITY;
-  for (let round = 0; round < 24; round++) {
-    if (what === 'mixed') {
-      let count = 0;
-      const half = Math.floor(n / 2);
-      const ns = timed(1, () => {
-        for (let i = 0; i < half; i++) {
-          const pfn = pcp.alloc(zone, orders[i & 7], 1);
-          if (pfn < 0) break;
-          held[count++] = pfn;
-        }
-        for (let i = 0; i < count; i++) pcp.free(zone, held[i], orders[i & 7], 1);
-      });
-      best = Math.min(best, ns / (2 * count));
-      continue;
-    }
-    const alloc = timed(n, () => {
-      for (let i = 0; i < n; i++) held[i] = pcp.alloc(zone, 0, 1);
-    });
-    if (what === 'random') {
-      for (let i = n - 1; i > 0; i--) {
-        const j = random.below(i + 1);
-        const t = held[i];
-        held[i] = held[j];
-        held[j] = t;
-      }
-    }
-    const free = timed(n, () => {
-      for (let i = 0; i < n; i++) pcp.free(zone, held[i], 0, 1);
-    });
-    best = Math.min(best, what === 'random' ? free : (alloc + free) / 2);
-  }
-  return best;
+  return Math.min(...allocateAndFree(bootAllocator(vcpu, 1), vcpu, load, 1, () => {}));
 }
 
 let host: HostBuffers | null = null;

@@ -14,6 +14,7 @@ import { Command, Option } from 'commander';
 import { allowedCores, onCore } from '../fuzz/cores.ts';
 import { inlineFor } from '../run/engine.ts';
 import * as cases from './cases.ts';
+import { median } from './timed.ts';
 import { resizeBalloon, resizeRegion, resizeReporting, type ResizeFigures } from './resize.ts';
 
 const ROUNDS = 5;
@@ -22,7 +23,7 @@ const PACKAGES = ['machine', 'virtio', 'memfs', 'guest-kernel', 'host-kvm', 'har
 type Package = (typeof PACKAGES)[number];
 
 const { package: only } = new Command('npm run bench --')
-  .description('Figures of Ebb as ratios in one run, a table and out/bench.json; about 75 seconds.')
+  .description('Figures of Ebb as ratios in one run, a table and out/bench.json; about 85 seconds.')
   .addOption(new Option('--package <name>', 'what one package is responsible for').choices(PACKAGES))
   .addHelpText('after', '\nExamples:\n  npm run bench\n  npm run bench -- --package virtio')
   .exitOverride(({ exitCode }) => process.exit(exitCode === 0 ? 0 : 2))
@@ -70,11 +71,6 @@ const rows: Row[] = [];
 /** A figure without a counterpart in C; `met`: whether it is what `target` says. */
 function figure(name: string, unit: string, ebb: number, target = '', met: boolean | null = null): void {
   rows.push({ name, unit, ebb, other: null, ratio: null, range: null, target, met });
-}
-
-function median(values: readonly number[]): number {
-  const sorted = values.toSorted((a, b) => a - b);
-  return (sorted[(sorted.length - 1) >> 1] + sorted[sorted.length >> 1]) / 2;
 }
 
 /** `rate`: more is better. `time`: less is, and the ratio still one of speeds. `slower`: a time, and the ratio one of times. */
@@ -135,6 +131,14 @@ if (wants('guest-kernel'))
       'time',
       ebb,
       c('buddy', what, 'pages'),
+      null,
+    );
+    await pair(
+      `buddy, ${what}, two vCPUs at once, threads`,
+      'ns/op',
+      'time',
+      () => cases.buddyOnTwo(what),
+      c('buddy', what, 'two'),
       null,
     );
   }
