@@ -15,7 +15,7 @@ import { timed } from './timed.ts';
 /** Pages one by one, freed in order or at random; or orders 0 to 3. */
 export type Load = 'bulk' | 'random' | 'mixed';
 
-export const MAX_PFN = 131072;
+const MAX_PFN = 131072;
 const ROUNDS = 24;
 // A local copy: docs/performance.md § Constants.
 const MOVABLE = MIGRATE_MOVABLE;
