@@ -99,4 +99,7 @@ test('compare --json - writes exactly one document that fits the published schem
   expect(compareSchema.parse(JSON.parse(tight.stdout)).results[0].failure).toMatch(
     /no host frame was free|no memory to start/,
   );
+  // For people, whether they fit and not how many.
+  expect(fine.stderr).toMatch(/1 VMs fit[^]*reporting │\s+yes │/);
+  expect(tight.stderr).toMatch(/2 VMs fit[^]*none\s+│\s+no │/);
 });

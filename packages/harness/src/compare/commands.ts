@@ -74,7 +74,7 @@ Examples:
           flags.traceOut !== undefined,
         );
         line.end();
-        say(compareTable(outcome));
+        say(compareTable(outcome, options.vms));
         const { trace, vcpus } = options;
         if (trace.nrCpus > vcpus)
           say(
@@ -102,32 +102,35 @@ function progressText(p: CompareProgress, hostMemory: number): string {
   return `${p.technique}, seed ${p.seed}: ${phase}, ${p.finished} finished, host ${formatBytes(p.hostUsedBytes)} of ${formatBytes(hostMemory)}, ${(p.nowNs / NS_PER_S).toFixed(1)} virtual s`;
 }
 
-function compareTable(outcome: CompareOutcome): string {
+/** `vms`: how many had to fit, if they were not counted. */
+function compareTable(outcome: CompareOutcome, vms: number | undefined): string {
   const { json } = outcome;
+  const fit = ({ vmsFit, vmsFitRange: [least, most] }: (typeof json.results)[number]): string[] => {
+    if (vms === undefined) return [String(vmsFit), `${least}–${most}`];
+    return [least === vms ? 'yes' : most === 0 ? 'no' : 'with some seeds'];
+  };
+  const figures = [
+    'host peak',
+    'returned',
+    'EPT viol.',
+    'flushes',
+    'kicks',
+    'stall',
+    'p99 stall',
+    'violations',
+    'wall',
+  ];
+  const head = ['technique', ...(vms === undefined ? ['VMs fit', 'range'] : [`${vms} VMs fit`]), ...figures];
   const table = new Table({
-    head: [
-      'technique',
-      'VMs fit',
-      'range',
-      'host peak',
-      'returned',
-      'EPT viol.',
-      'flushes',
-      'kicks',
-      'stall',
-      'p99 stall',
-      'violations',
-      'wall',
-    ],
+    head,
     style: { head: [], border: [] },
-    colAligns: ['left', ...new Array<'right'>(11).fill('right')],
+    colAligns: ['left', ...new Array<'right'>(head.length - 1).fill('right')],
   });
   for (const r of json.results) {
     const bound = (name: string): string => (r.lowerBounds.includes(name) ? ' ≥' : '');
     table.push([
       r.technique,
-      String(r.vmsFit),
-      `${r.vmsFitRange[0]}–${r.vmsFitRange[1]}`,
+      ...fit(r),
       formatBytes(r.hostPeakBytes) + bound('hostPeakBytes'),
       formatBytes(r.returnedBytes) + bound('returnedBytes'),
       String(r.eptViolations) + bound('eptViolations'),
@@ -139,6 +142,6 @@ function compareTable(outcome: CompareOutcome): string {
       `${(r.wallMs / 1000).toFixed(1)} s`,
     ]);
   }
-  const head = `${json.trace.name}: guests of ${formatBytes(json.trace.guestMemoryBytes)} on a host of ${formatBytes(json.host.memoryBytes)}, ${json.seeds.length} seed(s), ${json.schedule}`;
-  return `${head}\n${table.toString()}`;
+  const title = `${json.trace.name}: guests of ${formatBytes(json.trace.guestMemoryBytes)} on a host of ${formatBytes(json.host.memoryBytes)}, ${json.seeds.length} seed(s), ${json.schedule}`;
+  return `${title}\n${table.toString()}`;
 }
