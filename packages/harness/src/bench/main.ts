@@ -22,13 +22,28 @@ const ROUNDS = 5;
 const PACKAGES = ['machine', 'virtio', 'memfs', 'guest-kernel', 'host-kvm', 'harness'] as const;
 type Package = (typeof PACKAGES)[number];
 
-const { package: only } = new Command('npm run bench --')
+const { package: only, load } = new Command('npm run bench --')
   .description('Figures of Ebb as ratios in one run, a table and out/bench.json; about 85 seconds.')
   .addOption(new Option('--package <name>', 'what one package is responsible for').choices(PACKAGES))
+  .addOption(new Option('--load', 'load what is measured, and no more').hideHelp())
   .addHelpText('after', '\nExamples:\n  npm run bench\n  npm run bench -- --package virtio')
   .exitOverride(({ exitCode }) => process.exit(exitCode === 0 ? 0 : 2))
   .parse()
-  .opts<{ package?: Package }>();
+  .opts<{ package?: Package; load?: true }>();
+if (load === true) {
+  // Workers' modules refuse to run in a process that is nobody's worker; they are loaded by then.
+  await Promise.allSettled([
+    import('./allocator-worker.ts'),
+    import('./bare-worker.ts'),
+    import('./exit-worker.ts'),
+    import('./handover-worker.ts'),
+    import('./ring-worker.ts'),
+    import('../fuzz/fuzz-worker.ts'),
+    import('../run/cpu-worker.ts'),
+    import('../run/host-worker.ts'),
+  ]);
+  process.exit(0);
+}
 /** Whether the figures of these packages are asked for: all are, unless one is named. */
 const wants = (...packages: Package[]): boolean => only === undefined || packages.includes(only);
 
