@@ -220,20 +220,23 @@ export class PerCpuPages {
     const pcp = this.#own[zoneIndex];
     const list = pcp + C_LISTS + 2 * pcpIndex(order, migratetype);
     w[pcp + C_FREE_COUNT] >>= 1;
-    if (w[list] < 0 && this.#refill(zoneIndex, pcp, list, order, migratetype) === 0) return -1;
-    return this.#popHead(pcp, list, order);
+    const head = w[list];
+    if (head >= 0) return this.#popHead(pcp, list, order, head);
+    if (this.#refill(zoneIndex, pcp, list, order, migratetype) === 0) return -1;
+    return this.#popHead(pcp, list, order, w[list]);
   }
 
   /** Takes a block that is on this CPU's list already; −1 if none is. */
   take(zoneIndex: number, order: number, migratetype: number): number {
     const pcp = this.#own[zoneIndex];
     const list = pcp + C_LISTS + 2 * pcpIndex(order, migratetype);
-    return this.#w[list] < 0 ? -1 : this.#popHead(pcp, list, order);
+    const head = this.#w[list];
+    return head < 0 ? -1 : this.#popHead(pcp, list, order, head);
   }
 
-  #popHead(pcp: number, list: number, order: number): number {
+  /** `pfn` is the list's head. */
+  #popHead(pcp: number, list: number, order: number, pfn: number): number {
     const w = this.#w;
-    const pfn = w[list];
     const next = w[this.#memmap + (pfn << 4) + P_NEXT];
     w[list] = next;
     if (next >= 0) w[this.#memmap + (next << 4) + P_PREV] = -1;
