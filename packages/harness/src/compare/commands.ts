@@ -13,7 +13,7 @@ import {
   writeTraces,
 } from '../cli-output.ts';
 import { renderReport } from '../report/report.ts';
-import { compare, type CompareOutcome, type CompareProgress } from './compare.ts';
+import { compare, verdict, type CompareOutcome, type CompareProgress } from './compare.ts';
 import { checkCompare, SHIPPED_TRACES, type CompareFlags } from './options.ts';
 import { compareSchema } from './schema.ts';
 
@@ -74,7 +74,7 @@ Examples:
           flags.traceOut !== undefined,
         );
         line.end();
-        say(compareTable(outcome, options.vms));
+        say(compareTable(outcome));
         const { trace, vcpus } = options;
         if (trace.nrCpus > vcpus)
           say(
@@ -102,13 +102,7 @@ function progressText(p: CompareProgress, hostMemory: number): string {
   return `${p.technique}, seed ${p.seed}: ${phase}, ${p.finished} finished, host ${formatBytes(p.hostUsedBytes)} of ${formatBytes(hostMemory)}, ${(p.nowNs / NS_PER_S).toFixed(1)} virtual s`;
 }
 
-/** `vms`: how many had to fit, if they were not counted. */
-function compareTable(outcome: CompareOutcome, vms: number | undefined): string {
-  const { json } = outcome;
-  const fit = ({ vmsFit, vmsFitRange: [least, most] }: (typeof json.results)[number]): string[] => {
-    if (vms === undefined) return [String(vmsFit), `${least}–${most}`];
-    return [least === vms ? 'yes' : most === 0 ? 'no' : 'with some seeds'];
-  };
+function compareTable({ json, vms }: CompareOutcome): string {
   const figures = [
     'host peak',
     'returned',
@@ -130,7 +124,7 @@ function compareTable(outcome: CompareOutcome, vms: number | undefined): string 
     const bound = (name: string): string => (r.lowerBounds.includes(name) ? ' ≥' : '');
     table.push([
       r.technique,
-      ...fit(r),
+      ...(vms === undefined ? [String(r.vmsFit), r.vmsFitRange.join('–')] : [verdict(r.vmsFitRange)]),
       formatBytes(r.hostPeakBytes) + bound('hostPeakBytes'),
       formatBytes(r.returnedBytes) + bound('returnedBytes'),
       String(r.eptViolations) + bound('eptViolations'),

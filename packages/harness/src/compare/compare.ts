@@ -43,10 +43,17 @@ export interface TechniqueRun {
 export interface CompareOutcome {
   readonly json: CompareJson;
   readonly runs: readonly TechniqueRun[];
+  /** How many had to fit (`--vms`); undefined: they were counted. */
+  readonly vms: number | undefined;
   /** Lines for people: violations, and why a `--vms` run failed. */
   readonly notes: readonly string[];
   readonly deviceTrace: readonly string[];
   readonly allocTrace: readonly string[];
+}
+
+/** Whether the VMs that had to fit did, whatever the seed. */
+export function verdict([least, most]: readonly [number, number]): string {
+  return least > 0 ? 'yes' : most === 0 ? 'no' : 'with some seeds';
 }
 
 interface SeedRun {
@@ -162,7 +169,7 @@ export async function compare(
     seeds,
     results,
   };
-  return { json, runs, notes, deviceTrace, allocTrace };
+  return { json, runs, vms: options.vms, notes, deviceTrace, allocTrace };
 }
 
 /** The count for one seed, with the run it stands for. */

@@ -2,7 +2,7 @@
 import * as Plot from '@observablehq/plot';
 import { parseHTML } from 'linkedom';
 import { formatBytes, GiB, MiB, NS_PER_S } from '@ebb/machine';
-import type { CompareOutcome, TechniqueRun } from '../compare/compare.ts';
+import { verdict, type CompareOutcome, type TechniqueRun } from '../compare/compare.ts';
 
 function svg(options: Parameters<typeof Plot.plot>[0]): string {
   const { document } = parseHTML('<html><body></body></html>');
@@ -78,26 +78,28 @@ const escape = (text: string): string => text.replaceAll('&', '&amp;').replaceAl
 
 /** Renders the page. */
 export function renderReport(outcome: CompareOutcome): string {
-  const { json } = outcome;
+  const { json, vms } = outcome;
+  const fit = ({ vmsFit, vmsFitRange }: (typeof json.results)[number]): string =>
+    vms === undefined ? `<b>${vmsFit}</b> (${vmsFitRange.join('–')})` : `<b>${verdict(vmsFitRange)}</b>`;
   const rows = json.results
     .map(
       (r) =>
-        `<tr><td>${r.technique}</td><td><b>${r.vmsFit}</b> (${r.vmsFitRange[0]}–${r.vmsFitRange[1]})</td><td>${formatBytes(r.hostPeakBytes)}</td>` +
+        `<tr><td>${r.technique}</td><td>${fit(r)}</td><td>${formatBytes(r.hostPeakBytes)}</td>` +
         `<td>${formatBytes(r.returnedBytes)}</td><td>${r.eptViolations}</td><td>${r.tlbFlushes}</td><td>${(r.stallVirtualNs.total / 1e6).toFixed(1)} ms</td><td>${r.ledgerViolations}</td></tr>`,
     )
     .join('\n');
   const guests = outcome.runs
-    .map((run) => `<h3>${run.technique}: ${run.vmsFit} VMs</h3>${guestPlot(run)}`)
+    .map((run) => `<h3>${run.technique}: ${vms ?? run.vmsFit} VMs</h3>${guestPlot(run)}`)
     .join('\n');
   return `<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Ebb: ${escape(json.trace.name)} on ${formatBytes(json.host.memoryBytes)}</title>
 <style>body{font:15px/1.5 system-ui,sans-serif;max-width:960px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;width:100%}td,th{padding:.3rem .6rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}svg{max-width:100%}</style>
 <h1>How many VMs fit?</h1>
 <p>Trace <b>${escape(json.trace.name)}</b> (${json.trace.events} events, hash ${json.trace.hash}), guests of ${formatBytes(json.trace.guestMemoryBytes)}, host of ${formatBytes(json.host.memoryBytes)}, seeds ${json.seeds.join(', ')}, schedule ${json.schedule}, huge pages ${json.hugePages}, cost table ${json.costTable}, Ebb ${json.ebb}.</p>
-<table><tr><th>technique</th><th>VMs that fit</th><th>host peak</th><th>returned</th><th>EPT violations</th><th>TLB flushes</th><th>stall</th><th>violations</th></tr>
+<table><tr><th>technique</th><th>${vms === undefined ? 'VMs that fit' : `${vms} VMs fit`}</th><th>host peak</th><th>returned</th><th>EPT violations</th><th>TLB flushes</th><th>stall</th><th>violations</th></tr>
 ${rows}</table>
 <h2>Host memory over time</h2>
-<p>Each line is the median run of its technique: exactly as many VMs as fit. The dashed line is the host.</p>
+<p>Each line is the median run of its technique: ${vms === undefined ? 'exactly as many VMs as fit' : `${vms} VMs`}. The dashed line is the host.</p>
 ${hostPlot(outcome)}
 <h2>Inside the guests</h2>
 <p>Used, cached, ballooned and free memory of each guest over virtual time.</p>
