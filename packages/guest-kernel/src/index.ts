@@ -21,4 +21,3 @@ export * from './mm/reclaim.ts';
 export * from './mm/tracepoints.ts';
 export * from './mm/zone.ts';
 export * from './procfs.ts';
-export { PerCpuPages } from './mm/per-cpu-pages.ts';

@@ -398,10 +398,10 @@ export class MemoryHotplug {
     // The balloon changes it as well, without the zone's lock.
     Atomics.add(this.#w, zone + Z_MANAGED, count);
     shadowMove(this.#w, this.#shadow, this.#vcpu, first, count, SHADOW_ABSENT, SHADOW_BUDDY);
+    for (let pfn = first; pfn < first + count; pfn++) this.#w[this.#memmap + (pfn << 4) + P_FLAGS] = 0;
     for (let pfn = first; pfn < first + count; ) {
       let order = 0;
       while (order < MAX_ORDER && pfn % (2 << order) === 0 && pfn + (2 << order) <= first + count) order++;
-      for (let p = pfn; p < pfn + (1 << order); p++) this.#w[this.#memmap + (p << 4) + P_FLAGS] = 0;
       this.#buddy.freeOne(zone, pfn, order, true, true);
       pfn += 1 << order;
     }

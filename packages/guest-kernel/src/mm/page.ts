@@ -45,6 +45,8 @@ export const PG_OFFLINE = 256;
 export const PG_STAMPED = 1024;
 /** In the page cache, or was: its last reference is dropped atomically. */
 export const PG_CACHED = 2048;
+/** A process's memory: mapped by its page tables, movable. */
+export const PG_ANON = 4096;
 
 /**
  * Words of `Arena.free`: 0, or for the first page of a free block its order + 1, a flag, and the first word of its zone. Guarded
@@ -54,9 +56,6 @@ export const FREE_ORDER = 0xff;
 /** Known to the host (`PageReported`). */
 export const FREE_REPORTED = 0x100;
 export const FREE_ZONE_SHIFT = 12;
-
-/** A process's memory: mapped by its page tables, movable. */
-export const PG_ANON = 4096;
 
 /** Where a page is, as the shadow follows it. */
 export const SHADOW_ABSENT = 0;

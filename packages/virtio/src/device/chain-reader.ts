@@ -2,8 +2,9 @@
  * Reads descriptors: copies each once, checks the copy, and never reads the ring again for it (virtio 1.2 § 2.7.5). The guest
  * may rewrite them meanwhile; what it made of them is then not what the device acts on.
  *
- * Two readers with one meaning. `readCommon` takes buffers of the common form by the batch, in one loop over words, and stops
- * before the first that is not; `read` takes any, and says what is wrong with one.
+ * Three readers with one meaning. `readCommon` takes buffers of the common form by the batch, in one loop over words, and stops
+ * before the first that is not; `readSingles` takes those of one descriptor, wherever they lie; `read` takes any, and says what
+ * is wrong with one.
  */
 import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
 import * as virtio from '../uapi/virtio.ts';
