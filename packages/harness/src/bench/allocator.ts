@@ -64,21 +64,14 @@ export function allocateAndFree(
     together();
     if (load === 'mixed') {
       let count = 0;
-      const half = Math.floor(n / 2);
       const ns = timed(1, () => {
-        for (let i = 0; i < half; i++) {
-          const pfn = pcp.alloc(zone, ORDERS[i & 7], MOVABLE);
-          if (pfn < 0) break;
-          held[count++] = pfn;
-        }
-        for (let i = 0; i < count; i++) pcp.free(zone, held[i], ORDERS[i & 7], MOVABLE);
+        count = takeMixed(pcp, zone, held, Math.floor(n / 2));
+        giveMixed(pcp, zone, held, count);
       });
       rounds.push(ns / (2 * count));
       continue;
     }
-    const alloc = timed(n, () => {
-      for (let i = 0; i < n; i++) held[i] = pcp.alloc(zone, 0, MOVABLE);
-    });
+    const alloc = timed(n, () => takePages(pcp, zone, held));
     if (load === 'random') {
       for (let i = n - 1; i > 0; i--) {
         const j = random.below(i + 1);
@@ -88,11 +81,30 @@ export function allocateAndFree(
       }
       together();
     }
-    const free = timed(n, () => {
-      for (let i = 0; i < n; i++) pcp.free(zone, held[i], 0, MOVABLE);
-    });
+    const free = timed(n, () => givePages(pcp, zone, held));
     rounds.push(load === 'random' ? free : (alloc + free) / 2);
   }
   pcp.leave();
   return rounds;
+}
+
+// The loops that are timed, as functions of their own: in a closure every variable they share is read again in each round.
+
+/** Takes up to `most` blocks of mixed orders: how many there were. */
+function takeMixed(pcp: PerCpuPages, zone: number, held: Int32Array, most: number): number {
+  for (let i = 0; i < most; i++) {
+    const pfn = pcp.alloc(zone, ORDERS[i & 7], MOVABLE);
+    if (pfn < 0) return i;
+    held[i] = pfn;
+  }
+  return most;
+}
+function giveMixed(pcp: PerCpuPages, zone: number, held: Int32Array, count: number): void {
+  for (let i = 0; i < count; i++) pcp.free(zone, held[i], ORDERS[i & 7], MOVABLE);
+}
+function takePages(pcp: PerCpuPages, zone: number, held: Int32Array): void {
+  for (let i = 0; i < held.length; i++) held[i] = pcp.alloc(zone, 0, MOVABLE);
+}
+function givePages(pcp: PerCpuPages, zone: number, held: Int32Array): void {
+  for (let i = 0; i < held.length; i++) pcp.free(zone, held[i], 0, MOVABLE);
 }
