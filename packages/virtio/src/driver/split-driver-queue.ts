@@ -5,9 +5,9 @@
  * read back from the ring: the device may scribble there. For a guest kernel those words are in the arena, guarded by
  * the lock of the driver that owns the queue.
  *
- * One word a descriptor tells its state: of one that is free, or part of a chain but not its head, the complement of the
- * next in the list; of a head that is out, twice its token, plus one for a chain of several, whose length and second
- * descriptor then stand in two more words.
+ * Free descriptors stand on a stack, where Linux links them: a batch then knows all of its descriptors at once. One word a
+ * descriptor tells its state: of a head that is out, twice its token, plus one for a chain of several, whose length and
+ * second descriptor then stand in two more words; of the others of such a chain, the complement of the next.
  *
  * Departures from Linux: the ring parts each start on a page of their own and fit in it, so a queue has at most 256
  * entries; Linux prefers larger queues for block devices.
@@ -43,16 +43,22 @@ const {
 
 export const DRIVER_QUEUE_MAX = 256;
 
-/** Words of driver state for a queue of `size`: a header, then a state, a chain's length and its second part per descriptor. */
+/**
+ * Words of driver state for a queue of `size`: a header, then per descriptor a state, a chain's length, its second part, and a
+ * place on the stack.
+ */
 export function driverQueueWords(size: number): number {
-  return 16 + 3 * size;
+  return 16 + 4 * size;
 }
 
 /** Tokens are below this. */
 const MAX_TOKEN = 0x4000_0000;
 
+/** State of a descriptor that is free. */
+const FREE = -1;
+
+/** How many are free: the stack's height. */
 const S_FREE = 0;
-const S_FREE_HEAD = 1;
 /** Free-running index of the next available entry, not yet published beyond `S_PUBLISHED`. */
 const S_AVAIL = 2;
 const S_PUBLISHED = 3;
@@ -90,6 +96,8 @@ export class SplitDriverQueue {
   /** Descriptors of the chain of several that starts at each head, and its second one. */
   readonly #count: number;
   readonly #second: number;
+  /** First word of the stack of free descriptors. */
+  readonly #stack: number;
   readonly #eventIdx: boolean;
   readonly #indirect: boolean;
 
@@ -108,6 +116,7 @@ export class SplitDriverQueue {
     this.#word = options.stateBase + 16;
     this.#count = options.stateBase + 16 + options.size;
     this.#second = options.stateBase + 16 + 2 * options.size;
+    this.#stack = options.stateBase + 16 + 3 * options.size;
     this.#eventIdx = options.eventIdx;
     this.#indirect = options.indirect;
   }
@@ -117,7 +126,9 @@ export class SplitDriverQueue {
     const s = this.#state;
     s.fill(0, this.#base, this.#base + 16);
     s[this.#base + S_FREE] = this.size;
-    for (let i = 0; i < this.size; i++) s[this.#word + i] = ~(i + 1);
+    s.fill(FREE, this.#word, this.#word + this.size);
+    // The first on top.
+    for (let i = 0; i < this.size; i++) s[this.#stack + i] = this.size - 1 - i;
     for (const [at, bytes] of [
       [this.rings.desc, DESC_BYTES * this.size],
       [this.rings.driver, availBytes(this.size)],
@@ -149,9 +160,11 @@ export class SplitDriverQueue {
     const total = out.length + into.length;
     assert(total > 0, 'a buffer has at least one segment');
     const s = this.#state;
-    if (s[this.#base + S_FREE] < total) return false;
-    const head = s[this.#base + S_FREE_HEAD];
-    let index = head;
+    const left = s[this.#base + S_FREE] - total;
+    if (left < 0) return false;
+    // The chain's descriptors, the last one first.
+    const own = this.#stack + left;
+    const head = s[own + total - 1];
     this.#window(memory, this.rings.desc, DESC_BYTES * this.size);
     const i32 = memory.i32;
     const desc = memory.at >> 2;
@@ -160,21 +173,21 @@ export class SplitDriverQueue {
       const writable = i >= out.length;
       const segment = writable ? into[i - out.length] : out[i];
       bytes += segment.length;
-      const next = ~s[this.#word + index];
+      const index = s[own + total - 1 - i];
+      const next = i < total - 1 ? s[own + total - 2 - i] : 0;
       const flags = (writable ? VIRTQ_DESC_F_WRITE : 0) | (i < total - 1 ? VIRTQ_DESC_F_NEXT : 0);
       const at = desc + index * 4;
       i32[at] = segment.gpa | 0;
       i32[at + 1] = Math.floor(segment.gpa / 0x1_0000_0000);
       i32[at + 2] = segment.length;
-      i32[at + 3] = flags | (i < total - 1 ? next << 16 : 0);
-      index = next;
+      i32[at + 3] = flags | (next << 16);
+      s[this.#word + index] = ~next;
     }
     assert(bytes <= MAX_CHAIN_BYTES, 'a buffer has at most 2³² bytes');
-    s[this.#base + S_FREE_HEAD] = index;
-    s[this.#base + S_FREE] -= total;
+    s[this.#base + S_FREE] = left;
     if (total > 1) {
       s[this.#count + head] = total;
-      s[this.#second + head] = ~s[this.#word + head];
+      s[this.#second + head] = s[own + total - 2];
     }
     this.#takeOut(head, token, total > 1);
     this.#pushAvail(memory, head);
@@ -231,7 +244,8 @@ export class SplitDriverQueue {
   ): number {
     const s = this.#state;
     const base = this.#base;
-    const n = Math.min(count, s[base + S_FREE]) | 0;
+    const free = s[base + S_FREE] | 0;
+    const n = Math.min(count, free) | 0;
     if (n === 0) return 0;
     // Table and available ring in one section: each with its own view, since they may lie in different parts of the host.
     let i32: Int32Array;
@@ -251,26 +265,27 @@ export class SplitDriverQueue {
     const mask = (this.size - 1) | 0;
     const word = this.#word | 0;
     const idx = s[base + S_AVAIL] | 0;
-    let head = s[base + S_FREE_HEAD] | 0;
-    // Touched before the loop: docs/performance.md § Loops.
-    void (i32[desc + (head << 2)] + u16[ring + (idx & mask)] + gpas[0] + tokens[0]);
+    const top = (this.#stack + free - 1) | 0;
+    // Touched before the loop: docs/performance.md § Loops. What is written is nobody's yet.
+    void (gpas[0] + tokens[0]);
+    u16[ring + (idx & mask)] = 0;
+    // The device's core has these lines: asked for together, they come together (docs/performance.md § Lines).
+    for (let i = 0; i < n; i = (i + 4) | 0) i32[(desc + (s[(top - i) | 0] << 2)) | 0] = 0;
     for (let i = 0; i < n; i++) {
+      const head = s[(top - i) | 0];
       const at = (desc + (head << 2)) | 0;
       const gpa = gpas[i];
       const token = tokens[i];
       assert((token & ~(MAX_TOKEN - 1)) === 0, 'a token has 30 bits');
       i32[at] = gpa;
       // An element keeps the whole part: the upper half.
-      i32[at + 1] = gpa / 0x1_0000_0000;
-      i32[at + 2] = bytes;
-      i32[at + 3] = bits;
-      u16[ring + ((idx + i) & mask)] = head;
-      const own = (word + head) | 0;
-      head = ~s[own];
-      s[own] = token << 1;
+      i32[(at + 1) | 0] = gpa / 0x1_0000_0000;
+      i32[(at + 2) | 0] = bytes;
+      i32[(at + 3) | 0] = bits;
+      u16[(ring + ((idx + i) & mask)) | 0] = head;
+      s[(word + head) | 0] = token << 1;
     }
-    s[base + S_FREE_HEAD] = head;
-    s[base + S_FREE] -= n;
+    s[base + S_FREE] = free - n;
     const published = (idx + n) & 0xffff;
     s[base + S_AVAIL] = published;
     // Publishes descriptors and ring entries. Pairs with `Atomics.load` of avail.idx in `SplitDeviceQueue`.
@@ -401,10 +416,12 @@ export class SplitDriverQueue {
     const mask = (size - 1) | 0;
     const word = this.#word | 0;
     const first = last | 0;
-    let free = s[this.#base + S_FREE_HEAD] | 0;
     let i = from | 0;
+    // Where the first of them goes.
+    const top = (this.#stack + s[this.#base + S_FREE] - i) | 0;
     // Touched before the loop: docs/performance.md § Loops.
-    void (i32[ring + (((first + i) & mask) << 1)] + tokens[i]);
+    void i32[ring + (((first + i) & mask) << 1)];
+    tokens[i] = 0;
     for (; i < end; i++) {
       const head = i32[ring + (((first + i) & mask) << 1)];
       if (head >>> 0 >= size) break;
@@ -413,10 +430,9 @@ export class SplitDriverQueue {
       // Not out, or a chain of several.
       if ((state & 0x8000_0001) !== 0) break;
       tokens[i] = state >> 1;
-      s[own] = ~free;
-      free = head;
+      s[own] = FREE;
+      s[(top + i) | 0] = head;
     }
-    s[this.#base + S_FREE_HEAD] = free;
     s[this.#base + S_FREE] += i - from;
     return i - from;
   }
@@ -429,17 +445,17 @@ export class SplitDriverQueue {
     const s = this.#state;
     if (head < 0 || head >= this.size || s[this.#word + head] < 0) return -1;
     const state = s[this.#word + head];
-    const free = s[this.#base + S_FREE_HEAD];
-    let count = 1;
-    if ((state & 1) === 0) s[this.#word + head] = ~free;
-    else {
-      count = s[this.#count + head];
-      let tail = s[this.#second + head];
-      s[this.#word + head] = ~tail;
-      for (let i = 2; i < count; i++) tail = ~s[this.#word + tail];
-      s[this.#word + tail] = ~free;
+    const count = (state & 1) === 0 ? 1 : s[this.#count + head];
+    // On top again, in the order in which they were taken.
+    const top = this.#stack + s[this.#base + S_FREE] + count - 1;
+    let index = head;
+    let next = count > 1 ? s[this.#second + head] : 0;
+    for (let i = 0; i < count; i++) {
+      s[top - i] = index;
+      s[this.#word + index] = FREE;
+      index = next;
+      next = ~s[this.#word + index];
     }
-    s[this.#base + S_FREE_HEAD] = head;
     s[this.#base + S_FREE] += count;
     return state >> 1;
   }

@@ -288,3 +288,18 @@ test('a device that returns a buffer twice breaks the queue', () => {
   expect(r.queue.popUsed(r.memory)).toBe(-1);
   expect(r.queue.broken).toBe(true);
 });
+
+test('a descriptor in the middle of a chain is not returned as a buffer', () => {
+  for (const batched of [true, false]) {
+    const r = rig();
+    const parts = [0x20000, 0x20100, 0x20200].map((gpa) => ({ gpa, length: 16 }));
+    expect(r.queue.add(r.memory, parts.slice(0, 1), [], 4)).toBe(true);
+    // Takes descriptors 1, 2 and 3.
+    expect(r.queue.add(r.memory, parts, [], 5)).toBe(true);
+    r.queue.publish(r.memory);
+    r.memory.i32.set([2, 0], (RINGS.device + 4) / 4);
+    r.memory.u16[(RINGS.device + 2) / 2] = 1;
+    const got = batched ? r.queue.popUsedBatch(r.memory, new Int32Array(4), 4) : r.queue.popUsed(r.memory);
+    expect([got, r.queue.broken]).toEqual([batched ? 0 : -1, true]);
+  }
+});
