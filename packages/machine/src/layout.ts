@@ -18,18 +18,21 @@ export const VC_FLUSH_REQ = 16;
 export const VC_IRQ = 17;
 /** Frame of the EPT root; set before the vCPU first enters guest mode. */
 export const VC_EPT_ROOT = 18;
-/** Line 2: the exit mailbox. `STATE` is written by both in turn; see `EXIT_*`. */
-export const VC_EXIT_STATE = 32;
-export const VC_EXIT_REASON = 33;
-export const VC_EXIT_SIZE = 34;
-export const VC_EXIT_DATA = 35;
+/**
+ * Line 3: the exit mailbox. `STATE` is written by both in turn; see `EXIT_*`. Line 2 stays empty: the vCPU reads line 1 when it
+ * enters guest mode, a core fetches the line behind the one it reads, and that must not be the one the other side writes.
+ */
+export const VC_EXIT_STATE = 48;
+export const VC_EXIT_REASON = 49;
+export const VC_EXIT_SIZE = 50;
+export const VC_EXIT_DATA = 51;
 /** Address of the exit, float64. */
-export const VC_EXIT_ADDR_F64 = 18;
+export const VC_EXIT_ADDR_F64 = 26;
 /** Result code and data, written by the host. */
-export const VC_EXIT_RESULT = 38;
-export const VC_EXIT_RDATA = 39;
+export const VC_EXIT_RESULT = 54;
+export const VC_EXIT_RDATA = 55;
 /** Virtual cost of the exit in nanoseconds, float64, written by the host. */
-export const VC_EXIT_COST_F64 = 20;
+export const VC_EXIT_COST_F64 = 28;
 /** Virtual time at which each interrupt line's newest completion is due: 32 float64, written by the host. */
 export const VC_IRQ_DUE_F64 = 32;
 /** Stall histogram: 64 words, written by the vCPU (log₂ buckets in quarter steps from 256 ns). */

@@ -13,6 +13,7 @@ import {
 import { UserError } from '../trace/trace.ts';
 import { AGENT_BYTES } from './agent-program.ts';
 import { handleBytes } from './replay-program.ts';
+import { pageAligned } from './page-aligned.ts';
 import type { RunBuffers, RunSpec } from './spec.ts';
 
 function sharedBuffer(bytes: number, what: string): SharedArrayBuffer {
@@ -92,8 +93,8 @@ export function runBuffers(spec: RunSpec, host: HostBuffers, ramBytes: number = 
     dram: host.dram,
     ledger: host.ledger,
     violations: sharedBuffer(VIOLATION_BYTES, 'violation log'),
-    control: sharedBuffer(spec.vms.length * spec.vcpusPerVm * VCPU_BLOCK_BYTES, 'control blocks'),
-    runControl: sharedBuffer(RUN_CONTROL_BYTES, 'run control'),
+    control: pageAligned(spec.vms.length * spec.vcpusPerVm * VCPU_BLOCK_BYTES),
+    runControl: pageAligned(RUN_CONTROL_BYTES),
     handles: spec.vms.map((vm, k) =>
       keptBuffer(
         host,

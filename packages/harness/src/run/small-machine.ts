@@ -14,6 +14,7 @@ import {
   ViolationLog,
 } from '@ebb/machine';
 import { MemFile, type HugePolicy } from '@ebb/memfs';
+import { pageAligned } from './page-aligned.ts';
 
 interface SmallVm {
   readonly vm: Vm;
@@ -67,13 +68,13 @@ export function smallMachine(options: SmallMachineOptions): SmallMachine {
   const poolOptions = { memory, ledger, violations: log, frames: memory.frames };
   const pool = options.pool?.(poolOptions) ?? new FramePool(poolOptions);
   const tasks = new HostTasks(inlineSchedule);
-  const control = new SharedArrayBuffer(VCPU_BLOCK_BYTES * nrVms);
-  const runControl = new SharedArrayBuffer(RUN_CONTROL_BYTES);
+  const control = pageAligned(VCPU_BLOCK_BYTES * nrVms);
+  const runControl = pageAligned(RUN_CONTROL_BYTES);
   const tableLive = new Int32Array(memory.frames);
   const vms: SmallVm[] = [];
   const poll = (): boolean => {
     let found = false;
-    for (const { vm } of vms) if (vm.scanExits()) found = true;
+    for (let i = 0; i < vms.length; i++) if (vms[i].vm.scanExits()) found = true;
     return tasks.step() || found;
   };
   for (let id = 0; id < nrVms; id++) {
