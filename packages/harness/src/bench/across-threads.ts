@@ -67,7 +67,8 @@ export async function exitThreads(count: number, faults: boolean): Promise<numbe
       });
       await turn();
       while (result < 0) {
-        for (let i = 0; i < 20_000; i++) machine.poll();
+        // About a millisecond, as the host worker does between two turns of the event loop.
+        for (let i = 0; i < 80_000; i++) machine.poll();
         await turn();
       }
       await call;
