@@ -1,7 +1,8 @@
 /**
  * How far V8 inlines. Its budget for one function is 920 bytes of bytecode, less than the way of one page through allocator
  * or fault: calls in the middle cost what they call. Runs that last get more; a search, whose executions are short, is better
- * off with less to compile. For the process and workers spawned later; what is compiled already stays as it is.
+ * off with less to compile. For the process and workers spawned later; what is compiled already stays as it is. What a function
+ * has swallowed counts where it is inlined in turn: docs/performance.md § Inlining.
  */
 import { setFlagsFromString } from 'node:v8';
 
