@@ -16,9 +16,13 @@ import { handleBytes } from './replay-program.ts';
 import { pageAligned } from './page-aligned.ts';
 import type { RunBuffers, RunSpec } from './spec.ts';
 
-function sharedBuffer(bytes: number, what: string): SharedArrayBuffer {
+function sharedBuffer(
+  bytes: number,
+  what: string,
+  make: (bytes: number) => SharedArrayBuffer = (n) => new SharedArrayBuffer(n),
+): SharedArrayBuffer {
   try {
-    return new SharedArrayBuffer(bytes);
+    return make(bytes);
   } catch {
     throw new UserError(
       `${what}: ${formatBytes(bytes)} of shared memory cannot be had on this machine; ask for less`,
@@ -93,8 +97,6 @@ export function runBuffers(spec: RunSpec, host: HostBuffers, ramBytes: number = 
     dram: host.dram,
     ledger: host.ledger,
     violations: sharedBuffer(VIOLATION_BYTES, 'violation log'),
-    control: pageAligned(spec.vms.length * spec.vcpusPerVm * VCPU_BLOCK_BYTES),
-    runControl: pageAligned(RUN_CONTROL_BYTES),
     handles: spec.vms.map((vm, k) =>
       keptBuffer(
         host,
@@ -111,5 +113,12 @@ export function runBuffers(spec: RunSpec, host: HostBuffers, ramBytes: number = 
     arenas: spec.vms.map((vm, k) =>
       keptBuffer(host, `arena ${k}`, Arena.bytes(vm.guest.maxPfn), 'guest kernel arena', booted[k]),
     ),
+    // Last: they take address space that the others may need.
+    control: sharedBuffer(
+      spec.vms.length * spec.vcpusPerVm * VCPU_BLOCK_BYTES,
+      'control blocks',
+      pageAligned,
+    ),
+    runControl: sharedBuffer(RUN_CONTROL_BYTES, 'run control', pageAligned),
   };
 }

@@ -1,11 +1,12 @@
 /** The two readers of descriptors against each other: the loop over words, and the one that says what is wrong. */
 import { fc, test } from '@fast-check/vitest';
-import { FlatGuestMemory } from '@ebb/machine';
+import { FlatGuestMemory, PAGE_SIZE, type DeviceMemory } from '@ebb/machine';
 import { expect } from 'vitest';
 import { VIRTQ_DESC_F_INDIRECT, VIRTQ_DESC_F_NEXT, VIRTQ_DESC_F_WRITE } from '../uapi/index.ts';
 import { ChainBatch } from './chain-batch.ts';
 import { ChainReader } from './chain-reader.ts';
 import { DescriptorChain } from './descriptor-chain.ts';
+import { SplitDeviceQueue } from './split-device-queue.ts';
 
 const SIZE = 16;
 /** Descriptors in a table: more than a chain may have. */
@@ -115,6 +116,57 @@ test.prop(
       expect(bad !== null || uncommon).toBe(true);
     }
   }
+});
+
+/** Somebody else's RAM, of which one window at a time is here: each call ends the window before. */
+class OneWindow implements DeviceMemory {
+  readonly u8: Uint8Array = new Uint8Array(PAGE_SIZE);
+  readonly u16: Uint16Array = new Uint16Array(this.u8.buffer);
+  readonly i32: Int32Array = new Int32Array(this.u8.buffer);
+  at = 0;
+  section = 0;
+  readonly #whole: FlatGuestMemory;
+  constructor(whole: FlatGuestMemory) {
+    this.#whole = whole;
+  }
+  contains(gpa: number, length: number, write: boolean): boolean {
+    return this.#whole.contains(gpa, length, write);
+  }
+  window(gpa: number, length: number, write: boolean): boolean {
+    if (!this.contains(gpa, length, write)) return false;
+    this.section++;
+    this.at = gpa % PAGE_SIZE;
+    this.u8.set(this.#whole.u8.subarray(gpa, gpa + length), this.at);
+    return true;
+  }
+}
+
+test.prop(
+  [
+    fc.array(segment, { minLength: SIZE, maxLength: SIZE }),
+    fc.array(segment, { minLength: TABLE, maxLength: TABLE }),
+    fc.array(fc.nat(SIZE), { minLength: 4, maxLength: 4 }),
+  ],
+  { numRuns: 500 },
+)('buffers are the same where a window ends the one before', (ring, tables, heads) => {
+  const whole = new FlatGuestMemory(new ArrayBuffer(BYTES));
+  ring.forEach((d, i) => write(whole, RINGS.desc, i, d));
+  for (const at of [0x4000, 0x5f80]) tables.forEach((d, i) => write(whole, at, i, d));
+  heads.forEach((head, i) => (whole.u16[((RINGS.driver + 4) >> 1) + i] = head));
+  whole.u16[(RINGS.driver + 2) >> 1] = heads.length;
+  const [some, one] = [whole, new OneWindow(whole)].map((memory) => {
+    const queue = new SplitDeviceQueue({ size: SIZE, rings: RINGS, memory, eventIdx: false, indirect: true });
+    const popped: unknown[] = [];
+    for (let chain = queue.pop(); chain !== null; chain = queue.pop())
+      popped.push([
+        chain.head,
+        chain.writableBytes,
+        [...chain.gpas.subarray(0, chain.segments)],
+        [...chain.lengths.subarray(0, chain.segments)],
+      ]);
+    return { popped, error: queue.error };
+  });
+  expect(one).toEqual(some);
 });
 
 /** Whether a chain in the ring's table ends in an indirect one. */

@@ -4,7 +4,7 @@
  *
  * Three readers with one meaning. `readCommon` takes buffers of the common form by the batch, in one loop over words, and stops
  * before the first that is not; `readSingles` takes those of one descriptor, wherever they lie; `read` takes any, and says what
- * is wrong with one.
+ * is wrong with one. The first two need several windows at once: where one ends the others (`section` moves), they take none.
  */
 import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
 import * as virtio from '../uapi/virtio.ts';
@@ -60,9 +60,9 @@ export class ChainReader {
     const size = this.#size | 0;
     const mask = (size - 1) | 0;
     if (!memory.window(this.#rings.driver, AVAIL_RING + 2 * size, false)) return 0;
-    const { u16 } = memory;
+    const { u16, section } = memory;
     const ring = (memory.at + AVAIL_RING) >> 1;
-    if (!memory.window(this.#rings.desc, size * DESC_BYTES, false)) return 0;
+    if (!memory.window(this.#rings.desc, size * DESC_BYTES, false) || memory.section !== section) return 0;
     const { i32 } = memory;
     const desc = memory.at >> 2;
     const indirect = this.#indirect;
@@ -95,6 +95,7 @@ export class ChainReader {
           length <= 0 ||
           (low & IN_PAGE) + length > PAGE ||
           !memory.window(low, length, false) ||
+          memory.section !== section ||
           memory.i32 !== i32
         )
           break;
@@ -166,9 +167,9 @@ export class ChainReader {
     const size = this.#size | 0;
     const mask = (size - 1) | 0;
     if (!memory.window(this.#rings.driver, AVAIL_RING + 2 * size, false)) return 0;
-    const { u16 } = memory;
+    const { u16, section } = memory;
     const ring = (memory.at + AVAIL_RING) >> 1;
-    if (!memory.window(this.#rings.desc, size * DESC_BYTES, false)) return 0;
+    if (!memory.window(this.#rings.desc, size * DESC_BYTES, false) || memory.section !== section) return 0;
     const { i32 } = memory;
     const desc = memory.at >> 2;
     const from = idx | 0;

@@ -152,7 +152,7 @@ export class SplitDeviceQueue {
   /**
    * Takes up to `max` available buffers of one descriptor each: heads, addresses, lengths (negative when writable).
    * Stops before the first chain that is longer, or malformed; take that with `pop`. The addresses are checked where the
-   * buffer is touched (`window`).
+   * buffer is touched (`window`). The next call overwrites the arrays, even if it takes nothing.
    */
   popSingles(heads: Int32Array, gpas: Float64Array, lengths: Int32Array, max: number): number {
     const n = this.#batched ? Math.min(this.#available(), max) : 0;

@@ -368,8 +368,8 @@ export class SplitDriverQueue {
   }
 
   /**
-   * Reaps up to `max` returned buffers: their tokens into `tokens`. The batch path of `popUsed`, for who knows without the
-   * device what was written. One that breaks the ring is not among them.
+   * Reaps up to `max` returned buffers: their tokens into `tokens`, whose other elements mean nothing then. The batch path of
+   * `popUsed`, for who knows without the device what was written. One that breaks the ring is not among them.
    */
   popUsedBatch(memory: GuestMemory, tokens: Int32Array, max: number): number {
     const s = this.#state;

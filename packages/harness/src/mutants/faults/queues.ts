@@ -253,6 +253,14 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
     test('virtio/'),
   ),
   fault(
+    'windows-of-two-sections',
+    CHAIN_READER,
+    ' || memory.section !== section) return 0;\n    const { i32 } = memory;\n    const desc = memory.at >> 2;\n    const indirect',
+    ') return 0;\n    const { i32 } = memory;\n    const desc = memory.at >> 2;\n    const indirect',
+    'the available ring is read in a window that has ended',
+    CHAIN_READERS,
+  ),
+  fault(
     'touch-what-is-out',
     DRIVER_QUEUE,
     'i32[(desc + (s[(top - i) | 0] << 2)) | 0] = 0;',
