@@ -1,7 +1,7 @@
 /** `ebb vm` as a program, over its socket, driven by a QMP client that nobody here wrote. */
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import { existsSync, mkdtempSync } from 'node:fs';
+import { mkdtempSync } from 'node:fs';
 import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -29,13 +29,25 @@ function execute(command: string, args: object | null = null): Promise<unknown> 
 const resize = (value: number): Promise<unknown> =>
   execute('qom-set', { path: '/machine/peripheral/vm0', property: 'requested-size', value });
 
+/** Whether it takes connections: a socket's name is there a moment before anybody listens. */
+function listening(): Promise<boolean> {
+  const probe = connect(socket);
+  return new Promise((resolve) => {
+    probe.once('error', () => resolve(false));
+    probe.once('connect', () => {
+      probe.destroy();
+      resolve(true);
+    });
+  });
+}
+
 beforeAll(async () => {
   const args = ['-m', '256M,maxmem=4G', '-smp', '2', '-qmp', `unix:${socket}`, '-monitor', 'none'];
   args.push('-object', 'memory-backend-ram,id=mem0,size=1G');
   args.push('-device', 'virtio-mem-pci,id=vm0,memdev=mem0,requested-size=256M');
   args.push('-device', 'virtio-balloon-pci,id=balloon0');
   vm = spawn(process.execPath, ['--conditions=ebb-source', CLI, 'vm', ...args], { stdio: 'ignore' });
-  for (let i = 0; i < 300 && !existsSync(socket); i++) await new Promise((r) => setTimeout(r, 50));
+  for (let i = 0; i < 300 && !(await listening()); i++) await new Promise((r) => setTimeout(r, 50));
   client = new Qmp();
   for (const name of ['memory_device_size_change', 'reset', 'stop', 'resume', 'shutdown'])
     client.on(name, (event: string) => seen.push(event));
