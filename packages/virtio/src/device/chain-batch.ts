@@ -46,6 +46,10 @@ export class ChainBatch {
   readableEnd(i: number): number {
     return this.chains[i * CHAIN_WORDS + C_READABLE_END];
   }
+  /** Bytes of buffer `i` that `pushChains` will say are written: at first all that may be. */
+  written(i: number): number {
+    return this.chains[i * CHAIN_WORDS + C_WRITTEN];
+  }
   /** Guest-physical address of segment `j`. */
   gpa(j: number): number {
     return this.segments[j * SEGMENT_WORDS];
