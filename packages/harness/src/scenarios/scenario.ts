@@ -58,16 +58,18 @@ export function freshGuest(
   };
 }
 
+/** Each vCPU, `rounds` times: takes `pages` pages, gives them back after `holdNs` (virtual), and waits `pauseNs`. */
+export const turns = (
+  pages: number,
+  rounds: number,
+  holdNs: number,
+  pauseNs: number,
+  startNs: number = 0,
+): ProgramSpec => ({ kind: 'touch-free', startNs, pages, order: 0, rounds, holdNs, pauseNs });
+
 /** Each vCPU takes `pages` pages at `startNs` (virtual), and gives them back `holdNs` later. */
-export const holds = (pages: number, startNs: number, holdNs: number): ProgramSpec => ({
-  kind: 'touch-free',
-  startNs,
-  pages,
-  order: 0,
-  rounds: 1,
-  holdNs,
-  pauseNs: 0,
-});
+export const holds = (pages: number, startNs: number, holdNs: number): ProgramSpec =>
+  turns(pages, 1, holdNs, 0, startNs);
 
 export function spec(hostBytes: number, vms: readonly VmSpec[], over: Partial<RunSpec> = {}): RunSpec {
   return {
