@@ -97,11 +97,10 @@ static void ring(int batch, long total) {
 
 // ── Buddy with per-CPU lists of orders 0–3 ───────────────────────────────────────────────────────────────────────
 // The same algorithm as ours (`per-cpu-pages.ts`, `buddy.ts`) without counters and shadow, and without the zone's lock
-// while one thread runs: lists by order and
-// migratetype linked through the pages; per-CPU lists linked likewise, pushed at the head, refilled and drained at the tail
-// by runs of blocks, a drain going round the orders from the one just freed; `high` and the batch tuned at run time; all
-// given back when large blocks are freed one after the other; the look at the next buddy that decides between head and tail
-// of a free list. With `pages` refills and drains go block by block, as Linux's do.
+// while one thread runs: lists by order and migratetype linked through the pages; per-CPU lists linked likewise, pushed at
+// the head, refilled and drained at the tail by runs of blocks, a drain going round the orders from the one just freed;
+// `high` and the batch tuned at run time; all given back when large blocks are freed one after the other; the look at the
+// next buddy that decides between head and tail of a free list. With `pages` refills and drains go block by block, as Linux's do.
 #define PAGES (1 << 17)
 #define MAXO 10
 #define TYPES 5

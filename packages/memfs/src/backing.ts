@@ -17,7 +17,8 @@ export interface FrameSource {
 
 /**
  * Transparent-huge-page policy of a file (Linux `transparent_hugepage/enabled`); or pages of one size: 2 MiB (`hugetlb`), 1 GiB
- * (`hugetlb-1g`, which a host has while its memory is not in pieces, Y53), or the 64 KiB of a host that has no smaller (`64k`, as ppc64 and arm64 are configured). The guest's are 4 KiB all the same.
+ * (`hugetlb-1g`, which a host has while its memory is not in pieces, Y53), or the 64 KiB of a host that has no smaller (`64k`,
+ * as ppc64 and arm64 are configured). The guest's are 4 KiB all the same.
  */
 export type HugePolicy = 'always' | 'madvise' | 'never' | 'hugetlb' | 'hugetlb-1g' | '64k';
 

@@ -61,7 +61,7 @@ export class MemFile {
       (options.huge === 'madvise' && options.hugeAdvised === true);
   }
 
-  /** Pages of the smallest unit that can be had and given back: 512 for `hugetlb`, 2¹⁸ for `hugetlb-1g`, 16 for `64k`, else 1. */
+  /** 4 KiB pages of the smallest unit to be had and given back: `hugetlb` 512, `hugetlb-1g` 2¹⁸, `64k` 16, else 1. */
   get granularity(): number {
     return 1 << unitOrder(this.huge);
   }

@@ -56,24 +56,25 @@ export async function bare(what: 'ring' | 'words'): Promise<number> {
 /** Nanoseconds per exit round trip, or per demand fault, between two threads. */
 export async function exitThreads(count: number, faults: boolean): Promise<number> {
   const worker = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
-  try {
+  const round = async (n: number): Promise<number> => {
+    const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'never' });
     let result = -1;
-    // Both sides are warm after a short round.
-    for (const n of [count / 4, count]) {
-      const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'never' });
-      result = -1;
-      const call = Promise.race([worker.api.run(machine.buffers, n, faults), worker.died]).then((ns) => {
-        result = ns;
-      });
+    const call = Promise.race([worker.api.run(machine.buffers, n, faults), worker.died]).then((ns) => {
+      result = ns;
+    });
+    await turn();
+    while (result < 0) {
+      // About a millisecond, as the host worker does between two turns of the event loop.
+      for (let i = 0; i < 80_000; i++) machine.poll();
       await turn();
-      while (result < 0) {
-        // About a millisecond, as the host worker does between two turns of the event loop.
-        for (let i = 0; i < 80_000; i++) machine.poll();
-        await turn();
-      }
-      await call;
     }
+    await call;
     return result;
+  };
+  try {
+    // Both sides are warm after a short round.
+    await round(count / 4);
+    return await round(count);
   } finally {
     await worker.close();
   }

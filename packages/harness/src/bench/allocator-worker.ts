@@ -5,7 +5,9 @@ import { allocateAndFree, type Load } from './allocator.ts';
 import type { ExitSpec } from './exit-worker.ts';
 import { median } from './timed.ts';
 
-/** Words of the barrier, written by both: how many have come, and how often both had. Who comes first waits for `TURN` to move. */
+/**
+ * Words of the barrier, written by both: how many have come, and how often both had. Who comes first waits for `TURN` to move.
+ */
 const COME = 0;
 const TURN = 1;
 

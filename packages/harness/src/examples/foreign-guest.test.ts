@@ -1,7 +1,7 @@
 /**
- * A guest that is not ours: its RAM is a file, its register accesses are lines. The scripts are what Debian's Linux 6.1,
- * 6.12 and 7.2 did with these devices in QEMU 7.2 over `qemu/bridge.ts`: every register access from discovery to unload, and what
- * the rings held at each notification. Besides the lines of `foreign-guest.ts` a script has
+ * A guest that is not ours: its RAM is a file, its register accesses are lines. The scripts are what Debian's Linux 6.1, 6.12
+ * and 7.2 did with these devices in QEMU 7.2 over `qemu/bridge.ts`: every register access from discovery to unload, and
+ * what the rings held at each notification. Besides the lines of `foreign-guest.ts` a script has
  *
  * | line | meaning |
  * | --- | --- |

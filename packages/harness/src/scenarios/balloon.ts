@@ -1,4 +1,4 @@
-/** The balloon and what shares its device: inflating and deflating, reporting, hinting, poison, and a guest that keeps no promise. */
+/** The balloon and what shares its device: inflating, reporting, hinting, poison, and a guest that keeps no promise. */
 import { eventSum } from '@ebb/guest-kernel';
 import { GiB, MiB, PAGE_SIZE } from '@ebb/machine';
 import {

@@ -81,7 +81,10 @@ export class HostBuddy {
     return frame;
   }
 
-  /** Takes a block beyond the largest order: as many of those, side by side and all free (`alloc_contig_range`, which moves none). */
+  /**
+   * Takes a block beyond the largest order: as many of those as it needs, side by side and all free (`alloc_contig_range`, but
+   * none is moved).
+   */
   #allocGiga(order: number): number {
     const count = 1 << order;
     const step = 1 << HOST_MAX_ORDER;

@@ -73,8 +73,6 @@ export class ChainReader {
     let taken = 0;
     let segment = 0;
     // Touched before the loop: docs/performance.md § Loops.
-    const first = u16[ring + (from & mask)];
-    if (first >= size) return 0;
     segments[0] = 0;
     chains[0] = touchTable(u16, i32, ring, desc, from, n, mask);
     outer: for (; taken < n; taken++) {
@@ -174,8 +172,6 @@ export class ChainReader {
     const desc = memory.at >> 2;
     const from = idx | 0;
     const n = max | 0;
-    const first = u16[ring + (from & mask)];
-    if (first >= size) return 0;
     // Touched before the loop: docs/performance.md § Loops.
     gpas[0] = 0;
     lengths[0] = 0;

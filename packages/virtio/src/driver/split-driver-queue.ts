@@ -60,15 +60,15 @@ const FREE = -1;
 /** How many are free: the stack's height. */
 const S_FREE = 0;
 /** Free-running index of the next available entry, not yet published beyond `S_PUBLISHED`. */
-const S_AVAIL = 2;
-const S_PUBLISHED = 3;
-const S_LAST_USED = 4;
-const S_LAST_LEN = 5;
+const S_AVAIL = 1;
+const S_PUBLISHED = 2;
+const S_LAST_USED = 3;
+const S_LAST_LEN = 4;
 /** Index at the last kick decision. */
-const S_KICKED = 6;
-const S_BROKEN = 7;
+const S_KICKED = 5;
+const S_BROKEN = 6;
 /** The device's index as last acquired by `popUsed`. */
-const S_USED_SEEN = 8;
+const S_USED_SEEN = 7;
 
 export interface SplitDriverQueueOptions {
   readonly size: number;
@@ -171,11 +171,12 @@ export class SplitDriverQueue {
     let bytes = 0;
     for (let i = 0; i < total; i++) {
       const writable = i >= out.length;
+      const last = i === total - 1;
       const segment = writable ? into[i - out.length] : out[i];
       bytes += segment.length;
       const index = s[own + total - 1 - i];
-      const next = i < total - 1 ? s[own + total - 2 - i] : 0;
-      const flags = (writable ? VIRTQ_DESC_F_WRITE : 0) | (i < total - 1 ? VIRTQ_DESC_F_NEXT : 0);
+      const next = last ? 0 : s[own + total - 2 - i];
+      const flags = (writable ? VIRTQ_DESC_F_WRITE : 0) | (last ? 0 : VIRTQ_DESC_F_NEXT);
       const at = desc + index * 4;
       i32[at] = segment.gpa | 0;
       i32[at + 1] = Math.floor(segment.gpa / 0x1_0000_0000);
@@ -438,8 +439,8 @@ export class SplitDriverQueue {
   }
 
   /**
-   * Puts the buffer at `head` back into the free list: its token, or −1 if no such buffer is out. Length and links of a chain
-   * are the driver's own knowledge, not the ring's.
+   * Puts the descriptors of the buffer at `head` back onto the stack: its token, or −1 if no such buffer is out. Length and
+   * links of a chain are the driver's own knowledge, not the ring's.
    */
   #takeBack(head: number): number {
     const s = this.#state;
