@@ -20,10 +20,17 @@ export interface GuestMemory {
   section: number;
 }
 
-/** Guest memory as a device has it: it can ask where RAM is without touching it. */
+/** Guest memory as a device has it: it can ask where RAM is without touching it. No answer outlives a window. */
 export interface DeviceMemory extends GuestMemory {
   /** Whether `length` bytes at `gpa` (all inside one page) may be touched. Takes no frame and marks nothing. */
   contains(gpa: number, length: number, write: boolean): boolean;
+  /**
+   * Finds the memory around `gpa` of which every byte may be read and written alike. True: it begins at `from` and ends before
+   * `to`. False: there is none, or no more is known of it than `contains` tells.
+   */
+  extent(gpa: number): boolean;
+  from: number;
+  to: number;
 }
 
 /** Guest memory over one plain buffer at guest-physical 0: tests, benchmarks, foreign guests. */
@@ -33,17 +40,22 @@ export class FlatGuestMemory implements DeviceMemory {
   i32: Int32Array;
   at = 0;
   section = 0;
-  readonly size: number;
+  from = 0;
+  to: number;
 
   constructor(buffer: ArrayBufferLike) {
-    this.size = buffer.byteLength;
+    this.to = buffer.byteLength;
     this.u8 = new Uint8Array(buffer);
     this.u16 = new Uint16Array(buffer);
     this.i32 = new Int32Array(buffer);
   }
 
   contains(gpa: number, length: number, _write: boolean): boolean {
-    return gpa >= 0 && gpa + length <= this.size;
+    return gpa >= 0 && gpa + length <= this.to;
+  }
+
+  extent(gpa: number): boolean {
+    return gpa >= 0 && gpa < this.to;
   }
 
   window(gpa: number, length: number, write: boolean): boolean {

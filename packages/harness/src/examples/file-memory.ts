@@ -14,7 +14,8 @@ export class FileMemory implements DeviceMemory {
   readonly u8: Uint8Array = new Uint8Array(PAGE_SIZE);
   readonly u16: Uint16Array = new Uint16Array(this.u8.buffer);
   readonly i32: Int32Array = new Int32Array(this.u8.buffer);
-  readonly bytes: number;
+  readonly from = 0;
+  readonly to: number;
   at = 0;
   section = 0;
   readonly #fd: number;
@@ -23,11 +24,15 @@ export class FileMemory implements DeviceMemory {
 
   constructor(fd: number) {
     this.#fd = fd;
-    this.bytes = fstatSync(fd).size;
+    this.to = fstatSync(fd).size;
   }
 
   contains(gpa: number, length: number, _write: boolean): boolean {
-    return gpa >= 0 && length >= 0 && (gpa % PAGE_SIZE) + length <= PAGE_SIZE && gpa + length <= this.bytes;
+    return gpa >= 0 && length >= 0 && (gpa % PAGE_SIZE) + length <= PAGE_SIZE && gpa + length <= this.to;
+  }
+
+  extent(gpa: number): boolean {
+    return gpa >= 0 && gpa < this.to;
   }
 
   window(gpa: number, length: number, write: boolean): boolean {
@@ -58,7 +63,7 @@ export class FileMemory implements DeviceMemory {
   zero(gfn: number, count: number): void {
     this.flush();
     const from = gfn * PAGE_SIZE;
-    const bytes = Math.min(count * PAGE_SIZE, this.bytes - from);
+    const bytes = Math.min(count * PAGE_SIZE, this.to - from);
     // A hole is never made larger than it has to be: most of what a fresh guest reports is one already.
     if (bytes <= 0 || this.#isZero(from, bytes)) return;
     const range = ['--punch-hole', '--offset', String(from), '--length', String(bytes)];

@@ -17,3 +17,12 @@ export interface RegionGate {
   /** `touches` false: somebody only looks where memory is; that is not counted. */
   verdict(gfn: number, write: boolean, touches: boolean): Verdict;
 }
+
+/** The gate that `gfn` lies behind, if any. */
+export function gateOf(gates: readonly RegionGate[], gfn: number): RegionGate | undefined {
+  for (let i = 0; i < gates.length; i++) {
+    const gate = gates[i];
+    if (gfn >= gate.baseGfn && gfn < gate.baseGfn + gate.nrPages) return gate;
+  }
+  return undefined;
+}

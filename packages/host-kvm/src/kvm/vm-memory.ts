@@ -9,7 +9,7 @@ import { chunkOffset, type DeviceMemory, type HostMemory, type Schedule } from '
 import type { FramePool } from '../mm/frame-pool.ts';
 import * as memslots from './memslots.ts';
 import { type Memslot, type Memslots } from './memslots.ts';
-import type { Verdict } from './region-gate.ts';
+import { gateOf, type RegionGate } from './region-gate.ts';
 import * as tdpMmu from './tdp-mmu.ts';
 
 // Local copies: docs/performance.md § Constants.
@@ -23,23 +23,25 @@ export class VmMemory implements DeviceMemory {
   i32: Int32Array;
   at = 0;
   section = 0;
+  from = 0;
+  to = 0;
   readonly #vm: number;
   readonly #memory: HostMemory;
   readonly #pool: FramePool;
   readonly #slots: Memslots;
   readonly #frameFlags: Uint8Array;
   readonly #schedule: Schedule;
-  readonly #verdict: (gfn: number, write: boolean, touches: boolean) => Verdict;
+  readonly #gates: readonly RegionGate[];
 
-  /** `verdict`: what an access to a page meets, as the device decides whose region it is in. */
+  /** `gates`: those of the VM, whose devices decide what an access to their regions meets. */
   constructor(
     vm: number,
     pool: FramePool,
     slots: Memslots,
     schedule: Schedule,
-    verdict: (gfn: number, write: boolean, touches: boolean) => Verdict,
+    gates: readonly RegionGate[],
   ) {
-    this.#verdict = verdict;
+    this.#gates = gates;
     this.#vm = vm;
     this.#schedule = schedule;
     this.#memory = pool.memory;
@@ -62,8 +64,29 @@ export class VmMemory implements DeviceMemory {
     const slot = this.#slots.findForVmm(gfn);
     if (slot === null || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return null;
     // Unplugged memory is not for DMA, whatever a CPU may read there (§ 5.15.6).
-    const verdict = this.#verdict(gfn, write, touches);
+    const verdict = gateOf(this.#gates, gfn)?.verdict(gfn, write, touches);
     return verdict === 'zeros' || verdict === 'nothing' ? null : slot;
+  }
+
+  /** The slot, as far as no gate begins, or the pages that share the verdict of their gate. */
+  extent(gpa: number): boolean {
+    const gfn = Math.floor(gpa / PAGE_SIZE);
+    const slot = this.#slotOf(gpa, 1, true, false);
+    if (slot === null) return false;
+    let from = slot.baseGfn;
+    let to = from + slot.nrPages;
+    for (const gate of this.#gates) {
+      if (gfn < gate.baseGfn) to = Math.min(to, gate.baseGfn);
+      else if (gfn >= gate.baseGfn + gate.nrPages) from = Math.max(from, gate.baseGfn + gate.nrPages);
+      else {
+        const unit = gfn - ((gfn - gate.baseGfn) % gate.unitPages);
+        from = Math.max(from, unit);
+        to = Math.min(to, unit + gate.unitPages);
+      }
+    }
+    this.from = from * PAGE_SIZE;
+    this.to = to * PAGE_SIZE;
+    return true;
   }
 
   window(gpa: number, length: number, write: boolean): boolean {

@@ -23,7 +23,7 @@ import { PARK, HostTasks, TaskLock, type HostTask, type TaskBody, type TaskYield
 import type { FramePool } from '../mm/frame-pool.ts';
 import * as memslots from './memslots.ts';
 import { Memslots, type Memslot, type SlotError, type UserMemoryRegion } from './memslots.ts';
-import type { RegionGate, Verdict } from './region-gate.ts';
+import { gateOf, type RegionGate } from './region-gate.ts';
 import * as tdpMmu from './tdp-mmu.ts';
 import { TdpMmu } from './tdp-mmu.ts';
 import { VcpuBlocks } from './vcpu-blocks.ts';
@@ -129,13 +129,7 @@ export class Vm implements InvalidationListener {
     this.#schedule = options.schedule;
     this.vcpus = new VcpuBlocks(options.control, options.firstBlock, options.nrVcpus, options.schedule);
     this.mmu = new TdpMmu(options.id, options.pool, options.schedule, options.tableLive);
-    this.memory = new VmMemory(
-      options.id,
-      options.pool,
-      this.slots,
-      options.schedule,
-      (gfn, write, touches) => this.#verdict(gfn, write, touches),
-    );
+    this.memory = new VmMemory(options.id, options.pool, this.slots, options.schedule, this.#gates);
     this.vcpus.setRoot(this.mmu.root);
     for (let v = 0; v < options.nrVcpus; v++)
       this.#exitTasks.push(options.tasks.spawn(`vm${options.id}/vcpu${v}`, this.#serveExits(v)));
@@ -155,25 +149,13 @@ export class Vm implements InvalidationListener {
     this.#gates.push(gate);
   }
 
-  #gate(gfn: number): RegionGate | undefined {
-    for (let i = 0; i < this.#gates.length; i++) {
-      const gate = this.#gates[i];
-      if (gfn >= gate.baseGfn && gfn < gate.baseGfn + gate.nrPages) return gate;
-    }
-    return undefined;
-  }
-
-  #verdict(gfn: number, write: boolean, touches = true): Verdict {
-    return this.#gate(gfn)?.verdict(gfn, write, touches) ?? 'memory';
-  }
-
   /** Whether a 2 MiB leaf around the page reaches no further than the slot and the verdict do. */
   #mayBeHuge(slot: Memslot, gfn: number): boolean {
     return slot.file.wantsHuge && this.#mayBe(slot, gfn, HUGE_PAGES);
   }
 
   #mayBe(slot: Memslot, gfn: number, pages: number): boolean {
-    return leafFits(slot, gfn, pages) && (this.#gate(gfn)?.unitPages ?? pages) >= pages;
+    return leafFits(slot, gfn, pages) && (gateOf(this.#gates, gfn)?.unitPages ?? pages) >= pages;
   }
 
   /** Level of the largest leaf that may map a page: 2 MiB or 1 GiB where slot, verdict and frames allow it. */
@@ -323,7 +305,7 @@ export class Vm implements InvalidationListener {
    */
   #populate(vcpu: number, slot: Memslot, gfn: number, write: boolean): number {
     this.#pool.lastZeroed = 0;
-    const verdict = this.#gates.length === 0 ? 'memory' : this.#verdict(gfn, write);
+    const verdict = gateOf(this.#gates, gfn)?.verdict(gfn, write, true) ?? 'memory';
     if (verdict === 'nothing') {
       this.#unclaimed();
       this.vcpus.answer(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);

@@ -433,6 +433,9 @@ test('a buffer for the device to write is refused where memory is read-only', ()
     override contains(gpa: number, length: number, write: boolean): boolean {
       return super.contains(gpa, length, write) && !(write && gpa >= 0x80000);
     }
+    override extent(): boolean {
+      return false;
+    }
   }
   const memory = new HalfReadOnly(new ArrayBuffer(1 << 20));
   const r = rig({ memory });

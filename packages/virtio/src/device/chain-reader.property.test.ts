@@ -125,12 +125,18 @@ class OneWindow implements DeviceMemory {
   readonly i32: Int32Array = new Int32Array(this.u8.buffer);
   at = 0;
   section = 0;
+  readonly from = 0;
+  readonly to: number;
   readonly #whole: FlatGuestMemory;
   constructor(whole: FlatGuestMemory) {
     this.#whole = whole;
+    this.to = whole.to;
   }
   contains(gpa: number, length: number, write: boolean): boolean {
     return this.#whole.contains(gpa, length, write);
+  }
+  extent(gpa: number): boolean {
+    return this.#whole.extent(gpa);
   }
   window(gpa: number, length: number, write: boolean): boolean {
     if (!this.contains(gpa, length, write)) return false;
@@ -141,33 +147,99 @@ class OneWindow implements DeviceMemory {
   }
 }
 
-test.prop(
-  [
-    fc.array(segment, { minLength: SIZE, maxLength: SIZE }),
-    fc.array(segment, { minLength: TABLE, maxLength: TABLE }),
-    fc.array(fc.nat(SIZE), { minLength: 4, maxLength: 4 }),
-  ],
-  { numRuns: 500 },
-)('buffers are the same where a window ends the one before', (ring, tables, heads) => {
-  const whole = new FlatGuestMemory(new ArrayBuffer(BYTES));
-  ring.forEach((d, i) => write(whole, RINGS.desc, i, d));
-  for (const at of [0x4000, 0x5f80]) tables.forEach((d, i) => write(whole, at, i, d));
-  heads.forEach((head, i) => (whole.u16[((RINGS.driver + 4) >> 1) + i] = head));
-  whole.u16[(RINGS.driver + 2) >> 1] = heads.length;
-  const [some, one] = [whole, new OneWindow(whole)].map((memory) => {
-    const queue = new SplitDeviceQueue({ size: SIZE, rings: RINGS, memory, eventIdx: false, indirect: true });
-    const popped: unknown[] = [];
-    for (let chain = queue.pop(); chain !== null; chain = queue.pop())
-      popped.push([
-        chain.head,
-        chain.writableBytes,
-        [...chain.gpas.subarray(0, chain.segments)],
-        [...chain.lengths.subarray(0, chain.segments)],
-      ]);
-    return { popped, error: queue.error };
-  });
-  expect(one).toEqual(some);
+/** Memory of which some pages are read-only, or not there. */
+class Patchwork extends FlatGuestMemory {
+  override from = 0;
+  override to = 0;
+  readonly #pages: readonly Page[];
+  readonly #extents: boolean;
+  /** `extents` false: it knows of single pages only. */
+  constructor(buffer: ArrayBuffer, pages: readonly Page[], extents: boolean) {
+    super(buffer);
+    this.#pages = pages;
+    this.#extents = extents;
+  }
+  override contains(gpa: number, length: number, write: boolean): boolean {
+    const page = this.#pages[Math.floor(gpa / PAGE_SIZE)];
+    return (gpa % PAGE_SIZE) + length <= PAGE_SIZE && (page === 'ram' || (page === 'rom' && !write));
+  }
+  override extent(gpa: number): boolean {
+    const page = Math.floor(gpa / PAGE_SIZE);
+    if (!this.#extents || this.#pages[page] !== 'ram') return false;
+    const end = this.#pages.findIndex((kind, i) => i > page && kind !== 'ram');
+    this.from = (this.#pages.findLastIndex((kind, i) => i < page && kind !== 'ram') + 1) * PAGE_SIZE;
+    this.to = end < 0 ? BYTES : end * PAGE_SIZE;
+    return true;
+  }
+}
+type Page = 'ram' | 'rom' | 'hole';
+/** Rings and tables lie in RAM; what segments name is mostly that. */
+const pages: fc.Arbitrary<Page[]> = fc
+  .array(fc.constantFrom<Page>('ram', 'ram', 'ram', 'rom', 'hole'), { minLength: 8, maxLength: 8 })
+  .map((kinds) => [...Array.from({ length: 8 }, (): Page => 'ram'), ...kinds]);
+
+/** Ring and tables as a driver may have written them, and the heads that are available. */
+const rings = fc.record({
+  ring: fc.array(fc.oneof(segment, table), { minLength: SIZE, maxLength: SIZE }),
+  tables: fc.array(segment, { minLength: TABLE, maxLength: TABLE }),
+  heads: fc.array(fc.nat(SIZE), { minLength: 4, maxLength: 4 }),
 });
+type Rings = typeof rings extends fc.Arbitrary<infer T> ? T : never;
+
+function writeAll(memory: FlatGuestMemory, { ring, tables, heads }: Rings): void {
+  ring.forEach((d, i) => write(memory, RINGS.desc, i, d));
+  for (const at of [0x4000, 0x5f80]) tables.forEach((d, i) => write(memory, at, i, d));
+  heads.forEach((head, i) => (memory.u16[((RINGS.driver + 4) >> 1) + i] = head));
+  memory.u16[(RINGS.driver + 2) >> 1] = heads.length;
+}
+
+/** What a device gets over `memory`, up to the first buffer that is malformed: by the batch where it can, else one by one. */
+function popAll(memory: DeviceMemory, batched: boolean): unknown {
+  const queue = new SplitDeviceQueue({ size: SIZE, rings: RINGS, memory, eventIdx: false, indirect: true });
+  const batch = new ChainBatch(4, SIZE * 4);
+  const popped: unknown[] = [];
+  for (;;) {
+    const n = batched ? queue.popChains(batch, 4) : 0;
+    for (let i = 0; i < n; i++) {
+      const all = Array.from({ length: batch.end(i) - batch.start(i) }, (_, j) => batch.start(i) + j);
+      popped.push([
+        batch.chains[4 * i],
+        batch.written(i),
+        all.map((j) => batch.gpa(j)),
+        all.map((j) => batch.length(j)),
+      ]);
+    }
+    if (n > 0) continue;
+    const chain = queue.pop();
+    if (chain === null) return { popped, error: queue.error };
+    popped.push([
+      chain.head,
+      chain.writableBytes,
+      [...chain.gpas.subarray(0, chain.segments)],
+      [...chain.lengths.subarray(0, chain.segments)],
+    ]);
+  }
+}
+
+test.prop([rings], { numRuns: 500 })('buffers are the same where a window ends the one before', (written) => {
+  const whole = new FlatGuestMemory(new ArrayBuffer(BYTES));
+  writeAll(whole, written);
+  const one = new OneWindow(whole);
+  expect(popAll(one, false)).toEqual(popAll(whole, false));
+  expect(popAll(one, true)).toEqual(popAll(whole, true));
+});
+
+test.prop([rings, pages], { numRuns: 1000 })(
+  'buffers are the same, one by one and by the batch, whatever is known of the memory around',
+  (written, kinds) => {
+    const buffer = new ArrayBuffer(BYTES);
+    writeAll(new FlatGuestMemory(buffer), written);
+    const apart = popAll(new Patchwork(buffer, kinds, false), false);
+    for (const batched of [false, true]) {
+      expect(popAll(new Patchwork(buffer, kinds, true), batched)).toEqual(apart);
+    }
+  },
+);
 
 /** Whether a chain in the ring's table ends in an indirect one. */
 function endsInTable(ring: readonly Written[], head: number): boolean {

@@ -37,6 +37,11 @@ export class ChainReader {
   readonly #paged: boolean;
   /** The one descriptor that no window of the guest's memory shows as words. */
   readonly #descriptor: Int32Array = new Int32Array(DESC_BYTES / 4);
+  /** What `#look` found: a page of tables and where it lies, as a word of `i32`, or −1; memory from `#low` to below `#high`. */
+  #page = -1;
+  #pageAt = 0;
+  #low = 0;
+  #high = 0;
 
   /** `size` entries; `indirect`: INDIRECT_DESC was negotiated. */
   constructor(size: number, rings: RingAddresses, memory: DeviceMemory, indirect: boolean) {
@@ -65,94 +70,120 @@ export class ChainReader {
     if (!memory.window(this.#rings.desc, size * DESC_BYTES, false) || memory.section !== section) return 0;
     const { i32 } = memory;
     const desc = memory.at >> 2;
-    const indirect = this.#indirect;
+    const toTable = this.#indirect ? VIRTQ_DESC_F_INDIRECT : 0;
     const { chains, segments } = batch;
-    const room = segments.length >> 1;
+    const words = segments.length | 0;
     const from = idx | 0;
     const n = max | 0;
     let taken = 0;
-    let segment = 0;
+    let start = 0;
     // Touched before the loop: docs/performance.md § Loops.
     segments[0] = 0;
     chains[0] = touchTable(u16, i32, ring, desc, from, n, mask);
-    outer: for (; taken < n; taken++) {
-      const head = u16[ring + ((from + taken) & mask)];
-      if (head >= size) break;
-      let d = (desc + (head << 2)) | 0;
-      let word = i32[d + 3];
-      let table = desc;
-      let limit = size;
-      if ((word & VIRTQ_DESC_F_INDIRECT) !== 0) {
-        const low = i32[d];
-        const length = i32[d + 2];
-        // A table within a page below 2 GiB, aligned to its descriptors; 1 to `size` of them.
-        if (
-          !indirect ||
-          ((word & VIRTQ_DESC_F_NEXT) | i32[d + 1] | ((low | length) & 15)) !== 0 ||
-          low < 0 ||
-          length <= 0 ||
-          (low & IN_PAGE) + length > PAGE ||
-          !memory.window(low, length, false) ||
-          memory.section !== section ||
-          memory.i32 !== i32
-        )
-          break;
-        limit = length >> 4;
-        table = memory.at >> 2;
-        d = table;
-        word = i32[d + 3];
-      }
-      const start = segment << 1;
-      const spare = (room - segment) | 0;
-      // Descriptors that may still come: a loop is a chain that is too long.
-      const most = limit < size ? limit : size;
-      const end = (start + ((most < spare ? most : spare) << 1)) | 0;
-      let s = start;
-      let readableEnd = -1;
-      let readable = 0;
-      let bytes = 0;
-      for (;;) {
-        if (s === end) break outer;
-        const low = i32[d];
-        const length = i32[d + 2];
-        if (((word & VIRTQ_DESC_F_INDIRECT) | i32[d + 1]) !== 0 || low < 0 || length <= 0) break outer;
-        const writable = (word & VIRTQ_DESC_F_WRITE) !== 0;
-        // First and last byte suffice to refuse wild addresses; each page is checked again when it is touched. Only looked
-        // at: a buffer that is given back or hinted may never have been touched, and is not to be.
-        if ((((low & IN_PAGE) + length) | 0) <= PAGE) {
-          if (!memory.contains(low, length, writable)) break outer;
-        } else if (
-          low + length > 0x7fff_ffff ||
-          !memory.contains(low, 1, writable) ||
-          !memory.contains(low + length - 1, 1, writable)
-        )
-          break outer;
-        if (writable) {
-          if (readableEnd < 0) {
-            readableEnd = s;
+    let looked: number;
+    // Whether it was a buffer beyond what `#look` found that ended the loop.
+    let beyond: boolean;
+    do {
+      looked = taken;
+      beyond = false;
+      this.#look(i32, section, desc + ((u16[ring + ((from + taken) & mask)] & mask) << 2), toTable);
+      const page = this.#page | 0;
+      const pageAt = this.#pageAt | 0;
+      const low = this.#low | 0;
+      const high = this.#high | 0;
+      outer: for (; taken < n; taken++) {
+        const head = u16[ring + ((from + taken) & mask)];
+        if (head >= size) break;
+        let d = (desc + (head << 2)) | 0;
+        let word = i32[d + 3];
+        let table = desc;
+        let limit = size;
+        if ((word & toTable) !== 0) {
+          const gpa = i32[d];
+          const length = i32[d + 2];
+          // A table within a page below 2 GiB, aligned to its descriptors; one of them at least.
+          if (
+            ((word & VIRTQ_DESC_F_NEXT) | i32[d + 1] | ((gpa | length) & 15)) !== 0 ||
+            length <= 0 ||
+            length > PAGE - (gpa & IN_PAGE)
+          )
+            break;
+          if ((gpa & ~IN_PAGE) !== page) {
+            beyond = true;
+            break;
+          }
+          limit = length >> 4;
+          table = (pageAt + ((gpa & IN_PAGE) >> 2)) | 0;
+          d = table;
+          word = i32[d + 3];
+        }
+        // Descriptors that may come: a loop is a chain that is too long.
+        const most = (start + ((limit < size ? limit : size) << 1)) | 0;
+        const end = most < words ? most : words;
+        let s = start;
+        let readableEnd = start;
+        let readable = 0;
+        let bytes = 0;
+        for (;;) {
+          if (s === end) break outer;
+          const gpa = i32[d];
+          const length = i32[d + 2];
+          if (((word & VIRTQ_DESC_F_INDIRECT) | i32[d + 1]) !== 0 || length <= 0) break outer;
+          if (gpa < low || length > ((high - gpa) | 0)) {
+            beyond = true;
+            break outer;
+          }
+          bytes = (bytes + length) | 0;
+          if (bytes < 0) break outer;
+          segments[s] = gpa;
+          segments[s + 1] = length;
+          const after = (s + 2) | 0;
+          if ((word & VIRTQ_DESC_F_WRITE) === 0) {
+            // None that may be written comes before.
+            if (readableEnd !== s) break outer;
+            readableEnd = after;
             readable = bytes;
           }
-        } else if (readableEnd >= 0) break outer;
-        bytes = (bytes + length) | 0;
-        if (bytes < 0) break outer;
-        segments[s] = low;
-        segments[s + 1] = length;
-        s = (s + 2) | 0;
-        if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
-        const next = word >>> 16;
-        if (next >= limit) break outer;
-        d = (table + (next << 2)) | 0;
-        word = i32[d + 3];
+          s = after;
+          if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
+          const next = word >>> 16;
+          if (next >= limit) break outer;
+          d = (table + (next << 2)) | 0;
+          word = i32[d + 3];
+        }
+        start = s;
+        const c = taken * CHAIN_WORDS;
+        chains[c + C_HEAD] = head;
+        chains[c + C_END] = s >> 1;
+        chains[c + C_READABLE_END] = readableEnd >> 1;
+        chains[c + C_WRITTEN] = (bytes - readable) | 0;
       }
-      segment = s >> 1;
-      const c = taken * CHAIN_WORDS;
-      chains[c + C_HEAD] = head;
-      chains[c + C_END] = segment;
-      chains[c + C_READABLE_END] = readableEnd < 0 ? segment : readableEnd >> 1;
-      chains[c + C_WRITTEN] = readableEnd < 0 ? 0 : (bytes - readable) | 0;
-    }
+    } while (beyond && taken > looked);
     batch.count = taken;
     return taken;
+  }
+
+  /**
+   * Finds out where the buffer of the descriptor at word `d` lies: those behind it, most of them, lie there as well. What is
+   * read here is only a hint. `toTable`: the flag that leads to an indirect table, 0 without INDIRECT_DESC.
+   */
+  #look(i32: Int32Array, section: number, d: number, toTable: number): void {
+    const memory = this.#memory;
+    this.#page = -1;
+    this.#low = 0;
+    this.#high = 0;
+    let gpa = i32[d];
+    if ((i32[d + 3] & toTable) !== 0) {
+      const page = gpa & ~IN_PAGE;
+      if (page < 0 || !memory.window(page, PAGE, false) || memory.section !== section || memory.i32 !== i32)
+        return;
+      this.#page = page;
+      this.#pageAt = memory.at >> 2;
+      gpa = i32[this.#pageAt + ((gpa & IN_PAGE) >> 2)];
+    }
+    if (gpa < 0 || !memory.extent(gpa)) return;
+    this.#low = memory.from;
+    this.#high = Math.min(memory.to, 0x7fff_ffff);
   }
 
   /**
@@ -278,16 +309,18 @@ export class ChainReader {
     if (!writable && chain.writableSegments > 0) return { kind: 'readable-after-writable', index };
     if (chain.totalBytes + length > MAX_CHAIN_BYTES)
       return { kind: 'too-many-bytes', bytes: chain.totalBytes + length };
-    // As in `readCommon`.
-    const onePage = pageOffset(gpa) + length <= PAGE_SIZE;
-    if (
-      onePage
-        ? !this.#memory.contains(gpa, length, writable)
-        : !this.#memory.contains(gpa, 1, writable) || !this.#memory.contains(gpa + length - 1, 1, writable)
-    ) {
-      return { kind: 'buffer-not-in-ram', gpa };
-    }
+    if (!this.#inRam(gpa, length, writable)) return { kind: 'buffer-not-in-ram', gpa };
     return null;
+  }
+
+  /**
+   * Whether a segment is in RAM: its first and last byte suffice to refuse wild addresses, and each page is checked again when
+   * it is touched. Only looked at: a buffer that is given back or hinted may never have been touched, and is not to be.
+   */
+  #inRam(gpa: number, length: number, writable: boolean): boolean {
+    const memory = this.#memory;
+    if (pageOffset(gpa) + length <= PAGE_SIZE) return memory.contains(gpa, length, writable);
+    return memory.contains(gpa, 1, writable) && memory.contains(gpa + length - 1, 1, writable);
   }
 }
 

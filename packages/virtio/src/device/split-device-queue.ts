@@ -114,6 +114,12 @@ export class SplitDeviceQueue {
     return n;
   }
 
+  /** At least `max` entries if so many are known already, else what there is: an index is read once for several batches. */
+  #ready(max: number): number {
+    const known = ringDistance(this.#availSeen, this.#lastAvail);
+    return known >= max && this.error === null && !this.#stopped ? known : this.#available();
+  }
+
   /** Takes the next available chain, or null: empty, or `error` is set. Copies and checks each descriptor once. */
   pop(): DescriptorChain | null {
     const known = this.#availSeen !== this.#lastAvail && this.error === null && !this.#stopped;
@@ -145,7 +151,7 @@ export class SplitDeviceQueue {
    * The batch path, for devices that serve a buffer at once: no lease is kept, and the next call overwrites the batch.
    */
   popChains(batch: ChainBatch, max: number): number {
-    const n = this.#batched ? Math.min(this.#available(), max, batch.room) : 0;
+    const n = this.#batched ? Math.min(this.#ready(max), max, batch.room) : 0;
     return this.#taken(this.#reader.readCommon(batch, this.#lastAvail, n));
   }
 
@@ -155,7 +161,7 @@ export class SplitDeviceQueue {
    * buffer is touched (`window`). The next call overwrites the arrays, even if it takes nothing.
    */
   popSingles(heads: Int32Array, gpas: Float64Array, lengths: Int32Array, max: number): number {
-    const n = this.#batched ? Math.min(this.#available(), max) : 0;
+    const n = this.#batched ? Math.min(this.#ready(max), max) : 0;
     return this.#taken(this.#reader.readSingles(heads, gpas, lengths, this.#lastAvail, n));
   }
 

@@ -179,9 +179,9 @@ class TwoViews extends FlatGuestMemory {
   }
   override window(gpa: number, length: number, write: boolean): boolean {
     if (!this.contains(gpa, length, write)) return false;
-    const half = gpa < this.size / 2 ? this.#lower : this.#upper;
+    const half = gpa < this.to / 2 ? this.#lower : this.#upper;
     ({ u8: this.u8, u16: this.u16, i32: this.i32 } = half);
-    this.at = gpa % (this.size / 2);
+    this.at = gpa % (this.to / 2);
     return true;
   }
 }
@@ -238,6 +238,22 @@ test('a batch is returned once, and an empty one returns nothing', () => {
   const reaped = new Int32Array(8);
   expect([r.queue.popUsedBatch(r.memory, reaped, 8), device.inFlight]).toEqual([2, 0]);
   expect([r.queue.popUsedBatch(r.memory, reaped, 8), r.queue.broken]).toEqual([0, false]);
+});
+
+test('entries that the device knows of already are taken from no queue that is broken or was taken away', () => {
+  for (const end of ['broken', 'stopped']) {
+    const r = rig();
+    const device = r.device.queue;
+    if (device === null) throw new Error('active');
+    const popped = new ChainBatch(2, r.queue.size);
+    const at = Float64Array.of(0x20000, 0x20100, 0x20200, 0x20300);
+    r.queue.addSingles(r.memory, at, Int32Array.of(1, 2, 3, 4), 4, 16, true);
+    expect(device.popChains(popped, 2)).toBe(2);
+    if (end === 'stopped') device.stop();
+    else device.error = { kind: 'head-out-of-range', head: 999 };
+    const words = new Int32Array(2);
+    expect(device.popChains(popped, 2) + device.popSingles(words, new Float64Array(2), words, 2)).toBe(0);
+  }
 });
 
 test('a batch that breaks the ring is reaped up to there', () => {

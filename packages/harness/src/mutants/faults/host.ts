@@ -13,6 +13,7 @@ const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
 const MMU_TEST = test('host-kvm/src/kvm/tdp-mmu.test.ts');
 const VM_MEMORY = 'packages/host-kvm/src/kvm/vm-memory.ts';
 const SLOTS_IN_USE_TEST = test('host-kvm/src/kvm/slots-in-use.test.ts');
+const VM_MEMORY_TEST = test('host-kvm/src/kvm/vm-memory.test.ts');
 const MEM_FILE_TEST = test('memfs/src/mem-file.test.ts');
 
 export const HOST_FAULTS: readonly Mutant[] = [
@@ -257,6 +258,30 @@ export const HOST_FAULTS: readonly Mutant[] = [
     'if (slot === null) return null;',
     'G2: a device writes a read-only slot',
     VM_TEST,
+  ),
+  fault(
+    'extent-in-rom',
+    VM_MEMORY,
+    'const slot = this.#slotOf(gpa, 1, true, false);',
+    'const slot = this.#slotOf(gpa, 1, false, false);',
+    'G2: a device may write a read-only slot',
+    VM_MEMORY_TEST,
+  ),
+  fault(
+    'extent-past-a-gate',
+    VM_MEMORY,
+    'if (gfn < gate.baseGfn) to = Math.min(to, gate.baseGfn);',
+    'if (gfn < gate.baseGfn) continue;',
+    '5.15.6: a buffer that ends in unplugged memory is taken',
+    VM_MEMORY_TEST,
+  ),
+  fault(
+    'extent-of-two-blocks',
+    VM_MEMORY,
+    'to = Math.min(to, unit + gate.unitPages);',
+    'to = Math.min(to, unit + 2 * gate.unitPages);',
+    '5.15.6: a buffer that ends in an unplugged block is taken',
+    VM_MEMORY_TEST,
   ),
   fault(
     'live-slot-turns-read-only',

@@ -122,8 +122,8 @@ export const MEMORY_DEVICE_FAULTS: readonly Mutant[] = [
   fault(
     'gate-open',
     VM,
-    "const verdict = this.#gates.length === 0 ? 'memory' : this.#verdict(gfn, write);",
-    "const verdict = this.#gates.length >= 0 ? 'memory' : this.#verdict(gfn, write);",
+    'const verdict = gateOf(this.#gates, gfn)?.verdict(',
+    'const verdict = gateOf([], gfn)?.verdict(',
     'I2: a profile that promises and does not keep',
     UNPLUGGED_TEST,
   ),
