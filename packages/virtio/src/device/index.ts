@@ -1,5 +1,5 @@
 /** The device's side. */
-export { ChainBatch } from './chain-batch.ts';
+export { C_WRITTEN, CHAIN_WORDS, ChainBatch } from './chain-batch.ts';
 export * from './descriptor-chain.ts';
 export * from './mmio-transport.ts';
 export * from './queue-error.ts';
