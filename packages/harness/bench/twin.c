@@ -84,6 +84,7 @@ static void ring(int batch, long total) {
     if (free_count < Q / 2 || added == total) {
       uint16_t u = atomic_load_explicit(&used.idx, memory_order_acquire);
       uint16_t n = u - last_used;
+      if (n == 0) __builtin_ia32_pause();
       for (uint16_t i = 0; i < n; i++) {
         uint16_t id = used.ring[last_used & (Q - 1)].id;
         next[id] = head; head = id; last_used++;

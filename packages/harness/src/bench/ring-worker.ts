@@ -60,7 +60,9 @@ export class RingWorker {
         added += n;
       }
       if (queue.free < SIZE / 2 || added >= total) {
-        reaped += queue.popUsedBatch(memory, tokens, SIZE);
+        const n = queue.popUsedBatch(memory, tokens, SIZE);
+        if (n === 0) Atomics.pause();
+        reaped += n;
       }
     }
     return total / (performance.now() - began) / 1000;
