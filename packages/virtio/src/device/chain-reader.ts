@@ -165,7 +165,8 @@ export class ChainReader {
 
   /**
    * Finds out where the buffer of the descriptor at word `d` lies: those behind it, most of them, lie there as well. What is
-   * read here is only a hint. `toTable`: the flag that leads to an indirect table, 0 without INDIRECT_DESC.
+   * read here is only a hint. Nothing is found where looking ends the windows that the loop reads in. `toTable`: the flag that
+   * leads to an indirect table, 0 without INDIRECT_DESC.
    */
   #look(i32: Int32Array, section: number, d: number, toTable: number): void {
     const memory = this.#memory;

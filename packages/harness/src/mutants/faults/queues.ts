@@ -261,6 +261,14 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
     CHAIN_READERS,
   ),
   fault(
+    'a-look-ends-the-windows',
+    CHAIN_READER,
+    '!memory.window(page, PAGE, false) || memory.section !== section || memory.i32 !== i32)\n        return;',
+    '!memory.window(page, PAGE, false))\n        return;',
+    'the ring is read in a window that has ended',
+    CHAIN_READERS,
+  ),
+  fault(
     'index-known-but-broken',
     DEVICE_QUEUE,
     'return known >= max && this.error === null && !this.#stopped ? known : this.#available();',
