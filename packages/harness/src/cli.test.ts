@@ -1,9 +1,9 @@
 /** The command as a user meets it: exit codes, one-line mistakes, JSON. */
 import { spawnSync } from 'node:child_process';
-import { mkdtempSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { describe, expect, test } from 'vitest';
+import { describe, expect, onTestFinished, test } from 'vitest';
 import { compareSchema } from './compare/schema.ts';
 
 const CLI = join(import.meta.dirname, 'cli.ts');
@@ -41,7 +41,9 @@ describe('a user’s mistake is one line that names the value, and exit code 2',
     expect(stdout).toBe('');
   });
   test('a corrupt trace: line number and offending text', () => {
-    const file = join(mkdtempSync(join(tmpdir(), 'ebb-test-')), 'bad.txt');
+    const folder = mkdtempSync(join(tmpdir(), 'ebb-test-'));
+    onTestFinished(() => rmSync(folder, { recursive: true }));
+    const file = join(folder, 'bad.txt');
     writeFileSync(file, '# tracer: nop\n  init-1 [000] ..... 1.0: mm_page_alloc: page=1 pfn=0xzz order=0\n');
     const { status, stderr } = ebb('trace', 'info', file);
     expect(status).toBe(2);

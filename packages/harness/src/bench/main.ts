@@ -5,7 +5,7 @@
  * median of the rounds' ratios. Writes `out/bench.json`. `--package NAME`: what that package is responsible for.
  */
 import { execFileSync, spawnSync } from 'node:child_process';
-import { mkdirSync, mkdtempSync, writeFileSync } from 'node:fs';
+import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -63,7 +63,9 @@ interface Row {
 /** Builds the counterpart: its path, or null without a C compiler. */
 function buildTwin(): string | null {
   const source = fileURLToPath(new URL('../../bench/twin.c', import.meta.url));
-  const out = join(mkdtempSync(join(tmpdir(), 'ebb-bench-')), 'twin');
+  const folder = mkdtempSync(join(tmpdir(), 'ebb-bench-'));
+  process.on('exit', () => rmSync(folder, { recursive: true }));
+  const out = join(folder, 'twin');
   for (const cc of ['cc', 'gcc', 'clang']) {
     const built = spawnSync(cc, ['-O2', '-pthread', '-o', out, source], { encoding: 'utf8' });
     if (built.status === 0) return out;

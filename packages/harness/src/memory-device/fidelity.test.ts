@@ -1,11 +1,14 @@
-import { mkdtempSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { GiB, MiB } from '@ebb/machine';
-import { expect, test } from 'vitest';
+import { afterAll, expect, test } from 'vitest';
 import { longestCommonSubsequence } from './align.ts';
 import { type MemoryFidelity, memoryFidelity } from './fidelity.ts';
 import { readSession, unfollowed, type Session } from './session-file.ts';
+
+const folder = mkdtempSync(join(tmpdir(), 'ebb-session-'));
+afterAll(() => rmSync(folder, { recursive: true }));
 
 test.each(['I-busy', 'E-block-128M', 'B-movable', 'A-session'])(
   '%s: our requests and answers are the real ones, in their order',
@@ -66,7 +69,7 @@ test.each([
     steps: [{ t: 1, action: 'dance' }],
     requests: over.request === undefined ? [] : [{ t: 1, type: 'PLUG', response: 'ACK', ...over.request }],
   };
-  const path = join(mkdtempSync(join(tmpdir(), 'ebb-session-')), 'made-up.session.json');
+  const path = join(folder, 'made-up.session.json');
   const write = (value: object): void => writeFileSync(path, JSON.stringify(value));
   write(session);
   expect(() => readSession(path)).toThrow(why);

@@ -1,8 +1,8 @@
 /** Each rule of the protocol check: a trace that keeps it, and one that breaks it. */
-import { mkdtempSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { describe, expect, test } from 'vitest';
+import { afterAll, describe, expect, test } from 'vitest';
 import { checkTrace } from './check-trace.ts';
 import { readDeviceTrace, type DeviceEvent } from './device-events.ts';
 import * as allRules from './rules.ts';
@@ -15,8 +15,11 @@ const judge = (...events: DeviceEvent[]): string[] =>
   breachesOf(events).map((b) => `${b.line} ${b.who} ${b.section}`);
 const judgeRules = (...events: DeviceEvent[]): string[] => breachesOf(events).map((b) => b.must);
 
+const folder = mkdtempSync(join(tmpdir(), 'ebb-check-'));
+afterAll(() => rmSync(folder, { recursive: true }));
+
 function fileOf(name: string, text: string): string {
-  const path = join(mkdtempSync(join(tmpdir(), 'ebb-check-')), name);
+  const path = join(folder, name);
   writeFileSync(path, text);
   return path;
 }

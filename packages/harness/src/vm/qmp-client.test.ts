@@ -1,7 +1,7 @@
 /** `ebb vm` as a program, over its socket, driven by a QMP client that nobody here wrote. */
 import { spawn, type ChildProcess } from 'node:child_process';
 import { once } from 'node:events';
-import { mkdtempSync } from 'node:fs';
+import { mkdtempSync, rmSync } from 'node:fs';
 import { connect } from 'node:net';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -11,7 +11,8 @@ import { afterAll, beforeAll, expect, test } from 'vitest';
 import { MiB } from '@ebb/machine';
 
 const CLI = fileURLToPath(new URL('../cli.ts', import.meta.url));
-const socket: string = join(mkdtempSync(join(tmpdir(), 'ebb-qmp-')), 'qmp');
+const folder = mkdtempSync(join(tmpdir(), 'ebb-qmp-'));
+const socket: string = join(folder, 'qmp');
 let vm: ChildProcess;
 let client: Qmp;
 /** Events and answered commands, in the order in which the client saw them. */
@@ -62,6 +63,7 @@ beforeAll(async () => {
 afterAll(() => {
   client.destroy();
   vm.kill();
+  rmSync(folder, { recursive: true });
 });
 
 test('it reads the greeting, resizes memory, and hears of it', async () => {
