@@ -20,7 +20,7 @@ export interface GuestMemory {
   section: number;
 }
 
-/** Guest memory as a device has it: it can ask where RAM is without touching it. No answer outlives a window. */
+/** Guest memory as a device has it: it can ask where RAM is without touching it. Answers hold as long as windows do. */
 export interface DeviceMemory extends GuestMemory {
   /** Whether `length` bytes at `gpa` (all inside one page) may be touched. Takes no frame and marks nothing. */
   contains(gpa: number, length: number, write: boolean): boolean;
@@ -41,21 +41,23 @@ export class FlatGuestMemory implements DeviceMemory {
   at = 0;
   section = 0;
   from = 0;
-  to: number;
+  to = 0;
+  readonly size: number;
 
   constructor(buffer: ArrayBufferLike) {
-    this.to = buffer.byteLength;
+    this.size = buffer.byteLength;
     this.u8 = new Uint8Array(buffer);
     this.u16 = new Uint16Array(buffer);
     this.i32 = new Int32Array(buffer);
   }
 
   contains(gpa: number, length: number, _write: boolean): boolean {
-    return gpa >= 0 && gpa + length <= this.to;
+    return gpa >= 0 && gpa + length <= this.size;
   }
 
   extent(gpa: number): boolean {
-    return gpa >= 0 && gpa < this.to;
+    this.to = this.size;
+    return gpa >= 0 && gpa < this.size;
   }
 
   window(gpa: number, length: number, write: boolean): boolean {

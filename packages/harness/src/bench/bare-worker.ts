@@ -23,7 +23,10 @@ export class BareWorker {
     let bytes = 0;
     for (let done = 0; done < total; ) {
       const n = Math.min((Atomics.load(u16, AVAIL_IDX) - last) & 0xffff, batch);
-      if (n === 0) continue;
+      if (n === 0) {
+        Atomics.pause();
+        continue;
+      }
       for (let i = 0; i < n; i++) {
         const slot = (last + i) & (SIZE - 1);
         const head = u16[AVAIL + slot];
@@ -65,6 +68,7 @@ export class BareWorker {
       }
       if (free >= SIZE / 2 && added < total) continue;
       const n = (Atomics.load(u16, USED_IDX) - last) & 0xffff;
+      if (n === 0) Atomics.pause();
       for (let i = 0; i < n; i++) {
         const id = i32[USED + 2 * ((last + i) & (SIZE - 1))];
         next[id] = head;
@@ -81,7 +85,7 @@ export class BareWorker {
   pong(buffer: SharedArrayBuffer, count: number): void {
     const { i32 } = new FlatGuestMemory(buffer);
     for (let i = 0; i < count; i++) {
-      while (Atomics.load(i32, BALL) !== 1);
+      while (Atomics.load(i32, BALL) !== 1) Atomics.pause();
       Atomics.store(i32, BALL, 0);
     }
   }
@@ -92,7 +96,7 @@ export class BareWorker {
     const began = performance.now();
     for (let i = 0; i < count; i++) {
       Atomics.store(i32, BALL, 1);
-      while (Atomics.load(i32, BALL) !== 0);
+      while (Atomics.load(i32, BALL) !== 0) Atomics.pause();
     }
     return ((performance.now() - began) * 1e6) / count;
   }

@@ -78,7 +78,10 @@ function takeSingles(queue: SplitDeviceQueue, total: number, batch: number): num
   let bytes = 0;
   for (let done = 0; done < total; ) {
     const n = queue.popSingles(heads, gpas, lengths, batch);
-    if (n === 0) continue;
+    if (n === 0) {
+      Atomics.pause();
+      continue;
+    }
     for (let i = 0; i < n; i++) bytes = (bytes - lengths[i]) | 0;
     queue.pushSingles(heads, n, 256);
     done += n;
@@ -91,7 +94,10 @@ function takeChains(queue: SplitDeviceQueue, total: number, batch: number): numb
   let bytes = 0;
   for (let done = 0; done < total; ) {
     const n = queue.popChains(popped, batch);
-    if (n === 0) continue;
+    if (n === 0) {
+      Atomics.pause();
+      continue;
+    }
     bytes = (bytes + bytesOf(popped, n)) | 0;
     queue.pushChains(popped);
     done += n;
@@ -113,7 +119,10 @@ function takeOneByOne(queue: SplitDeviceQueue, total: number): number {
   let bytes = 0;
   for (let done = 0; done < total; ) {
     const chain = queue.pop();
-    if (chain === null) continue;
+    if (chain === null) {
+      Atomics.pause();
+      continue;
+    }
     bytes = (bytes + chain.totalBytes) | 0;
     queue.push(chain, chain.writableBytes);
     queue.recycle(chain);

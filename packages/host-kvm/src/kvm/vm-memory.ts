@@ -81,7 +81,7 @@ export class VmMemory implements DeviceMemory {
       else {
         const unit = gfn - ((gfn - gate.baseGfn) % gate.unitPages);
         from = Math.max(from, unit);
-        to = Math.min(to, unit + gate.unitPages);
+        to = Math.min(to, unit + gate.unitPages, gate.baseGfn + gate.nrPages);
       }
     }
     this.from = from * PAGE_SIZE;

@@ -52,7 +52,7 @@ describe('a malformed ring breaks the queue', () => {
     // A guest with endless RAM: only the sum is wrong.
     class Endless extends FlatGuestMemory {
       override contains(gpa: number, length: number, write: boolean): boolean {
-        return gpa < this.to ? super.contains(gpa, length, write) : true;
+        return gpa < this.size ? super.contains(gpa, length, write) : true;
       }
     }
     const r = rig({ memory: new Endless(new ArrayBuffer(1 << 20)) });

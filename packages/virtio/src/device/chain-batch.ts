@@ -2,8 +2,8 @@
  * Buffers popped together: what of them was copied and checked, as plain words. The form in which the queue hands out many
  * at once, and in which a single one is read before it becomes a `DescriptorChain`.
  *
- * Only buffers of the common form stand here: every segment below 2 GiB, less than 2 GiB together. What is longer, higher or
- * malformed is left to `SplitDeviceQueue.pop`.
+ * Only buffers of the common form stand here: every segment below 2 GiB, less than 2 GiB together, in memory of at most two
+ * extents (`DeviceMemory.extent`). What is longer, higher, elsewhere or malformed is left to `SplitDeviceQueue.pop`.
  */
 import { assert } from '@ebb/machine';
 

@@ -2,8 +2,9 @@
  * Reads descriptors: copies each once, checks the copy, and never reads the ring again for it (virtio 1.2 § 2.7.5). The guest
  * may rewrite them meanwhile; what it made of them is then not what the device acts on.
  *
- * Three readers with one meaning. `readCommon` takes buffers of the common form by the batch, in one loop over words, and stops
- * before the first that is not; `readSingles` takes those of one descriptor, wherever they lie; `read` takes any, and says what
+ * Three readers with one meaning. `readCommon` takes buffers of the common form by the batch, in one loop over words that calls
+ * nothing, and stops before the first that is not; what lies elsewhere than the last is looked up between two rounds of the
+ * loop, after which its buffer is copied anew; `readSingles` takes those of one descriptor, wherever they lie; `read` takes any, and says what
  * is wrong with one. The first two need several windows at once: where one ends the others (`section` moves), they take none.
  */
 import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
@@ -37,11 +38,6 @@ export class ChainReader {
   readonly #paged: boolean;
   /** The one descriptor that no window of the guest's memory shows as words. */
   readonly #descriptor: Int32Array = new Int32Array(DESC_BYTES / 4);
-  /** What `#look` found: a page of tables and where it lies, as a word of `i32`, or −1; memory from `#low` to below `#high`. */
-  #page = -1;
-  #pageAt = 0;
-  #low = 0;
-  #high = 0;
 
   /** `size` entries; `indirect`: INDIRECT_DESC was negotiated. */
   constructor(size: number, rings: RingAddresses, memory: DeviceMemory, indirect: boolean) {
@@ -56,7 +52,7 @@ export class ChainReader {
 
   /**
    * Copies up to `max` buffers whose heads stand in the available ring from `idx` on into `batch`, from its beginning.
-   * Returns how many: it stops before the first that is not of the common form (see `ChainBatch`), well-formed and in RAM.
+   * Returns how many: it stops before the first that is malformed or not of the common form (see `ChainBatch`).
    */
   readCommon(batch: ChainBatch, idx: number, max: number): number {
     batch.count = 0;
@@ -80,17 +76,21 @@ export class ChainReader {
     // Touched before the loop: docs/performance.md § Loops.
     segments[0] = 0;
     chains[0] = touchTable(u16, i32, ring, desc, from, n, mask);
-    let looked: number;
-    // Whether it was a buffer beyond what `#look` found that ended the loop.
-    let beyond: boolean;
+    // What was looked up: the page of the last table, where that lies, and the memory around two segments.
+    let page = -1;
+    let pageAt = 0;
+    let low = 0;
+    let high = 0;
+    let low2 = 0;
+    let high2 = 0;
+    let looked = 0;
+    let tries = 0;
+    // Where what ended the loop lies, if it lies elsewhere: −1 if it does not.
+    let missed: number;
+    let isTable: boolean;
     do {
-      looked = taken;
-      beyond = false;
-      this.#look(i32, section, desc + ((u16[ring + ((from + taken) & mask)] & mask) << 2), toTable);
-      const page = this.#page | 0;
-      const pageAt = this.#pageAt | 0;
-      const low = this.#low | 0;
-      const high = this.#high | 0;
+      missed = -1;
+      isTable = false;
       outer: for (; taken < n; taken++) {
         const head = u16[ring + ((from + taken) & mask)];
         if (head >= size) break;
@@ -109,7 +109,8 @@ export class ChainReader {
           )
             break;
           if ((gpa & ~IN_PAGE) !== page) {
-            beyond = true;
+            missed = gpa & ~IN_PAGE;
+            isTable = true;
             break;
           }
           limit = length >> 4;
@@ -129,8 +130,8 @@ export class ChainReader {
           const gpa = i32[d];
           const length = i32[d + 2];
           if (((word & VIRTQ_DESC_F_INDIRECT) | i32[d + 1]) !== 0 || length <= 0) break outer;
-          if (gpa < low || length > ((high - gpa) | 0)) {
-            beyond = true;
+          if ((gpa < low || length > ((high - gpa) | 0)) && (gpa < low2 || length > ((high2 - gpa) | 0))) {
+            missed = gpa;
             break outer;
           }
           bytes = (bytes + length) | 0;
@@ -158,33 +159,25 @@ export class ChainReader {
         chains[c + C_READABLE_END] = readableEnd >> 1;
         chains[c + C_WRITTEN] = (bytes - readable) | 0;
       }
-    } while (beyond && taken > looked);
+      // What the first buffer that was not taken has said, and is asked again. Above 2 GiB is not the common form.
+      if (missed < 0) break;
+      // Of one buffer the table and two segments; a guest that rewrites it meanwhile gets no more.
+      tries = taken > looked ? 1 : tries + 1;
+      looked = taken;
+      if (isTable) {
+        if (!memory.window(missed, PAGE, false) || memory.section !== section || memory.i32 !== i32) break;
+        page = missed | 0;
+        pageAt = (memory.at >> 2) | 0;
+      } else {
+        if (!memory.extent(missed)) break;
+        low2 = low;
+        high2 = high;
+        low = memory.from | 0;
+        high = Math.min(memory.to, 0x7fff_ffff) | 0;
+      }
+    } while (tries <= 3);
     batch.count = taken;
     return taken;
-  }
-
-  /**
-   * Finds out where the buffer of the descriptor at word `d` lies: those behind it, most of them, lie there as well. What is
-   * read here is only a hint. Nothing is found where looking ends the windows that the loop reads in. `toTable`: the flag that
-   * leads to an indirect table, 0 without INDIRECT_DESC.
-   */
-  #look(i32: Int32Array, section: number, d: number, toTable: number): void {
-    const memory = this.#memory;
-    this.#page = -1;
-    this.#low = 0;
-    this.#high = 0;
-    let gpa = i32[d];
-    if ((i32[d + 3] & toTable) !== 0) {
-      const page = gpa & ~IN_PAGE;
-      if (page < 0 || !memory.window(page, PAGE, false) || memory.section !== section || memory.i32 !== i32)
-        return;
-      this.#page = page;
-      this.#pageAt = memory.at >> 2;
-      gpa = i32[this.#pageAt + ((gpa & IN_PAGE) >> 2)];
-    }
-    if (gpa < 0 || !memory.extent(gpa)) return;
-    this.#low = memory.from;
-    this.#high = Math.min(memory.to, 0x7fff_ffff);
   }
 
   /**

@@ -114,7 +114,10 @@ export class SplitDeviceQueue {
     return n;
   }
 
-  /** At least `max` entries if so many are known already, else what there is: an index is read once for several batches. */
+  /**
+   * At least `max` entries if so many are known already, else what there is: an index is read once for several batches.
+   * Entries up to `#availSeen` were acquired when it was loaded.
+   */
   #ready(max: number): number {
     const known = ringDistance(this.#availSeen, this.#lastAvail);
     return known >= max && this.error === null && !this.#stopped ? known : this.#available();
@@ -151,7 +154,8 @@ export class SplitDeviceQueue {
    * The batch path, for devices that serve a buffer at once: no lease is kept, and the next call overwrites the batch.
    */
   popChains(batch: ChainBatch, max: number): number {
-    const n = this.#batched ? Math.min(this.#ready(max), max, batch.room) : 0;
+    const most = Math.min(max, batch.room);
+    const n = this.#batched ? Math.min(this.#ready(most), most) : 0;
     return this.#taken(this.#reader.readCommon(batch, this.#lastAvail, n));
   }
 

@@ -179,9 +179,9 @@ class TwoViews extends FlatGuestMemory {
   }
   override window(gpa: number, length: number, write: boolean): boolean {
     if (!this.contains(gpa, length, write)) return false;
-    const half = gpa < this.to / 2 ? this.#lower : this.#upper;
+    const half = gpa < this.size / 2 ? this.#lower : this.#upper;
     ({ u8: this.u8, u16: this.u16, i32: this.i32 } = half);
-    this.at = gpa % (this.to / 2);
+    this.at = gpa % (this.size / 2);
     return true;
   }
 }

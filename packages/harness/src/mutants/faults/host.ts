@@ -278,8 +278,8 @@ export const HOST_FAULTS: readonly Mutant[] = [
   fault(
     'extent-of-two-blocks',
     VM_MEMORY,
-    'to = Math.min(to, unit + gate.unitPages);',
-    'to = Math.min(to, unit + 2 * gate.unitPages);',
+    'to = Math.min(to, unit + gate.unitPages, ',
+    'to = Math.min(to, unit + 2 * gate.unitPages, ',
     '5.15.6: a buffer that ends in an unplugged block is taken',
     VM_MEMORY_TEST,
   ),

@@ -63,8 +63,8 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'pop-touches-buffers',
     'packages/virtio/src/device/chain-reader.ts',
-    '    if (gpa < 0 || !memory.extent(gpa)) return;\n',
-    '    if (gpa < 0 || !memory.window(gpa & ~IN_PAGE, PAGE, false) || !memory.extent(gpa)) return;\n',
+    'if (!memory.extent(missed)) break;',
+    'if (!memory.window(missed & ~IN_PAGE, PAGE, false) || !memory.extent(missed)) break;',
     'reporting and hinting take frames for what nobody touched',
     TIMING,
   ),
