@@ -6,6 +6,7 @@ import { expect } from 'vitest';
 import { KVM_MEM_READONLY } from './memslots.ts';
 import type { Verdict } from './region-gate.ts';
 import { testHost } from './testing-host.ts';
+import type { VmMemory } from './vm-memory.ts';
 
 const PAGES = MiB / PAGE_SIZE;
 /** Slots from 16 MiB on, `mib` long each, with a hole of a MiB behind some; gates of eight units over some of it. */
@@ -68,20 +69,21 @@ test.prop([layout], { numRuns: 200 })(
   },
 );
 
+function put(memory: VmMemory, gpa: number, words: number[]): void {
+  expect(memory.window(gpa, 4 * words.length, true)).toBe(true);
+  memory.i32.set(words, memory.at >> 2);
+}
+
 test('a table above 4 GiB is looked for there: the page below with the same low bits takes no frame', () => {
   const host = testHost({ huge: 'never' });
   const { memory } = host.vm;
   const file = new MemFile({ name: 'dimm', nrBlocks: PAGES, vm: 0, frames: host.pool, huge: 'never' });
   const dimm = { slot: 1, flags: 0, guestPhysAddr: 4 * GiB, memorySize: MiB, file, fileOffset: 0 };
   expect(host.finish(host.vm.setUserMemoryRegion(dimm)).ok).toBe(true);
-  const put = (gpa: number, words: number[]): void => {
-    expect(memory.window(gpa, 4 * words.length, true)).toBe(true);
-    memory.i32.set(words, memory.at >> 2);
-  };
   const rings = { desc: 0x1000, driver: 0x2000, device: 0x3000 };
-  put(rings.desc, [0x50000, 1, 16, 4]);
-  put(rings.driver, [1 << 16, 0]);
-  put(4 * GiB + 0x50000, [0x6000, 0, 16, 2]);
+  put(memory, rings.desc, [0x50000, 1, 16, 4]);
+  put(memory, rings.driver, [1 << 16, 0]);
+  put(memory, 4 * GiB + 0x50000, [0x6000, 0, 16, 2]);
   const queue = new SplitDeviceQueue({ size: 16, rings, memory, eventIdx: false, indirect: true });
   expect(queue.popChains(new ChainBatch(4, 16), 4)).toBe(0);
   expect([queue.pop()?.gpas[0], queue.error]).toEqual([0x6000, null]);
@@ -95,14 +97,11 @@ test('a batch goes on where buffers lie in two slots by turns', () => {
   const more = { slot: 1, flags: 0, guestPhysAddr: 32 * MiB, memorySize: MiB, file, fileOffset: 0 };
   expect(host.finish(host.vm.setUserMemoryRegion(more)).ok).toBe(true);
   const rings = { desc: 0x1000, driver: 0x2000, device: 0x3000 };
-  const words = [0, 1, 2].flatMap((i) => [
-    ...[0x6000, 0, 16, 1 | ((2 * i + 1) << 16)],
-    ...[32 * MiB + 0x6000, 0, 512, 2],
-  ]);
-  expect(memory.window(rings.desc, 16 * 16, true)).toBe(true);
-  memory.i32.set(words, memory.at >> 2);
-  expect(memory.window(rings.driver, 16, true)).toBe(true);
-  memory.i32.set([3 << 16, 0 | (2 << 16), 4], memory.at >> 2);
+  for (const i of [0, 1, 2]) {
+    put(memory, rings.desc + 32 * i, [0x6000, 0, 16, 1 | ((2 * i + 1) << 16)]);
+    put(memory, rings.desc + 32 * i + 16, [32 * MiB + 0x6000, 0, 512, 2]);
+  }
+  put(memory, rings.driver, [3 << 16, 2 << 16, 4]);
   const queue = new SplitDeviceQueue({ size: 16, rings, memory, eventIdx: false, indirect: false });
   const batch = new ChainBatch(4, 16);
   expect(queue.popChains(batch, 4)).toBe(3);
