@@ -1,5 +1,5 @@
 /** What every command of `ebb` does with its output: lines, progress, files, JSON. */
-import { accessSync, constants, mkdirSync, statSync, writeFileSync } from 'node:fs';
+import { accessSync, constants, existsSync, mkdirSync, statSync, writeFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { REPLAY_BEGINS, REPLAY_ENDS } from './run/trace-writer.ts';
 import { UserError } from './trace/trace.ts';
@@ -44,7 +44,7 @@ export function checkOutputs(...paths: readonly (string | undefined)[]): void {
         statSync(path, { throwIfNoEntry: false })?.isDirectory() === true
       )
         throw new Error('is a folder, not a file');
-      mkdirSync(dirname(path), { recursive: true });
+      makeFolder(dirname(path));
       accessSync(dirname(path), constants.W_OK);
     } catch (error) {
       throw new UserError(`'${path}': cannot be written: ${(error as Error).message.split('\n')[0]}`);
@@ -52,10 +52,17 @@ export function checkOutputs(...paths: readonly (string | undefined)[]): void {
   }
 }
 
+/** As `mkdir -p`. One at a time: Node's own does not return where a file system refuses folders (`/proc`). */
+function makeFolder(path: string): void {
+  if (existsSync(path)) return;
+  makeFolder(dirname(path));
+  mkdirSync(path);
+}
+
 /** Writes a file, making its folders; what cannot be written is the user's one line. */
 export function writeOut(path: string, text: string): void {
   try {
-    mkdirSync(dirname(path), { recursive: true });
+    makeFolder(dirname(path));
     writeFileSync(path, text);
   } catch (error) {
     throw new UserError(`${path}: cannot be written: ${(error as Error).message.split('\n')[0]}`);

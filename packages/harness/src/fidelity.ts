@@ -45,7 +45,12 @@ export function fidelity(trace: Trace): Fidelity {
     const lacks = trace.marks.some((mark) => mark.name === 'SNAP_start_END')
       ? 'import a capture folder that holds start.* and end.*'
       : 'it has no SNAP_start_END mark, which says what of it comes after the start state';
-    throw new UserError(`trace '${trace.name}': has no start and end states to compare with: ${lacks}`);
+    const states = [trace.start === undefined && 'start', trace.end === undefined && 'end'].filter(
+      (s) => s !== false,
+    );
+    throw new UserError(
+      `trace '${trace.name}': has no ${states.join(' and no ')} state to compare with: ${lacks}`,
+    );
   }
   const vcpus = Math.min(8, trace.nrCpus);
   const plan = makePlan(trace, vcpus);

@@ -1,7 +1,7 @@
 /** `ebb fuzz` and `ebb replay`. */
 import { relative, resolve } from 'node:path';
 import type { Command } from 'commander';
-import { emitJson, jsonToStdout, progressLine, say, writeOut } from '../cli-output.ts';
+import { checkOutputs, emitJson, jsonToStdout, progressLine, say, writeOut } from '../cli-output.ts';
 import { oneOf, wholeNumber } from '../cli-options.ts';
 import { UserError } from '../trace/trace.ts';
 import { provenance } from '../provenance.ts';
@@ -41,8 +41,11 @@ function addFuzz(program: Command): void {
       '[property...]',
       `properties to check (default: all): ${PROPERTIES.map((p) => p.name).join(', ')}`,
     )
-    .option('--runs <n>', 'executions per property')
-    .option('--time <time>', 'stop after this long, as 60s, 30m or 1h (default: 60s without --runs)')
+    .option('--runs <n>', 'executions per property; exhaustive: programs, each in all its schedules')
+    .option(
+      '--time <time>',
+      'stop after this long, as 60s, 30m or 1h (default: 60s without --runs, and if exhaustive)',
+    )
     .option('--seed <n>', 'seed of programs and schedules', '1')
     .option('--strategy <name>', `how the next thread is picked: ${SEARCHES.join(', ')}`, 'mixed')
     .option('--preemptions <d>', 'exhaustive: schedules with at most this many preemptions', '2')
@@ -53,7 +56,7 @@ function addFuzz(program: Command): void {
     .option('--json <file>', 'write the result as JSON; - for standard output')
     .addHelpText(
       'after',
-      '\nExamples:\n  ebb fuzz --time 60s\n  ebb fuzz invalidation --runs 2000 --strategy pct --seed 7\n  ebb fuzz invalidation --strategy exhaustive --preemptions 2 --runs 4',
+      '\nExamples:\n  ebb fuzz --time 60s\n  ebb fuzz invalidation --runs 2000 --strategy pct --seed 7\n  ebb fuzz invalidation --strategy exhaustive --preemptions 1 --time 30s',
     )
     .action(async (names: string[], flags: FuzzFlags) => {
       jsonToStdout(flags.json);
@@ -62,7 +65,9 @@ function addFuzz(program: Command): void {
       );
       const runs = flags.runs === undefined ? 0 : wholeNumber('--runs', flags.runs, 1, 2 ** 31 - 1);
       const seed = wholeNumber('--seed', flags.seed, 0, 2 ** 31 - 1);
-      const time = flags.time ?? (runs === 0 ? '60s' : '24h');
+      const strategy = oneOf('--strategy', flags.strategy, SEARCHES);
+      const time = flags.time ?? (runs === 0 || strategy === 'exhaustive' ? '60s' : '24h');
+      checkOutputs(flags.json, `${flags.out}/case.json`);
       const line = progressLine();
       const began = performance.now();
       const result = await fuzz(
@@ -71,7 +76,7 @@ function addFuzz(program: Command): void {
           runs,
           milliseconds: duration('--time', time),
           seed,
-          strategy: oneOf('--strategy', flags.strategy, SEARCHES),
+          strategy,
           preemptions: wholeNumber('--preemptions', flags.preemptions, 0, 64),
           workers: wholeNumber('--workers', flags.workers, 0, 64),
           keepGoing: flags.keepGoing === true,

@@ -138,7 +138,7 @@ async function tryMutant(scratch: Scratch, mutant: Mutant): ReturnType<Check> {
 async function tryPatch(scratch: Scratch, path: string): ReturnType<Check> {
   const before = new Map<string, string>();
   const touched = new Set<string>();
-  for (const file of parsePatch(readFileSync(path, 'utf8'))) {
+  for (const file of parsePatch(readFileSync(path, 'utf8')).filter((f) => f.hunks.length > 0)) {
     const name = (file.newFileName ?? file.oldFileName ?? '').replace(/^[ab]\//, '');
     if (!scratch.exists(name)) throw new UserError(`${path}: ${name} is not a file of the sources`);
     const text = before.get(name) ?? scratch.read(name);
@@ -224,7 +224,7 @@ export async function runMutants(
     for (const scratch of scratches) scratch.remove();
     process.exit(128 + code);
   };
-  process.once('SIGINT', interrupted).once('SIGTERM', interrupted);
+  process.on('SIGINT', interrupted).on('SIGTERM', interrupted);
   const worker = async (_: unknown, number: number): Promise<void> => {
     const scratch = new Scratch(cores[number % cores.length]);
     scratches.add(scratch);

@@ -9,6 +9,7 @@ import {
   readdirSync,
   readFileSync,
   rmSync,
+  statSync,
   symlinkSync,
   writeFileSync,
 } from 'node:fs';
@@ -82,8 +83,10 @@ export class Scratch {
   write(file: string, text: string): void {
     writeFileSync(join(this.folder, file), text);
   }
+  /** Whether it is a file of the copy: a patch may name anything. */
   exists(file: string): boolean {
-    return existsSync(join(this.folder, file));
+    const inside = !relative(this.folder, join(this.folder, file)).startsWith('..');
+    return inside && statSync(join(this.folder, file), { throwIfNoEntry: false })?.isFile() === true;
   }
 
   /** Runs node in the copy; output, exit code, and whether it had to be stopped after `milliseconds`. */

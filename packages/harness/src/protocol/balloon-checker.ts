@@ -53,6 +53,14 @@ export class BalloonChecker {
     }
   }
 
+  /** The device was reset: what was in the balloon is the guest's again. */
+  reset(): void {
+    this.#in.clear();
+    this.#known = false;
+    this.#untold = -1;
+    this.#actual = -1;
+  }
+
   /** The host wants another size: what the driver had to tell, it should have told. */
   newTarget(mustTell: boolean): void {
     if (mustTell && this.#untold >= 0 && this.#untold !== this.#actual)

@@ -56,6 +56,17 @@ describe('status and features', () => {
   });
 });
 
+test('a reset ends what a balloon holds and what a memory device was asked', () => {
+  const inflated: DeviceEvent[] = [
+    { event: 'inflate', pfns: [1, 2, 3] },
+    { event: 'actual', pages: 3, before: 0 },
+  ];
+  const reset: DeviceEvent = { event: 'status', value: 0 };
+  expect(judge(...up, ...inflated, reset, ...up, ...inflated)).toEqual([]);
+  const asked: DeviceEvent = { event: 'plug', addr: 0x1_4000_0000, nb_blocks: 1 };
+  expect(judge(...up, asked, reset, ...up, asked)).toEqual([]);
+});
+
 describe('queues', () => {
   test('a buffer made available, returned, and made available again', () => {
     expect(

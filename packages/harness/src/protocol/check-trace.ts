@@ -115,7 +115,9 @@ class DeviceChecker {
   #onStatus(value: number): void {
     this.#sawStatus = true;
     if (value === 0) {
-      // A reset: buffers are the driver's again.
+      // A reset: buffers are the driver's again, pages of the balloon the guest's, and no request is out.
+      this.#balloon.reset();
+      this.#memory.reset();
       this.#out.clear();
       this.#sizes.clear();
       this.#accepted = new Set();

@@ -49,6 +49,11 @@ export class MemoryDeviceChecker {
     if (this.#block > 0) this.#report(MEM_CONFIG_WRITE, 'driver', `wrote ${e.value} at offset ${e.offset}`);
   }
 
+  /** The device was reset: what it was asked it will not answer. Memory stays as it is plugged. */
+  reset(): void {
+    this.#request = null;
+  }
+
   event(e: MemEvent): void {
     switch (e.event) {
       case 'mem-config': {

@@ -6,6 +6,9 @@ import { UserError, type Trace } from '../trace/trace.ts';
 /** Blocks of the disk that file pages hash onto: 16 GiB, sparse. */
 export const REPLAY_DISK_BYTES: number = 16384 * MiB;
 
+/** What a guest needs to boot and to serve its disk: 16 MiB. */
+const LEAST_PAGES: number = (16 * MiB) / PAGE_SIZE;
+
 export interface GuestOptions {
   /** Bytes; at least the capture's. Larger adds free pages on top. */
   readonly guestMemoryBytes?: number;
@@ -24,6 +27,11 @@ export function guestOf(trace: Trace, options: GuestOptions): GuestConfig {
   const extra = (wanted - trace.guestMemoryBytes) / PAGE_SIZE;
   const maxPfn = trace.maxPfn + extra;
   const e820 = [...trace.e820, ...(extra > 0 ? [{ start: trace.maxPfn, end: maxPfn }] : [])];
+  const ram = e820.reduce((sum, range) => sum + range.end - range.start, 0);
+  if (ram < LEAST_PAGES)
+    throw new UserError(
+      `the trace '${trace.name}' is of a guest with ${ram} pages of RAM; one boots with ${LEAST_PAGES} at least`,
+    );
   return {
     e820,
     nodes: [{ start: 0, end: maxPfn }],

@@ -211,10 +211,10 @@ function readEnd(folder: string): TraceEnd | undefined {
   if (buddy === undefined || zone === undefined) return undefined;
   const freeByOrder = new Array<number>(11).fill(0);
   for (const match of rowsOf(buddy, /^Node\s+\d+, zone\s+\w+((?:\s+\d+)+)\s*$/gm)) {
-    match[1]
-      .trim()
-      .split(/\s+/)
-      .forEach((n, order) => (freeByOrder[order] += Number(n)));
+    const counts = match[1].trim().split(/\s+/).map(Number);
+    if (counts.length > freeByOrder.length)
+      throw new UserError(`${buddy}: has ${counts.length} orders; a guest of Ebb has ${freeByOrder.length}`);
+    counts.forEach((n, order) => (freeByOrder[order] += n));
   }
   const sum = (row: RegExp): number => rowsOf(zone, row).reduce((total, m) => total + Number(m[1]), 0);
   const pcpPages = sum(/^\s+count:\s+(\d+)$/gm);

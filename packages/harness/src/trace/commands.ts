@@ -3,7 +3,7 @@ import { basename } from 'node:path';
 import Table from 'cli-table3';
 import type { Command } from 'commander';
 import { formatBytes } from '@ebb/machine';
-import { emitJson, jsonToStdout, say } from '../cli-output.ts';
+import { checkOutputs, emitJson, jsonToStdout, say } from '../cli-output.ts';
 import { loadTrace } from '../compare/options.ts';
 import { fidelity } from '../fidelity.ts';
 import { provenance } from '../provenance.ts';
@@ -38,6 +38,7 @@ export function addTraceCommands(program: Command): void {
       jsonToStdout(flags.json);
       const imported = readCapture(path);
       const out = flags.output ?? `${imported.name}.ebbtrace`;
+      checkOutputs(out);
       let bytes = 0;
       try {
         bytes = writeTrace(out, imported);

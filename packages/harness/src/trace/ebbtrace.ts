@@ -1,6 +1,7 @@
 /**
  * The `.ebbtrace` file: a zstd-compressed container with a JSON header and the columns of a `Trace` as raw
- * little-endian arrays. Times are stored as whole-microsecond differences.
+ * little-endian arrays. Times are stored as whole-microsecond differences; where one of those or a page index needs more
+ * than 31 bits, the upper words of both are two columns more (`wide`).
  *
  * ```
  * 'EBBTRC01' | u32 header length | header (JSON) | columns …     (all inside one zstd frame)
@@ -8,7 +9,7 @@
  */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { zstdCompressSync, zstdDecompressSync, constants } from 'node:zlib';
-import { UserError, type Trace, type TraceEvents } from './trace.ts';
+import { traceHash, UserError, type Trace, type TraceEvents } from './trace.ts';
 
 const MAGIC = 'EBBTRC01';
 
@@ -17,39 +18,40 @@ interface Header {
   readonly count: number;
   readonly pages: number;
   readonly pageblocks: number;
+  readonly wide?: true;
 }
+
+const WORD = 0x1_0000_0000;
 
 /** Serialises a trace. */
 export function encodeTrace(trace: Trace): Buffer {
   const { events, start, ...rest } = trace;
-  const deltas = new Int32Array(events.count);
-  let last = 0;
-  for (let i = 0; i < events.count; i++) {
-    const t = Math.round(events.timeUs[i]);
-    deltas[i] = t - last;
-    last = t;
-  }
+  const deltas = events.timeUs.map((t, i, all) => Math.round(t) - (i === 0 ? 0 : Math.round(all[i - 1])));
+  const wide = [deltas, events.index].some((column) => column.some((v) => v !== (v | 0)));
   const header: Header = {
     trace: rest,
     count: events.count,
     pages: start?.pages.length ?? 0,
     pageblocks: start?.pageblocks.length ?? 0,
+    ...(wide ? { wide } : {}),
   };
   const json = Buffer.from(JSON.stringify(header));
   const length = Buffer.alloc(4);
   length.writeUInt32LE(json.length);
-  const index = Int32Array.from(events.index);
   const parts: (Buffer | Uint8Array)[] = [Buffer.from(MAGIC), length, json];
   for (const column of [
-    deltas,
+    Int32Array.from(deltas),
     events.pfn,
     events.file,
-    index,
+    Int32Array.from(events.index),
     events.gfp,
     events.op,
     events.cpu,
     events.order,
     events.migratetype,
+    ...(wide
+      ? [deltas, events.index].map((column) => Int32Array.from(column, (v) => Math.floor(v / WORD)))
+      : []),
   ]) {
     parts.push(planes(column));
   }
@@ -86,7 +88,7 @@ export function decodeTrace(compressed: Uint8Array, source: string): Trace {
   if (bytes.toString('latin1', 0, 8) !== MAGIC)
     throw new UserError(`${source}: not an .ebbtrace file; make one with 'ebb trace import'`);
   const headerLength = bytes.readUInt32LE(8);
-  const header = JSON.parse(bytes.toString('utf8', 12, 12 + headerLength)) as Header;
+  const header = headerOf(bytes.toString('utf8', 12, 12 + headerLength), source);
   let at = 12 + headerLength;
   const n = header.count;
   const take = (count: number, width: number): Uint8Array => {
@@ -99,19 +101,61 @@ export function decodeTrace(compressed: Uint8Array, source: string): Trace {
   const deltas = i32();
   const pfn = i32();
   const file = i32();
-  const index = Float64Array.from(i32());
+  let index: Float64Array = Float64Array.from(i32());
   const gfp = new Uint16Array(take(n, 2).buffer);
   const op = take(n, 1);
   const cpu = take(n, 1);
   const order = take(n, 1);
   const migratetype = take(n, 1);
+  let steps: Float64Array = Float64Array.from(deltas);
+  if (header.wide === true) [steps, index] = [steps, index].map((low) => widened(low, i32()));
   const timeUs = new Float64Array(n);
   let t = 0;
-  for (let i = 0; i < n; i++) timeUs[i] = t += deltas[i];
+  for (let i = 0; i < n; i++) timeUs[i] = t += steps[i];
   const events: TraceEvents = { count: n, timeUs, op, cpu, pfn, order, migratetype, gfp, file, index };
   const start =
     header.pages > 0 ? { pages: take(header.pages, 1), pageblocks: take(header.pageblocks, 1) } : undefined;
-  return { ...header.trace, events, ...(start === undefined ? {} : { start }) };
+  const trace = { ...header.trace, events, ...(start === undefined ? {} : { start }) };
+  if (traceHash(trace) !== trace.hash)
+    throw new UserError(`${source}: its contents are not those of its hash ${trace.hash}; import it again`);
+  return trace;
+}
+
+/** Lower words, as int32 has them, and upper words as whole numbers. */
+function widened(low: Float64Array, high: Int32Array): Float64Array {
+  return low.map((v, i) => (v >>> 0) + high[i] * WORD);
+}
+
+/** The header, if a reader can rely on it. */
+function headerOf(json: string, source: string): Header {
+  const whole = (v: unknown, least: number): boolean =>
+    Number.isSafeInteger(v) && (v as number) >= least && (v as number) < WORD;
+  let header: Header | null = null;
+  try {
+    header = JSON.parse(json) as Header | null;
+  } catch {
+    // Said below.
+  }
+  const trace: Partial<Header['trace']> | undefined = header?.trace;
+  const { end } = trace ?? {};
+  if (
+    header === null ||
+    trace === undefined ||
+    ![header.count, header.pages, header.pageblocks].every((v) => whole(v, 0)) ||
+    ![trace.nrCpus, trace.maxPfn].every((v) => whole(v, 1)) ||
+    !Number.isSafeInteger(trace.guestMemoryBytes) ||
+    typeof trace.name !== 'string' ||
+    typeof trace.hash !== 'string' ||
+    !Array.isArray(trace.e820) ||
+    !trace.e820.every((range) => whole(range?.start, 0) && whole(range.end, 0)) ||
+    !Array.isArray(trace.marks) ||
+    typeof trace.skipped !== 'object' ||
+    (end !== undefined &&
+      (!Array.isArray(end.freeByOrder) ||
+        ![...end.freeByOrder, end.freePages, end.pcpPages, end.pageCachePages].every((v) => whole(v, 0))))
+  )
+    throw new UserError(`${source}: its header makes no sense; make it again with 'ebb trace import'`);
+  return header;
 }
 
 export function writeTrace(path: string, trace: Trace): number {

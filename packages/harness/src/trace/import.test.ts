@@ -1,3 +1,4 @@
+import { zstdCompressSync, zstdDecompressSync } from 'node:zlib';
 import { describe, expect, test } from 'vitest';
 import { fc, test as prop } from '@fast-check/vitest';
 import { decodeTrace, encodeTrace } from './ebbtrace.ts';
@@ -165,13 +166,14 @@ describe('a bad trace is one line with its number and text', () => {
 
 const asTrace = (text: string): Trace => {
   const imported = importTraceText(text, 't');
+  const e820 = [{ start: 0, end: 16384 }];
   return {
     name: 't',
-    hash: '',
+    hash: traceHash({ ...imported, e820 }),
     nrCpus: imported.nrCpus,
     maxPfn: imported.maxPfn,
     guestMemoryBytes: 1 << 26,
-    e820: [{ start: 0, end: 16384 }],
+    e820,
     events: imported.events,
     skipped: {},
     marks: [],
@@ -219,6 +221,52 @@ describe('.ebbtrace', () => {
       expect([...back.events.timeUs]).toEqual([...trace.events.timeUs].map(Math.round));
     },
   );
+  test('events an hour apart, and page indices beyond 8 TiB, are read back', () => {
+    const trace = asTrace(
+      [line(alloc, 0, '1.0'), line(alloc, 0, '5000.5'), line(alloc, 0, '5000.6')].join('\n'),
+    );
+    const index = Float64Array.of(3, 2 ** 40 + 5, 2 ** 31);
+    const events = { ...trace.events, index };
+    const back = decodeTrace(encodeTrace({ ...trace, events, hash: traceHash({ ...trace, events }) }), 'x');
+    expect([...back.events.timeUs]).toEqual([...trace.events.timeUs].map(Math.round));
+    expect([...back.events.index]).toEqual([...index]);
+  });
+  test('a file whose checksum is sound and whose contents are not is the user’s mistake as well', () => {
+    const bytes = zstdDecompressSync(encodeTrace(asTrace(line(alloc))));
+    const length = bytes.readUInt32LE(8);
+    const header = JSON.parse(bytes.toString('utf8', 12, 12 + length)) as { trace: object };
+    const columns = bytes.subarray(12 + length);
+    const made = (json: string, rest = columns): Uint8Array => {
+      const head = Buffer.from(json);
+      const size = Buffer.alloc(4);
+      size.writeUInt32LE(head.length);
+      return zstdCompressSync(Buffer.concat([bytes.subarray(0, 8), size, head, rest]));
+    };
+    const changed = (trace: object, more: object = {}): string =>
+      JSON.stringify({ ...header, ...more, trace: { ...header.trace, ...trace } });
+    expect(decodeTrace(made(changed({})), 'x').events.count).toBe(1);
+    for (const json of [
+      'null',
+      '{',
+      '{}',
+      changed({}, { count: -5 }),
+      changed({}, { count: 'abc' }),
+      changed({ nrCpus: -1 }),
+      changed({ e820: [null] }),
+      changed({ marks: null }),
+      changed({ end: {} }),
+      changed({ guestMemoryBytes: 1e18 }),
+    ])
+      expect(() => decodeTrace(made(json), 'x.ebbtrace'), json).toThrow(
+        /^x\.ebbtrace: its header makes no sense/,
+      );
+    for (const [json, rest] of [
+      [changed({}), columns.map(() => 0xff)],
+      [changed({ maxPfn: 10 }), columns],
+      [changed({}, { count: 0 }), columns],
+    ] as const)
+      expect(() => decodeTrace(made(json, Buffer.from(rest)), 'x'), json).toThrow(/not those of its hash/);
+  });
   test('a damaged file is the user’s mistake, in one line', () => {
     const bytes = encodeTrace(asTrace(line(alloc)));
     expect(() => decodeTrace(bytes.subarray(0, 40), 'x.ebbtrace')).toThrow(
@@ -270,6 +318,16 @@ describe('the replay plan', () => {
       1,
     ]);
     expect(plan.dropped).toEqual({ 'free of an unknown page': 1 });
+  });
+  test('events of one page on two CPUs keep their order, however many they are', () => {
+    const cache = (op: string): string =>
+      `mm_filemap_${op}_page_cache: dev 254:0 ino c68 pfn=0x10 ofs=0 order=0`;
+    const text = [
+      line('mm_page_alloc: page=1 pfn=0x10 order=0 migratetype=1 gfp_flags=GFP_KERNEL', 0),
+      ...Array.from({ length: 300 }, (_, i) => line(cache(i % 2 === 0 ? 'add_to' : 'delete_from'), i % 2)),
+    ].join('\n');
+    const plan = makePlan(asTrace(text), 2);
+    expect([...plan.ordinal.subarray(0, 301)]).toEqual(Array.from({ length: 301 }, (_, i) => i));
   });
   test('page cache events refer to the page they name', () => {
     const text = [

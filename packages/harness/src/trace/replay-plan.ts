@@ -38,7 +38,7 @@ export interface ReplayPlan {
   readonly gfp: Uint16Array;
   readonly handle: Int32Array;
   /** Position of the event among those of its handle. */
-  readonly ordinal: Uint8Array;
+  readonly ordinal: Int32Array;
   readonly file: Int32Array;
   readonly index: Int32Array;
   /** Rows of each CPU in order, concatenated; CPU c has `rows[from[c]] … rows[from[c + 1] − 1]`. */
@@ -66,7 +66,7 @@ export function makePlan(trace: Trace, nrVcpus: number): ReplayPlan {
     migratetype: shared(Uint8Array, n),
     gfp: shared(Uint16Array, n * 2),
     handle: shared(Int32Array, n * 4),
-    ordinal: shared(Uint8Array, n),
+    ordinal: shared(Int32Array, n * 4),
     file: shared(Int32Array, n * 4),
     index: shared(Int32Array, n * 4),
   };
@@ -108,7 +108,7 @@ export function makePlan(trace: Trace, nrVcpus: number): ReplayPlan {
   const use = (i: number, op: number, id: number): number => {
     const handle = handles[id];
     const row = emit(i, op, id);
-    plan.ordinal[row] = handle.ordinal < 255 ? handle.ordinal++ : 255;
+    plan.ordinal[row] = handle.ordinal++;
     handle.rows.push(row);
     if (events.cpu[i] % nrVcpus !== handle.cpu) handle.shared = true;
     return row;
