@@ -81,6 +81,24 @@ describe('leaves', () => {
     expect([w.level, w.frame, w.low & (EPT_A | EPT_D)]).toEqual([2, 200_000, EPT_A | EPT_D]);
     expect(m.flags[1000]).toBe(FRAME_ACCESSED | FRAME_DIRTY);
   });
+  test('a large leaf that is split is write-back still, and its table goes with its last page', () => {
+    const m = mmu();
+    m.mmu.map(512, 1024, 2, true);
+    expect(m.mmu.zapRange(512, 1)).toBeGreaterThan(0);
+    expect(m.walk(513).low & 0xfff).toBe(EPT_RWX | EPT_WB);
+    m.mmu.zapRange(513, 510);
+    expect([m.walk(1022).present, m.walk(1023).frame, m.mmu.counters.tables]).toEqual([false, 1535, 4]);
+    m.mmu.zapRange(1023, 1);
+    expect([m.mmu.counters.tables, m.mmu.detachedTables.length]).toEqual([1, 3]);
+  });
+  test('what A and D say of a large leaf holds for each of its frames', () => {
+    const m = mmu();
+    m.mmu.map(512, 1024, 2, true);
+    m.memory.i32[m.walk(512).word] |= EPT_A | EPT_D;
+    m.mmu.zapRange(512, 512);
+    expect(m.flags.subarray(1024, 1536).every((f) => f === (FRAME_ACCESSED | FRAME_DIRTY))).toBe(true);
+    expect([m.flags[1023], m.flags[1536]]).toEqual([0, 0]);
+  });
   test('a table whose last entry goes is unlinked, and freed only when told that the flush is over', () => {
     const m = mmu();
     m.mmu.map(5, 50, 1, true);

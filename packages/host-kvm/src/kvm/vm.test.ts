@@ -198,6 +198,28 @@ describe('the ledger catches', () => {
     for (let i = 0; i < 20_000 && host.log.total === 0; i++) host.pool.allocTable(0);
     expect(host.log.count('use-after-free')).toBe(1);
   });
+  test.each(['never', 'always'] as const)(
+    'an access to the page of the last one passes the gate as well (huge pages: %s)',
+    (huge) => {
+      const host = testHost({ huge });
+      const [vcpu] = host.vcpus;
+      const words = Int32Array.of(9 * 1024);
+      vcpu.enterGuest();
+      vcpu.store32(page(9), 0, 1);
+      vcpu.load32(page(9), 0);
+      vcpu.scatter32(words, words, 0, 1);
+      const frame = host.file.bmap(9);
+      const gate = huge === 'never' ? frame : host.pool.memory.frames + (frame >>> 9);
+      // The frame changes hands, and nobody asks the vCPU to flush.
+      host.pool.ledger.generation[gate]++;
+      vcpu.store32(page(9), 1, 2);
+      expect(host.log.count('stale-tlb')).toBe(1);
+      vcpu.load32(page(9), 1);
+      expect(host.log.count('stale-tlb')).toBe(2);
+      vcpu.scatter32(words, words, 0, 1);
+      expect(host.log.count('stale-tlb')).toBe(3);
+    },
+  );
   test('a device that resolves to a frame of somebody else: foreign-frame', () => {
     const host = testHost({ huge: 'never' });
     const other = host.addVm();
@@ -225,6 +247,71 @@ describe('isolation', () => {
   });
 });
 
+describe('large leaves', () => {
+  test.each([
+    [100, 300],
+    [300, 100],
+  ])(
+    'none reaches over the hole between two slots, whose file has a large page there (%i, then %i)',
+    (first, second) => {
+      const host = testHost();
+      const file = new MemFile({ name: 'holed', nrBlocks: 1024, vm: 0, frames: host.pool, huge: 'always' });
+      const at = 32 * MiB;
+      for (const [slot, from, pages] of [
+        [1, 0, 160],
+        [2, 256, 768],
+      ]) {
+        const guestPhysAddr = at + from * PAGE_SIZE;
+        const memorySize = pages * PAGE_SIZE;
+        const done = host.vm.setUserMemoryRegion({
+          slot,
+          flags: 0,
+          guestPhysAddr,
+          memorySize,
+          file,
+          fileOffset: from,
+        });
+        expect(host.finish(done).ok).toBe(true);
+      }
+      const [vcpu] = host.vcpus;
+      const base = at / PAGE_SIZE;
+      vcpu.enterGuest();
+      for (const p of [first, second, 600]) vcpu.store32(page(base + p), 0, 7);
+      expect([100, 200, 255, 300, 600].map((p) => vcpu.load32(page(base + p), 0))).toEqual([7, -1, -1, 7, 7]);
+      expect([100, 300, 600].map((p) => host.vm.mmu.leafLevel(base + p))).toEqual([1, 1, 2]);
+    },
+  );
+  test('where one was taken apart, its last page comes back as the others do', () => {
+    const host = testHost();
+    const [vcpu] = host.vcpus;
+    vcpu.enterGuest();
+    vcpu.store32(page(700), 0, 7);
+    vcpu.leaveGuest();
+    host.finish(host.vm.unmap(1023, 1));
+    vcpu.enterGuest();
+    vcpu.store32(page(1023), 0, 8);
+    expect([vcpu.load32(page(1023), 0), vcpu.load32(page(700), 0), host.vm.counters.eptViolations]).toEqual([
+      8, 7, 2,
+    ]);
+  });
+});
+
+test('a scatter tells of all words that are not RAM, and stores the others, whatever an earlier one met', () => {
+  const { vcpus } = testHost({ huge: 'never' });
+  const [vcpu] = vcpus;
+  vcpu.enterGuest();
+  const hole = (0xfffff * PAGE_SIZE) / 4;
+  const words = Int32Array.from({ length: 70 }, (_, i) => i * 1024);
+  const values = words.map((_, i) => 100 + i);
+  expect(vcpu.scatter32(words.with(3, hole), values, 0, 70)).toBe(1);
+  expect(vcpu.scatter32(words.with(66, hole).with(2, hole), values, 0, 70)).toBe(2);
+  expect(vcpu.scatter32(words, values, 0, 70)).toBe(0);
+  const out = new Int32Array(70);
+  expect([vcpu.gather32(words, out, 0, 70), [...out]]).toEqual([0, [...values]]);
+  vcpu.scatter32(words.with(5, hole), new Int32Array(70).fill(9), 0, 64);
+  expect(vcpu.load32(page(3), 0)).toBe(9);
+});
+
 describe('KVM_SET_USER_MEMORY_REGION', () => {
   const region = (host: ReturnType<typeof testHost>, over: object): unknown =>
     host.finish(
@@ -250,6 +337,11 @@ describe('KVM_SET_USER_MEMORY_REGION', () => {
     expect(region(host, { slot: 32764 })).toEqual({ ok: false, error: 'EINVAL' });
     expect(region(host, { memorySize: 0 })).toEqual({ ok: false, error: 'EINVAL' });
     expect(region(host, { fileOffset: 4000 })).toEqual({ ok: false, error: 'EINVAL' });
+  });
+  test('nor can where in its file it begins', () => {
+    const host = testHost();
+    expect(region(host, {})).toEqual({ ok: true, value: undefined });
+    expect(region(host, { fileOffset: 256 })).toEqual({ ok: false, error: 'EINVAL' });
   });
   test('nor can whether it is read-only: its leaves would have to go first', () => {
     const host = testHost();

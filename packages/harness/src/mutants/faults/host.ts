@@ -3,6 +3,7 @@ import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const LEDGER = 'packages/machine/src/ledger.ts';
 const VM = 'packages/host-kvm/src/kvm/vm.ts';
+const VCPU = 'packages/machine/src/vcpu.ts';
 const VCPU_BLOCKS = 'packages/host-kvm/src/kvm/vcpu-blocks.ts';
 const MMU = 'packages/host-kvm/src/kvm/tdp-mmu.ts';
 const SLOTS = 'packages/host-kvm/src/kvm/memslots.ts';
@@ -354,6 +355,102 @@ export const HOST_FAULTS: readonly Mutant[] = [
     "options.huge === 'madvise'",
     'Y17: huge pages for who did not ask',
     test('harness/src/scenarios/scenarios.test.ts'),
+  ),
+  fault(
+    'split-table-counts-one-less',
+    MMU,
+    'this.#live[child] = 512;',
+    'this.#live[child] = 511;',
+    'I9: a table goes while a page is mapped through it',
+    MMU_TEST,
+  ),
+  fault(
+    'split-forgets-the-memory-type',
+    MMU,
+    'low & (0xfff & ~EPT_PS);',
+    'low & (EPT_R | EPT_W | 4 | EPT_A | EPT_D);',
+    'Y1: pages of a leaf that was split are uncached',
+    MMU_TEST,
+  ),
+  fault(
+    'map-in-pieces-but-the-last',
+    MMU,
+    'for (let i = 0; i < 512; i++) {\n      if (!this.map(gfn',
+    'for (let i = 0; i < 511; i++) {\n      if (!this.map(gfn',
+    'a fault on the last page of a leaf that was taken apart comes for ever',
+    VM_TEST,
+  ),
+  fault(
+    'leaf-past-its-slot',
+    VM,
+    '    base + pages <= slot.baseGfn + slot.nrPages &&\n',
+    '',
+    'a hole between two slots is RAM',
+    VM_TEST,
+  ),
+  fault(
+    'leaf-before-its-slot',
+    VM,
+    '    base >= slot.baseGfn &&\n',
+    '',
+    'a hole between two slots is RAM',
+    VM_TEST,
+  ),
+  fault(
+    'slot-moves-in-its-file',
+    SLOTS,
+    '        old.fileOffset !== region.fileOffset ||\n',
+    '',
+    'G2: a live slot is backed by something else, and nothing is zapped',
+    VM_TEST,
+  ),
+  fault(
+    'scatter-remembers-holes',
+    VCPU,
+    'if (!absent) this.#absent.fill(0);',
+    '',
+    'stores to RAM are dropped after a scatter that met a hole',
+    VM_TEST,
+  ),
+  fault(
+    'scatter-counts-the-last-holes',
+    VCPU,
+    'missing += this.#locate(words, at, n, true);',
+    'missing = this.#locate(words, at, n, true);',
+    'words that are not RAM are not told',
+    VM_TEST,
+  ),
+  fault(
+    'store-past-the-gate',
+    VCPU,
+    'if (this.#generation[this.#storeGate] !== this.#storeGeneration) this.#staleWord(gfn, true);',
+    '',
+    'I4: a store to the page of the last one lands in a frame that changed hands',
+    VM_TEST,
+  ),
+  fault(
+    'load-past-the-gate',
+    VCPU,
+    'if (this.#generation[this.#loadGate] !== this.#loadGeneration) this.#staleWord(gfn, false);',
+    '',
+    'I4: a load from the page of the last one reads a frame that changed hands',
+    VM_TEST,
+  ),
+  fault(
+    'scatter-past-the-gate',
+    VCPU,
+    '          generation[frames + (frame >>> 9)] === huge[slot + 3] &&\n',
+    '',
+    'I4: a scatter lands in a frame that changed hands',
+    VM_TEST,
+  ),
+  fault(
+    'large-leaf-dirties-one',
+    MMU,
+    'for (let f = frame; f < frame + pages; f++) this.frameFlags[f] |= bits;',
+    'this.frameFlags[frame] |= bits;',
+    'I18: D of a large leaf is lost for all frames but the first',
+    MMU_TEST,
   ),
   fault(
     'high-word-skipped',
