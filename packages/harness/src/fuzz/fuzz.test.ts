@@ -32,6 +32,13 @@ describe('invalidation', () => {
     expect(first.switches).toBeGreaterThan(10);
   });
 
+  test('runs go on to other programs, and races are looked for in a part of them', () => {
+    const runs = new Runs(stage.property, options);
+    const drawn = Array.from({ length: 64 }, (_, n) => runs.get(n));
+    expect(new Set(drawn.map((run) => JSON.stringify(run.program))).size).toBeGreaterThan(48);
+    expect(drawn.filter((run) => run.observe)).toHaveLength(16);
+  });
+
   test('other seeds and strategies give other interleavings of one program', async () => {
     const run = new Runs(stage.property, options).get(0);
     const hashes = new Set<number>();

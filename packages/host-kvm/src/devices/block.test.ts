@@ -94,6 +94,25 @@ describe.each(['a VM of this host', 'a plain buffer'])('over %s', (world) => {
     expect(disk.data.every((v) => v === 0)).toBe(true);
     expect(device.counters.errors).toBe(3);
   });
+  test('the last sector is there', () => {
+    const { request } = setup();
+    expect([request(1, 2047, 512, true), request(0, 2047, 512, false)]).toEqual([
+      VIRTIO_BLK_S_OK,
+      VIRTIO_BLK_S_OK,
+    ]);
+  });
+  test('a flush that fails is an I/O error', () => {
+    const { disk, request } = setup();
+    disk.flush = () => {
+      throw new Error('ENOSPC');
+    };
+    expect(request(4, 0, 0, false)).toBe(VIRTIO_BLK_S_IOERR);
+  });
+  test('a disk of 4 TiB has the upper half of its capacity', () => {
+    const { disk, driver } = setup();
+    Object.assign(disk, { bytes: 2 ** 42 + 512 });
+    expect(driver.readConfig64(0)).toBe(2 ** 33 + 1);
+  });
   test('an unknown type is unsupported', () =>
     expect(setup().request(99, 0, 512, false)).toBe(VIRTIO_BLK_S_UNSUPP));
   test('capacity is read in halves; the configuration is read-only', () => {

@@ -308,6 +308,18 @@ describe('device', () => {
     expect(r.device.queue?.needsInterrupt()).toBe(true);
   });
 
+  test('a batch that passes used_event in its middle is notified of', () => {
+    const r = withChain((raw) => raw.usedEvent(1), [VIRTIO_F_EVENT_IDX]);
+    for (let i = 0; i < 4; i++) {
+      r.raw.desc(i, 0x20000 + 16 * i, 16, VIRTQ_DESC_F_WRITE);
+      r.raw.avail(i);
+    }
+    const heads = new Int32Array(4);
+    expect(r.device.queue?.popSingles(heads, new Float64Array(4), new Int32Array(4), 4)).toBe(4);
+    r.device.queue?.pushSingles(heads, 4, 16);
+    expect([r.raw.usedIdx, r.device.queue?.needsInterrupt()]).toEqual([4, true]);
+  });
+
   test('The device MUST set len prior to updating the used idx, and MUST write at least len bytes', () => {
     const r = withChain((raw) => {
       raw.desc(0, 0x20000, 16, VIRTQ_DESC_F_WRITE);

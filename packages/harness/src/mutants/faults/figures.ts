@@ -1,4 +1,4 @@
-/** Seeded faults. What Ebb says of itself: /proc, traces and how they are replayed, fidelity. */
+/** Seeded faults. What Ebb says of itself: /proc, traces and how they are replayed, fidelity, what a search tries. */
 import { fault, test, type Mutant } from '../mutant.ts';
 
 const PROCFS = 'packages/guest-kernel/src/procfs.ts';
@@ -13,8 +13,58 @@ const CAPTURE = 'packages/harness/src/trace/capture.ts';
 const CAPTURE_TEST = test('harness/src/trace/capture.test.ts');
 const REPLAY_PROGRAM = 'packages/harness/src/run/replay-program.ts';
 const REPLAY_PROGRAM_TEST = test('harness/src/run/replay-program.test.ts');
+const EXPLORE = 'packages/harness/src/fuzz/explore.ts';
+const FUZZ_TEST = test('harness/src/fuzz/fuzz.test.ts');
 
 export const FIGURES_FAULTS: readonly Mutant[] = [
+  fault(
+    'sixteen-programs',
+    EXPLORE,
+    'seed: Math.imul(this.#options.seed, 0x01000193) ^ batch,',
+    'seed: Math.imul(this.#options.seed, 0x01000193),',
+    'a search tries the same programs for ever',
+    FUZZ_TEST,
+  ),
+  fault(
+    'races-never-looked-for',
+    EXPLORE,
+    'observe: n % 4 === OBSERVED_RUN,',
+    'observe: n % 4 === 4,',
+    'I20: no run looks for races',
+    FUZZ_TEST,
+  ),
+  fault(
+    'ordinal-of-a-byte',
+    'packages/harness/src/trace/replay-plan.ts',
+    'plan.ordinal[row] = handle.ordinal++;',
+    'plan.ordinal[row] = handle.ordinal < 255 ? handle.ordinal++ : 255;',
+    'a page with more than 256 events on two CPUs stops a replay',
+    IMPORT_TEST,
+  ),
+  fault(
+    'hours-lost',
+    'packages/harness/src/trace/ebbtrace.ts',
+    'const wide = ',
+    'const wide = false && ',
+    'time between two events wraps at 2147 s',
+    IMPORT_TEST,
+  ),
+  fault(
+    'contents-not-held-against-their-hash',
+    'packages/harness/src/trace/ebbtrace.ts',
+    'if (traceHash(trace) !== trace.hash)',
+    'if (trace.hash.length > 99)',
+    'an .ebbtrace of anything is replayed under the name of something',
+    IMPORT_TEST,
+  ),
+  fault(
+    'checker-forgets-no-reset',
+    'packages/harness/src/protocol/check-trace.ts',
+    '      this.#balloon.reset();\n',
+    '',
+    'ebb check: a breach where a device was reset',
+    test('harness/src/protocol/check-trace.test.ts'),
+  ),
   fault(
     'lru-of-node-0',
     PROCFS,

@@ -6,6 +6,7 @@ const DRIVER_QUEUE = 'packages/virtio/src/driver/split-driver-queue.ts';
 const DEVICE_QUEUE = 'packages/virtio/src/device/split-device-queue.ts';
 const CHAIN_READER = 'packages/virtio/src/device/chain-reader.ts';
 const TRANSPORT = 'packages/virtio/src/device/mmio-transport.ts';
+const BLOCK_TEST = test('host-kvm/src/devices/block.test.ts');
 const BAD_RINGS = test('virtio/src/conformance/bad-rings.test.ts');
 const CHAIN_READERS = test('virtio/src/device/chain-reader.property.test.ts');
 const SPLIT_RING_TEST = test('virtio/src/conformance/split-ring.test.ts');
@@ -275,6 +276,38 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
     '!memory.window(missed, PAGE, false)) break;',
     'the ring is read in a window that has ended',
     CHAIN_READERS,
+  ),
+  fault(
+    'event-of-the-last-only',
+    DEVICE_QUEUE,
+    'return needEvent(Atomics.load(memory.u16, memory.at >> 1), idx, old);',
+    'return needEvent(Atomics.load(memory.u16, memory.at >> 1), idx, (idx + 0xffff) & 0xffff);',
+    'I24: a batch that passes used_event in its middle raises no interrupt',
+    SPLIT_RING_TEST,
+  ),
+  fault(
+    'flush-fails-silently',
+    BLOCK_DEVICE,
+    'if (!this.#stored(() => this.#storage.flush())) return fail(VIRTIO_BLK_S_IOERR);',
+    'this.#stored(() => this.#storage.flush());',
+    'a flush that failed is answered OK',
+    BLOCK_TEST,
+  ),
+  fault(
+    'last-sector-out-of-reach',
+    BLOCK_DEVICE,
+    'sector * SECTOR_BYTES + bytes <= this.#storage.bytes;',
+    'sector * SECTOR_BYTES + bytes < this.#storage.bytes;',
+    'the last sector is an I/O error',
+    BLOCK_TEST,
+  ),
+  fault(
+    'capacity-of-32-bits',
+    BLOCK_DEVICE,
+    'const halves = [sectors >>> 0, Math.floor(sectors / 0x1_0000_0000)];',
+    'const halves = [sectors >>> 0, 0];',
+    'a disk of 4 TiB has 512 bytes',
+    BLOCK_TEST,
   ),
   fault(
     'index-known-but-broken',
