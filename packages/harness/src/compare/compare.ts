@@ -56,10 +56,17 @@ export function verdict([least, most]: readonly [number, number]): string {
   return least > 0 ? 'yes' : most === 0 ? 'no' : 'with some seeds';
 }
 
-interface SeedRun {
+/** What counting reads of a run. */
+export interface Attempt {
+  readonly ok: boolean;
+  readonly why: string;
+  readonly vms: readonly { readonly state: string }[];
+}
+
+interface SeedRun<R extends Attempt> {
   readonly seed: number;
   readonly count: number;
-  readonly result: RunResult;
+  readonly result: R;
   readonly ok: boolean;
 }
 
@@ -106,7 +113,7 @@ export async function compare(
       ? 2
       : 1;
   const lanes = Array.from({ length: nrLanes }, () => new Lane(options));
-  const done = new Map<string, SeedRun & { readonly wallMs: number }>();
+  const done = new Map<string, SeedRun<RunResult> & { readonly wallMs: number }>();
   const notes = Object.entries(plan.dropped).map(([why, n]) => `not applied: ${n} × ${why}`);
   let deviceTrace: readonly string[] = [];
   let allocTrace: readonly string[] = [];
@@ -173,11 +180,11 @@ export async function compare(
 }
 
 /** The count for one seed, with the run it stands for. */
-async function countFor(
-  options: CompareOptions,
+export async function countFor<R extends Attempt>(
+  options: Pick<CompareOptions, 'vms' | 'maxVms'>,
   seed: number,
-  run: (vms: number, exact: boolean) => Promise<RunResult>,
-): Promise<SeedRun> {
+  run: (vms: number, exact: boolean) => Promise<R>,
+): Promise<SeedRun<R>> {
   if (options.vms !== undefined) {
     const result = await run(options.vms, true);
     return { seed, count: result.ok ? options.vms : 0, result, ok: result.ok };
@@ -194,7 +201,7 @@ async function countFor(
 }
 
 /** VMs that had been started when a run ended; one whose start itself failed counts. */
-function started(result: RunResult): number {
+function started(result: Attempt): number {
   const on = result.vms.filter((vm) => vm.state !== 'off').length;
   return /has no memory to start/.test(result.why) ? on + 1 : on;
 }
@@ -311,7 +318,7 @@ async function execute(
 
 function row(
   technique: Technique,
-  run: SeedRun,
+  run: SeedRun<RunResult>,
   range: [number, number],
   wallMs: number,
 ): CompareJson['results'][number] {

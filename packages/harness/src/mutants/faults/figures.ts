@@ -13,6 +13,8 @@ const CAPTURE = 'packages/harness/src/trace/capture.ts';
 const CAPTURE_TEST = test('harness/src/trace/capture.test.ts');
 const REPLAY_PROGRAM = 'packages/harness/src/run/replay-program.ts';
 const REPLAY_PROGRAM_TEST = test('harness/src/run/replay-program.test.ts');
+const COMPARE = 'packages/harness/src/compare/compare.ts';
+const COMPARE_TEST = test('harness/src/compare/compare.test.ts');
 const EXPLORE = 'packages/harness/src/fuzz/explore.ts';
 const FUZZ_TEST = test('harness/src/fuzz/fuzz.test.ts');
 
@@ -32,6 +34,22 @@ export const FIGURES_FAULTS: readonly Mutant[] = [
     'observe: n % 4 === 4,',
     'I20: no run looks for races',
     FUZZ_TEST,
+  ),
+  fault(
+    'count-skips-one',
+    COMPARE,
+    'Math.max(0, started(open) - 1)',
+    'Math.max(0, started(open) - 2)',
+    'L1: one VM fewer than fits',
+    COMPARE_TEST,
+  ),
+  fault(
+    'count-forgets-who-could-not-start',
+    COMPARE,
+    '? on + 1 : on;',
+    '? on : on;',
+    'L1: one VM fewer than fits, where the next finds no memory to start',
+    COMPARE_TEST,
   ),
   fault(
     'ordinal-of-a-byte',
