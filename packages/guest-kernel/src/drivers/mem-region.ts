@@ -228,6 +228,15 @@ export class MemRegion {
     return n;
   }
 
+  /** Nothing of the region is prepared: what an earlier driver knew to be plugged may not be any more. */
+  forget(): void {
+    for (let b = this.firstBlock; b < this.nextBlock; b++) {
+      this.setPlugged(b * this.unit, this.unit, false);
+      this.setState(b, UNUSED);
+    }
+    this.nextBlock = this.firstBlock;
+  }
+
   /** Whether the unit of `pfn` is one of this device's that was prepared. */
   holds(pfn: number): boolean {
     const block = Math.floor(pfn / this.unit);

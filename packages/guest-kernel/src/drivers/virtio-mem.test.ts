@@ -6,10 +6,14 @@ import {
   EBB_MEM_REQ_EXCHANGE,
   Features,
   MEM_CFG_REQUESTED_SIZE,
+  VIRTIO_MEM_REQ_UNPLUG,
+  VIRTIO_MEM_RESP_ACK,
+  VIRTIO_MEM_RESP_BUSY,
   VIRTIO_F_EVENT_IDX,
   VIRTIO_F_VERSION_1,
 } from '@ebb/virtio/uapi';
 import { H_TOTAL_PAGES } from '../layout.ts';
+import { SHADOW_ABSENT } from '../mm/page.ts';
 import { Z_FREE } from '../mm/zone.ts';
 import { BLOCK, bring, ScriptedMemory, seconds } from './testing-memory-device.ts';
 import { LINE_MEM } from './virtio-guest.ts';
@@ -64,6 +68,35 @@ test('the module is not removed while a vCPU waits for the device (`cancel_work_
   expect(driver.ready).toBe(false);
   expect(b.parts.mem[0].oomNotify()).toBe(0);
   a.leave();
+});
+
+test('a driver that comes back uses what is plugged then, not what the one before had plugged (I20)', () => {
+  const device = new ScriptedMemory(0);
+  const guest = bring(device);
+  const [kernel] = guest.kernels;
+  const [driver] = kernel.parts.mem;
+  kernel.enter();
+  seconds(kernel, 2);
+  // A block is plugged, there is no memory for its memmap, and the device will not have it back.
+  device.answer = (type) => (type === VIRTIO_MEM_REQ_UNPLUG ? VIRTIO_MEM_RESP_BUSY : VIRTIO_MEM_RESP_ACK);
+  kernel.parts.alloc.failNext = 2;
+  device.request(BIG);
+  driver.interrupt();
+  seconds(kernel, 1);
+  kernel.parts.alloc.failNext = 0;
+  expect(device.plugged).toBe(BIG);
+  driver.remove();
+  device.answer = () => VIRTIO_MEM_RESP_ACK;
+  device.request(2 * BLOCK);
+  expect(driver.reload()).toBe(true);
+  seconds(kernel, 2);
+  const first = (64 * MiB) / PAGE_SIZE;
+  const { w, shadow } = guest.arena;
+  const used = w
+    .subarray(shadow + first, shadow + first + BIG / PAGE_SIZE)
+    .filter((s) => s !== SHADOW_ABSENT);
+  expect([device.plugged, used.length * PAGE_SIZE]).toEqual([2 * BLOCK, 2 * BLOCK]);
+  kernel.leave();
 });
 
 test('a block of several memory blocks that is plugged at probe is adopted whole', () => {

@@ -154,7 +154,7 @@ export class VirtioMemDriver {
       : 0;
     w[base + M_ADDR] = region.field(MEM_CFG_ADDR);
     region.refresh();
-    region.nextBlock = region.firstBlock;
+    region.forget();
     this.#hotplug.registerGroup(region.index, w[base + M_NODE], region.unit);
     w[base + M_RETRY_MS] = RETRY_MIN_MS;
     driver.driverOk();

@@ -12,9 +12,18 @@ const ARENA = 'packages/guest-kernel/src/arena.ts';
 const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
 const DRIVER_MODEL = test('guest-kernel/src/drivers/virtio-mem.property.test.ts');
 const FIDELITY = test('harness/src/memory-device/fidelity.test.ts');
+const DRIVER_TEST = test('guest-kernel/src/drivers/virtio-mem.test.ts');
 const DIMMS = test('harness/src/vm/dimms.test.ts');
 
 export const MEMORY_DRIVER_FAULTS: readonly Mutant[] = [
+  fault(
+    'reload-remembers',
+    DRIVER,
+    '    region.forget();\n',
+    '    region.nextBlock = region.firstBlock;\n',
+    'I20: a driver that comes back uses what is not plugged any more',
+    DRIVER_TEST,
+  ),
   fault(
     'unplug-in-use',
     SUB_BLOCKS,
