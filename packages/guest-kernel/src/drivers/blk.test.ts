@@ -16,6 +16,9 @@ import {
 import { guestConfig, testGuest } from '../testing-guest.ts';
 import { LINE_BLK, MMIO_BASE, MMIO_STRIDE } from './virtio-guest.ts';
 
+/** In place of a status: the device writes none. */
+const NONE = -1;
+
 /** A disk that stores nothing: it answers each request with the status that is next, and OK when none is left. */
 function disk() {
   const statuses: number[] = [];
@@ -46,7 +49,8 @@ function disk() {
       const header = new Uint8Array(16);
       chain.read(0, header);
       sectors.push(Number(new DataView(header.buffer).getBigUint64(8, true)));
-      chain.write(chain.writableBytes - 1, Uint8Array.of(statuses.shift() ?? VIRTIO_BLK_S_OK));
+      const status = statuses.shift() ?? VIRTIO_BLK_S_OK;
+      if (status !== NONE) chain.write(chain.writableBytes - 1, Uint8Array.of(status));
       queue?.push(chain, chain.writableBytes);
       interrupt();
     }
@@ -87,6 +91,12 @@ test('a request that fails fails the transfer, wherever among the others it is, 
     expect(transfer(70)).toBe(false);
   }
   expect(transfer(70)).toBe(true);
+});
+
+test('a request that comes back without a status has failed', () => {
+  const { transfer, statuses } = disk();
+  statuses.push(NONE);
+  expect([transfer(1), transfer(1)]).toEqual([false, true]);
 });
 
 test('sectors are 64 bits: blocks beyond 2 TiB are those', () => {

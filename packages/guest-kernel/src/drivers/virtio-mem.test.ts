@@ -5,10 +5,15 @@ import {
   EBB_MEM_F_EXCHANGE,
   EBB_MEM_REQ_EXCHANGE,
   Features,
+  MEM_CFG_NODE_ID,
   MEM_CFG_REQUESTED_SIZE,
+  VIRTIO_MEM_F_ACPI_PXM,
+  VIRTIO_MEM_REQ_PLUG,
   VIRTIO_MEM_REQ_UNPLUG,
   VIRTIO_MEM_RESP_ACK,
   VIRTIO_MEM_RESP_BUSY,
+  VIRTIO_MEM_RESP_ERROR,
+  VIRTIO_MEM_RESP_NACK,
   VIRTIO_F_EVENT_IDX,
   VIRTIO_F_VERSION_1,
 } from '@ebb/virtio/uapi';
@@ -96,6 +101,39 @@ test('a driver that comes back uses what is plugged then, not what the one befor
     .subarray(shadow + first, shadow + first + BIG / PAGE_SIZE)
     .filter((s) => s !== SHADOW_ABSENT);
   expect([device.plugged, used.length * PAGE_SIZE]).toEqual([2 * BLOCK, 2 * BLOCK]);
+  kernel.leave();
+});
+
+test.each([
+  ['NACK to an unplug', VIRTIO_MEM_REQ_UNPLUG, VIRTIO_MEM_RESP_NACK],
+  ['ERROR to a plug', VIRTIO_MEM_REQ_PLUG, VIRTIO_MEM_RESP_ERROR],
+])('after an answer that makes no sense (%s) the driver asks for nothing more', (_what, type, answer) => {
+  const device = new ScriptedMemory(type === VIRTIO_MEM_REQ_PLUG ? 0 : BIG);
+  const guest = bring(device);
+  const [kernel] = guest.kernels;
+  const [driver] = kernel.parts.mem;
+  kernel.enter();
+  seconds(kernel, 2);
+  device.answer = (asked) => (asked === type ? answer : VIRTIO_MEM_RESP_ACK);
+  const before = device.seen.length;
+  for (const bytes of [8 * MiB, 4 * MiB, 12 * MiB]) {
+    device.request(bytes);
+    driver.interrupt();
+    seconds(kernel, 2);
+  }
+  expect(device.seen.slice(before).map((r) => [r.type, r.answer])).toEqual([[type, answer]]);
+  kernel.leave();
+});
+
+test('memory on a node that the guest does not have is used all the same', () => {
+  const device = new ScriptedMemory(32 * MiB);
+  device.offered = Features.of(VIRTIO_MEM_F_ACPI_PXM, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1);
+  device.config.setUint16(MEM_CFG_NODE_ID, 7, true);
+  const guest = bring(device);
+  const [kernel] = guest.kernels;
+  kernel.enter();
+  seconds(kernel, 3);
+  expect(device.plugged).toBe(32 * MiB);
   kernel.leave();
 });
 

@@ -177,7 +177,7 @@ export class MemoryHotplug {
   registerGroup(group: number, node: number, unit: number): void {
     const g = GROUP_BASE + group * GROUP_WORDS;
     this.#w.fill(0, g, g + GROUP_WORDS);
-    this.#w[g + G_NODE] = node;
+    this.#w[g + G_NODE] = this.#known(node);
     this.#w[g + G_UNIT] = unit;
   }
 
@@ -190,8 +190,14 @@ export class MemoryHotplug {
     this.#account(group, this.zoneTypeOf(first), this.sectionPages);
   }
 
+  /** A node that the guest has: memory that a device says is on another is taken as on node 0. */
+  #known(node: number): number {
+    return this.#zones.some((z) => this.#w[z + Z_NODE] === node) ? node : 0;
+  }
+
   /** `add_memory`: charges the block's memmap, on its node if it can. False: the guest has no memory for it. */
-  add(first: number, node: number): boolean {
+  add(first: number, wanted: number): boolean {
+    const node = this.#known(wanted);
     if (this.config.adopts === 'in-place') {
       this.#w[this.section(first) + S_STATE] = ADDED;
       this.#w[this.section(first) + S_MEMMAP] = PAGE_LIST_END;
