@@ -8,6 +8,22 @@ const BLK_TEST = test('guest-kernel/src/drivers/blk.test.ts');
 
 export const CACHE_FAULTS: readonly Mutant[] = [
   fault(
+    'part-of-a-page-is-all',
+    'packages/guest-kernel/src/mm/page-cache.ts',
+    'this.#get(inode, index, words.length < 1024);',
+    'this.#get(inode, index, false);',
+    'a short write loses the rest of what is on the disk',
+    test('guest-kernel/src/mm/page-cache.test.ts'),
+  ),
+  fault(
+    'refused-write-is-clean',
+    'packages/guest-kernel/src/mm/page-cache.ts',
+    'if (!ok && w[page + P_INODE] >= 0 && (',
+    'if (false && (',
+    'what the disk refused is never written again',
+    test('guest-kernel/src/mm/page-cache.test.ts'),
+  ),
+  fault(
     'reclaim-no-freeze',
     CACHE,
     'Atomics.compareExchange(w, page + P_REF, 2, 1) !== 2',
