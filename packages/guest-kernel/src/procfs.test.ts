@@ -3,9 +3,11 @@ import { expect, test } from 'vitest';
 import { MiB } from '@ebb/machine';
 import { EV, eventRow } from './mm/events.ts';
 import { L_ACTIVE, L_INACTIVE } from './mm/lru.ts';
-import { H_NR_FILE_PAGES, LRU_BASE, LRU_WORDS } from './layout.ts';
-import { START_FREE, START_RESERVED } from './boot.ts';
-import { Z_FREE, Z_HIGH, Z_LOW, Z_MANAGED, Z_PRESENT } from './mm/zone.ts';
+import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK, LRU_BASE, LRU_WORDS } from './layout.ts';
+import { START_FREE, START_RESERVED, zoneBases } from './boot.ts';
+import { P_NEXT } from './mm/page.ts';
+import { PerCpuPages } from './mm/per-cpu-pages.ts';
+import { listAt, Z_END, Z_FREE, Z_HIGH, Z_LOW, Z_MANAGED, Z_MIN, Z_PRESENT, Z_START } from './mm/zone.ts';
 import { buddyinfo, meminfo, pagetypeinfo, vmstat, zoneinfo } from './procfs.ts';
 import { guestConfig, testGuest } from './testing-guest.ts';
 
@@ -85,4 +87,50 @@ test('pagetypeinfo counts every pageblock, the last one that is only in part mem
   const blocks = rows.flatMap((match) => match[1].trim().split(/ +/).map(Number));
   expect(blocks.reduce((a, b) => a + b, 0)).toBe(32);
   expect(buddyinfo(arena).split('\n')[0]).toMatch(/^Node 0, zone +DMA( +\d+){11} $/);
+});
+
+test('zoneinfo and pagetypeinfo: each number in its line, of its zone, type and order', () => {
+  const half = (64 * MiB) / 4096 / 2;
+  const nodes = [
+    { start: 0, end: half },
+    { start: half, end: 2 * half },
+  ];
+  const { arena } = testGuest(guestConfig(64 * MiB, { nodes, cpuNode: [0, 1] }));
+  const { w, memmap } = arena;
+  const fields = [Z_FREE, Z_MIN, Z_LOW, Z_HIGH, Z_PRESENT, Z_MANAGED] as const;
+  const bases = zoneBases(w);
+  bases.forEach((z, i) => fields.forEach((field, f) => (w[z + field] = 1000 * (i + 1) + f)));
+  const sections = zoneinfo(arena, 2).split(/^(?=Node)/m);
+  expect(sections).toHaveLength(bases.length);
+  sections.forEach((text, i) => {
+    const z = bases[i];
+    const found = ['pages free', 'min', 'low', 'high', 'present', 'managed', 'spanned'].map((name) =>
+      Number(new RegExp(`^ +${name} +(\\d+)$`, 'm').exec(text)?.[1]),
+    );
+    expect(found).toEqual([...fields.map((_, f) => 1000 * (i + 1) + f), w[z + Z_END] - w[z + Z_START]]);
+    const sets = [0, 1].map((cpu) => [PerCpuPages.count(w, i, cpu), PerCpuPages.high(w, i, cpu)]);
+    const told = [...text.matchAll(/count: (\d+)\n +high: +(\d+)/g)].map((m) => [Number(m[1]), Number(m[2])]);
+    expect(told).toEqual(sets);
+  });
+  // One block of one type and order.
+  const [zone] = bases;
+  const pfn = w[zone + Z_START] + 512;
+  for (let order = 0; order <= 10; order++)
+    for (let type = 0; type < 5; type++) w[zone + listAt(order, type)] = -1;
+  w[zone + listAt(3, 2)] = pfn;
+  w[memmap + (pfn << 4) + P_NEXT] = -1;
+  const rows = [...pagetypeinfo(arena).matchAll(/^Node +0, zone +\w+, type +(\w+) +([\d ]+)$/gm)].slice(0, 5);
+  const counts = rows.map((m) => m[2].trim().split(/ +/).map(Number));
+  expect(counts.map((c) => c.reduce((a, b) => a + b, 0))).toEqual([0, 0, 1, 0, 0]);
+  expect(counts[2][3]).toBe(1);
+});
+
+test('meminfo: what is dirty and what is being written, each in KiB', () => {
+  const { arena } = testGuest(guestConfig(64 * MiB));
+  const { w } = arena;
+  w[H_NR_DIRTY] = 11;
+  w[H_NR_WRITEBACK] = 13;
+  w[H_NR_FILE_PAGES] = 400;
+  const text = meminfo(arena);
+  expect(['Dirty', 'Writeback', 'Cached'].map((name) => row(text, name))).toEqual([44, 52, 1600]);
 });
