@@ -3,9 +3,9 @@
  * may rewrite them meanwhile; what it made of them is then not what the device acts on.
  *
  * Three readers with one meaning. `readCommon` takes buffers of the common form by the batch, in one loop over words that calls
- * nothing, and stops before the first that is not; what lies elsewhere than the last is looked up between two rounds of the
- * loop, after which its buffer is copied anew; `readSingles` takes those of one descriptor, wherever they lie; `read` takes any, and says what
- * is wrong with one. The first two need several windows at once: where one ends the others (`section` moves), they take none.
+ * nothing, and stops before the first that is not: one that lies elsewhere is looked up between two rounds of the loop, and
+ * copied anew. `readSingles` takes those of one descriptor, wherever they lie; `read` takes any, and says what is wrong with
+ * one. The first two need several windows at once: where one ends the others (`section` moves), they take none.
  */
 import { PAGE_SIZE, pageOffset, type DeviceMemory } from '@ebb/machine';
 import * as virtio from '../uapi/virtio.ts';
@@ -159,7 +159,7 @@ export class ChainReader {
         chains[c + C_READABLE_END] = readableEnd >> 1;
         chains[c + C_WRITTEN] = (bytes - readable) | 0;
       }
-      // What the first buffer that was not taken has said, and is asked again. Above 2 GiB is not the common form.
+      // Not ended by what lies elsewhere, or by what lies above 2 GiB, which is not the common form.
       if (missed < 0) break;
       // Of one buffer the table and two segments; a guest that rewrites it meanwhile gets no more.
       tries = taken > looked ? 1 : tries + 1;

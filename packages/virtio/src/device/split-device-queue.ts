@@ -125,8 +125,7 @@ export class SplitDeviceQueue {
 
   /** Takes the next available chain, or null: empty, or `error` is set. Copies and checks each descriptor once. */
   pop(): DescriptorChain | null {
-    const known = this.#availSeen !== this.#lastAvail && this.error === null && !this.#stopped;
-    if (!known && this.#available() === 0) return null;
+    if (this.#ready(1) === 0) return null;
     const chain = this.#spare.pop() ?? new DescriptorChain(this.memory, this.#onLeaseBroken);
     if (this.#reader.readCommon(this.#one, this.#lastAvail, 1) === 1) chain.load(this.#one);
     else {
