@@ -105,11 +105,10 @@ export class AcpiMemory {
       return false;
     // In use since boot, by the firmware's map (`-EEXIST`).
     if (this.#hotplug.isAdded(first)) return true;
-    const node = this.#read(ACPI_MEM_NODE);
     const group = DIMM_GROUPS + slot;
-    this.#hotplug.registerGroup(group, node, pages);
+    this.#hotplug.registerGroup(group, this.#read(ACPI_MEM_NODE), pages);
     for (let pfn = first; pfn < first + pages; pfn += sectionPages) {
-      if (this.#hotplug.add(pfn, node)) continue;
+      if (this.#hotplug.add(pfn, group)) continue;
       for (let p = first; p < pfn; p += sectionPages) this.#hotplug.remove(p, group);
       return false;
     }

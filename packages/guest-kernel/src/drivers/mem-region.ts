@@ -42,17 +42,16 @@ export const M_WORK = 8;
 export const M_BROKEN = 9;
 export const M_UNPLUG_ALL = 10;
 export const M_BLOCK = 11;
-export const M_NODE = 12;
-export const M_ADDR = 13;
-const M_USABLE = 14;
-export const M_PLUGGED = 15;
-export const M_REQUESTED = 16;
+export const M_ADDR = 12;
+const M_USABLE = 13;
+export const M_PLUGGED = 14;
+export const M_REQUESTED = 15;
 /** First memory block (sub-block mode) or big block that was never prepared. */
-const M_NEXT = 17;
+const M_NEXT = 16;
 /** Why the last pass ended short of its goal: a `MemOutcome`, for those who look in from outside. */
-export const M_LAST = 18;
+export const M_LAST = 17;
 /** Milliseconds of the next retry. */
-export const M_RETRY_MS = 19;
+export const M_RETRY_MS = 18;
 /** When the retry is due, virtual; 0: none is armed. vCPU 0 looks without the mutex: an old value costs it one look. */
 export const M_RETRY_F64 = 24;
 /** Guards the queue and everything above; held across device waits. Order: balloon, memory devices, blk, spin locks. */
@@ -286,7 +285,7 @@ export class MemRegion {
     const { sectionPages } = this.#hotplug;
     const end = first + this.unit;
     for (let pfn = first; pfn < end; pfn += sectionPages) {
-      if (this.#hotplug.add(pfn, this.w[this.base + M_NODE])) continue;
+      if (this.#hotplug.add(pfn, this.index)) continue;
       for (let p = first; p < pfn; p += sectionPages) this.#hotplug.remove(p, this.index);
       return false;
     }

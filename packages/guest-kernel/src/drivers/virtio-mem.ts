@@ -44,7 +44,6 @@ import {
   M_FEATURES_LOW,
   M_LAST,
   M_MUTEX,
-  M_NODE,
   M_PLUGGED,
   M_READY,
   M_REQUESTED,
@@ -149,13 +148,11 @@ export class VirtioMemDriver {
     if (!driver.setupQueue(MEM_QUEUE_REQUEST, queue.size, queue.rings).ok) return false;
     w[base + M_BLOCK] = region.field(MEM_CFG_BLOCK_SIZE);
     // Without ACPI_PXM the field means nothing.
-    w[base + M_NODE] = features.has(VIRTIO_MEM_F_ACPI_PXM)
-      ? driver.readConfig32(MEM_CFG_NODE_ID) & 0xffff
-      : 0;
+    const node = features.has(VIRTIO_MEM_F_ACPI_PXM) ? driver.readConfig32(MEM_CFG_NODE_ID) & 0xffff : 0;
     w[base + M_ADDR] = region.field(MEM_CFG_ADDR);
     region.refresh();
     region.forget();
-    this.#hotplug.registerGroup(region.index, w[base + M_NODE], region.unit);
+    this.#hotplug.registerGroup(region.index, node, region.unit);
     w[base + M_RETRY_MS] = RETRY_MIN_MS;
     driver.driverOk();
     if (this.#config.adopts !== 'no') this.#adopt();

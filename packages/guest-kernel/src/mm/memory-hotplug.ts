@@ -173,11 +173,14 @@ export class MemoryHotplug {
 
   // ── Add and remove ───────────────────────────────────────────────────────────────────────────────────────────────
 
-  /** The memory group of a device: memory on `node` that comes and goes `unit` pages at once. */
+  /**
+   * The memory group of a device: memory on `node` that comes and goes `unit` pages at once. Memory that a device says is on a
+   * node that the guest does not have is taken as on node 0.
+   */
   registerGroup(group: number, node: number, unit: number): void {
     const g = GROUP_BASE + group * GROUP_WORDS;
     this.#w.fill(0, g, g + GROUP_WORDS);
-    this.#w[g + G_NODE] = this.#known(node);
+    this.#w[g + G_NODE] = this.#zones.some((z) => this.#w[z + Z_NODE] === node) ? node : 0;
     this.#w[g + G_UNIT] = unit;
   }
 
@@ -190,14 +193,8 @@ export class MemoryHotplug {
     this.#account(group, this.zoneTypeOf(first), this.sectionPages);
   }
 
-  /** A node that the guest has: memory that a device says is on another is taken as on node 0. */
-  #known(node: number): number {
-    return this.#zones.some((z) => this.#w[z + Z_NODE] === node) ? node : 0;
-  }
-
-  /** `add_memory`: charges the block's memmap, on its node if it can. False: the guest has no memory for it. */
-  add(first: number, wanted: number): boolean {
-    const node = this.#known(wanted);
+  /** `add_memory`: charges the block's memmap, on its group's node if it can. False: the guest has no memory for it. */
+  add(first: number, group: number): boolean {
     if (this.config.adopts === 'in-place') {
       this.#w[this.section(first) + S_STATE] = ADDED;
       this.#w[this.section(first) + S_MEMMAP] = PAGE_LIST_END;
@@ -206,6 +203,7 @@ export class MemoryHotplug {
     const pages = Math.max(1, this.sectionPages / PAGES_PER_MEMMAP_PAGE);
     const order = Math.log2(pages);
     const gfp = this.config.memmapZone | GFP_NORETRY;
+    const node = this.#w[GROUP_BASE + group * GROUP_WORDS + G_NODE];
     let memmap = this.#alloc.alloc(order, MIGRATE_UNMOVABLE, gfp | GFP_NOWAIT, node);
     if (memmap < 0) memmap = this.#singlePages(pages, gfp, node);
     else this.#w[this.#memmap + (memmap << 4) + P_NEXT] = PAGE_LIST_END;

@@ -7,6 +7,7 @@ import { BALLOON_FAULTS } from './faults/balloon.ts';
 import { CACHE_FAULTS } from './faults/cache.ts';
 import { FIGURES_FAULTS } from './faults/figures.ts';
 import { HOST_FAULTS } from './faults/host.ts';
+import { HOST_MEMORY_FAULTS } from './faults/host-memory.ts';
 import { IN_USE_FAULTS } from './faults/in-use.ts';
 import { LOCKS_FAULTS } from './faults/locks.ts';
 import { MEMORY_DEVICE_FAULTS } from './faults/memory-device.ts';
@@ -18,6 +19,7 @@ import type { Equivalent, Mutant } from './mutant.ts';
 
 export const MUTANTS: readonly Mutant[] = [
   ...HOST_FAULTS,
+  ...HOST_MEMORY_FAULTS,
   ...VCPU_FAULTS,
   ...LOCKS_FAULTS,
   ...ALLOCATOR_FAULTS,

@@ -5,7 +5,7 @@ import { ChainBatch, SplitDeviceQueue } from '@ebb/virtio/device';
 import { expect } from 'vitest';
 import { KVM_MEM_READONLY } from './memslots.ts';
 import type { Verdict } from './region-gate.ts';
-import { testHost } from './testing-host.ts';
+import { testHost, type TestHost } from './testing-host.ts';
 import type { VmMemory } from './vm-memory.ts';
 
 const PAGES = MiB / PAGE_SIZE;
@@ -74,13 +74,20 @@ function put(memory: VmMemory, gpa: number, words: number[]): void {
   memory.i32.set(words, memory.at >> 2);
 }
 
-test('a table above 4 GiB is looked for there: the page below with the same low bits takes no frame', () => {
+const rings = { desc: 0x1000, driver: 0x2000, device: 0x3000 };
+
+/** A host whose VM has a MiB more at `guestPhysAddr`. */
+function withMore(guestPhysAddr: number): TestHost {
   const host = testHost({ huge: 'never' });
+  const file = new MemFile({ name: 'more', nrBlocks: PAGES, vm: 0, frames: host.pool, huge: 'never' });
+  const slot = { slot: 1, flags: 0, guestPhysAddr, memorySize: MiB, file, fileOffset: 0 };
+  expect(host.finish(host.vm.setUserMemoryRegion(slot)).ok).toBe(true);
+  return host;
+}
+
+test('a table above 4 GiB is looked for there: the page below with the same low bits takes no frame', () => {
+  const host = withMore(4 * GiB);
   const { memory } = host.vm;
-  const file = new MemFile({ name: 'dimm', nrBlocks: PAGES, vm: 0, frames: host.pool, huge: 'never' });
-  const dimm = { slot: 1, flags: 0, guestPhysAddr: 4 * GiB, memorySize: MiB, file, fileOffset: 0 };
-  expect(host.finish(host.vm.setUserMemoryRegion(dimm)).ok).toBe(true);
-  const rings = { desc: 0x1000, driver: 0x2000, device: 0x3000 };
   put(memory, rings.desc, [0x50000, 1, 16, 4]);
   put(memory, rings.driver, [1 << 16, 0]);
   put(memory, 4 * GiB + 0x50000, [0x6000, 0, 16, 2]);
@@ -91,12 +98,7 @@ test('a table above 4 GiB is looked for there: the page below with the same low 
 });
 
 test('a batch goes on where buffers lie in two slots by turns', () => {
-  const host = testHost({ huge: 'never' });
-  const { memory } = host.vm;
-  const file = new MemFile({ name: 'more', nrBlocks: PAGES, vm: 0, frames: host.pool, huge: 'never' });
-  const more = { slot: 1, flags: 0, guestPhysAddr: 32 * MiB, memorySize: MiB, file, fileOffset: 0 };
-  expect(host.finish(host.vm.setUserMemoryRegion(more)).ok).toBe(true);
-  const rings = { desc: 0x1000, driver: 0x2000, device: 0x3000 };
+  const { memory } = withMore(32 * MiB).vm;
   for (const i of [0, 1, 2]) {
     put(memory, rings.desc + 32 * i, [0x6000, 0, 16, 1 | ((2 * i + 1) << 16)]);
     put(memory, rings.desc + 32 * i + 16, [32 * MiB + 0x6000, 0, 512, 2]);

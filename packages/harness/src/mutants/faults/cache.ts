@@ -2,26 +2,35 @@
 import { fault, props, test, type Mutant } from '../mutant.ts';
 
 const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
+const CACHE_TEST = test('guest-kernel/src/mm/page-cache.test.ts');
 const RECLAIM = 'packages/guest-kernel/src/mm/reclaim.ts';
 const BLK = 'packages/guest-kernel/src/drivers/blk.ts';
 const BLK_TEST = test('guest-kernel/src/drivers/blk.test.ts');
 
 export const CACHE_FAULTS: readonly Mutant[] = [
   fault(
+    'disk-without-status-is-ok',
+    BLK,
+    'i32[at + SLOT_STATUS / 4] = 0xff;',
+    'i32[at + SLOT_STATUS / 4] = 0;',
+    'a request that comes back without a status has gone well',
+    BLK_TEST,
+  ),
+  fault(
     'part-of-a-page-is-all',
-    'packages/guest-kernel/src/mm/page-cache.ts',
+    CACHE,
     'this.#get(inode, index, words.length < 1024);',
     'this.#get(inode, index, false);',
     'a short write loses the rest of what is on the disk',
-    test('guest-kernel/src/mm/page-cache.test.ts'),
+    CACHE_TEST,
   ),
   fault(
     'refused-write-is-clean',
-    'packages/guest-kernel/src/mm/page-cache.ts',
+    CACHE,
     'if (!ok && w[page + P_INODE] >= 0 && (',
     'if (false && (',
     'what the disk refused is never written again',
-    test('guest-kernel/src/mm/page-cache.test.ts'),
+    CACHE_TEST,
   ),
   fault(
     'reclaim-no-freeze',

@@ -1,21 +1,12 @@
-/** Seeded faults. Invalidation: the host's side. */
+/** Seeded faults. Invalidation, page tables and faults: the host's side. */
 import { fault, props, test, type Mutant } from '../mutant.ts';
 
-const LEDGER = 'packages/machine/src/ledger.ts';
 const VM = 'packages/host-kvm/src/kvm/vm.ts';
-const VCPU = 'packages/machine/src/vcpu.ts';
 const VCPU_BLOCKS = 'packages/host-kvm/src/kvm/vcpu-blocks.ts';
 const MMU = 'packages/host-kvm/src/kvm/tdp-mmu.ts';
-const SLOTS = 'packages/host-kvm/src/kvm/memslots.ts';
-const POOL = 'packages/host-kvm/src/mm/frame-pool.ts';
-const HOST_BUDDY = 'packages/host-kvm/src/mm/host-buddy.ts';
-const FILE = 'packages/memfs/src/mem-file.ts';
 const VM_TEST = test('host-kvm/src/kvm/vm.test.ts');
 const MMU_TEST = test('host-kvm/src/kvm/tdp-mmu.test.ts');
-const VM_MEMORY = 'packages/host-kvm/src/kvm/vm-memory.ts';
 const SLOTS_IN_USE_TEST = test('host-kvm/src/kvm/slots-in-use.test.ts');
-const VM_MEMORY_TEST = test('host-kvm/src/kvm/vm-memory.test.ts');
-const MEM_FILE_TEST = test('memfs/src/mem-file.test.ts');
 
 export const HOST_FAULTS: readonly Mutant[] = [
   fault(
@@ -56,14 +47,6 @@ export const HOST_FAULTS: readonly Mutant[] = [
     'want.push(Atomics.add(this.#control, this.#base(v) + VC_FLUSH_REQ, 1) + 1);',
     'want.push(\n        Atomics.load(this.#control, this.#base(v) + VC_MODE) === MODE_OUTSIDE\n          ? Atomics.load(this.#control, this.#base(v) + VC_FLUSH_REQ)\n          : Atomics.add(this.#control, this.#base(v) + VC_FLUSH_REQ, 1) + 1,\n      );',
     'I17: the mode is loaded before the request is set',
-    props('invalidation'),
-  ),
-  fault(
-    'free-before-zap',
-    FILE,
-    '    for (const listener of told) yield* listener.begin(runs, nrRuns);\n',
-    '',
-    'I4: frames freed while mapped',
     props('invalidation'),
   ),
   fault(
@@ -155,30 +138,6 @@ export const HOST_FAULTS: readonly Mutant[] = [
     props('invalidation'),
   ),
   fault(
-    'no-zeroing',
-    POOL,
-    '    this.memory.zeroFrames(hfn(frame), count);\n',
-    '',
-    'I1: frames change owner with their content',
-    props('isolation'),
-  ),
-  fault(
-    'discard-frees-nothing',
-    FILE,
-    '      this.#frames.free(hfn(freed[i]), freed[i + 1]);\n',
-    '',
-    'firecracker#6167: a discard that returns no frame',
-    VM_TEST,
-  ),
-  fault(
-    'hole-keeps-its-frame',
-    FILE,
-    '      this.blocks[i] = -1;\n',
-    '',
-    'I4: a freed block still resolves',
-    props('invalidation'),
-  ),
-  fault(
     'slot-removed-before-flush',
     VM,
     '    yield* this.#finishZap(this.mmu.zapRange(gfn, count));\n',
@@ -187,110 +146,12 @@ export const HOST_FAULTS: readonly Mutant[] = [
     props('slots'),
   ),
   fault(
-    'mmio-gen-stale',
-    SLOTS,
-    '    this.generation++;\n  }\n\n  remove',
-    '  }\n\n  remove',
-    'K5: no generation bump on a slot change',
-    VM_TEST,
-  ),
-  fault(
-    'slot-overlap-allowed',
-    SLOTS,
-    "        return err('EEXIST');\n",
-    '        continue;\n',
-    'K3: overlapping slots',
-    VM_TEST,
-  ),
-  fault(
-    'pins-ignored',
-    LEDGER,
-    'if (this.pins[f] > 0) {',
-    'if (false as boolean) {',
-    'Y19 I4: a pinned frame is freed',
-    VM_TEST,
-  ),
-  fault(
-    'generation-stands-still',
-    LEDGER,
-    '      this.generation[f] = (this.generation[f] + 1) | 0;\n',
-    '',
-    'the gate itself: a stale translation passes',
-    VM_TEST,
-  ),
-  fault(
-    'host-buddy-order',
-    HOST_BUDDY,
-    '|| this.#order[buddy] !== o) break;',
-    '|| this.#order[buddy] < 0) break;',
-    'I9: the host merges unequal blocks',
-    test('host-kvm/src/mm/host-buddy.property.test.ts'),
-  ),
-
-  fault(
     'removed-slot-polled',
     VM,
     '        yield () => this.slots.find(gfn) !== slot;\n        continue;\n',
     '        yield undefined;\n        continue;\n',
     'I24: a fault polls for a slot that waits for a flush (found by fuzzing)',
     props('slots'),
-  ),
-
-  fault(
-    'end-not-told',
-    FILE,
-    '    for (const listener of told) listener.end(runs, nrRuns);\n',
-    '    for (const listener of this.#listeners) listener.end(runs, nrRuns);\n',
-    'I24: a mapper that leaves during an invalidation never hears of its end (found by fuzzing)',
-    props('slots'),
-  ),
-  fault(
-    'device-write-clean',
-    VM_MEMORY,
-    '    if (write) this.#frameFlags[frame] |= FRAME_DIRTY;\n',
-    '',
-    'I7: what a device writes is clean',
-    VM_TEST,
-  ),
-  fault(
-    'device-writes-rom',
-    VM_MEMORY,
-    'if (slot === null || (write && (slot.flags & KVM_MEM_READONLY) !== 0)) return null;',
-    'if (slot === null) return null;',
-    'G2: a device writes a read-only slot',
-    VM_TEST,
-  ),
-  fault(
-    'extent-in-rom',
-    VM_MEMORY,
-    'const slot = this.#slotOf(gpa, 1, true, false);',
-    'const slot = this.#slotOf(gpa, 1, false, false);',
-    'G2: a device may write a read-only slot',
-    VM_MEMORY_TEST,
-  ),
-  fault(
-    'extent-past-a-gate',
-    VM_MEMORY,
-    'if (gfn < gate.baseGfn) to = Math.min(to, gate.baseGfn);',
-    'if (gfn < gate.baseGfn) continue;',
-    '5.15.6: a buffer that ends in unplugged memory is taken',
-    VM_MEMORY_TEST,
-  ),
-  fault(
-    'extent-of-two-blocks',
-    VM_MEMORY,
-    'to = Math.min(to, unit + gate.unitPages, ',
-    'to = Math.min(to, unit + 2 * gate.unitPages, ',
-    '5.15.6: a buffer that ends in an unplugged block is taken',
-    VM_MEMORY_TEST,
-  ),
-  fault(
-    'live-slot-turns-read-only',
-    SLOTS,
-    '        changed !== 0\n',
-    '        changed < 0\n',
-    'K: writable leaves of a slot that is read-only now',
-    VM_TEST,
   ),
   fault(
     'failed-split-counted',
@@ -301,59 +162,11 @@ export const HOST_FAULTS: readonly Mutant[] = [
     SLOTS_IN_USE_TEST,
   ),
   fault(
-    'huge-but-for-the-last',
-    FILE,
-    'for (let i = 1; i < HUGE_PAGES; i++) if (this.blocks[base + i] !== first + i) return false;',
-    'for (let i = 1; i < HUGE_PAGES - 1; i++) if (this.blocks[base + i] !== first + i) return false;',
-    "I1 I4: a large leaf maps somebody else's last frame",
-    MEM_FILE_TEST,
-  ),
-  fault(
-    'huge-but-not-aligned',
-    FILE,
-    'if (first < 0 || first % HUGE_PAGES !== 0 || base',
-    'if (first < 0 || base',
-    'reserved bits of a large leaf',
-    MEM_FILE_TEST,
-  ),
-  fault(
-    'hole-but-for-the-last',
-    FILE,
-    'for (let i = 0; i < count; i++) if (this.blocks[base + i] >= 0) return false;',
-    'for (let i = 0; i < count - 1; i++) if (this.blocks[base + i] >= 0) return false;',
-    'I15 I9: a block that has a frame gets another',
-    MEM_FILE_TEST,
-  ),
-  fault(
-    'fallocate-beyond',
-    FILE,
-    'i % HUGE_PAGES === 0 && i + HUGE_PAGES <= first + count',
-    'i % HUGE_PAGES === 0',
-    'Y27: more than the missing blocks',
-    MEM_FILE_TEST,
-  ),
-  fault(
-    'giga-in-pieces',
-    HOST_BUDDY,
-    'while (at < first + count && this.#order[at] === HOST_MAX_ORDER) at += step;',
-    'while (at < first + count && this.#order[at] >= 0) at += step;',
-    'I4: a page of 1 GiB has frames in it that somebody else has',
-    test('host-kvm/src/mm/host-buddy.property.test.ts'),
-  ),
-  fault(
     'giga-leaf-never',
     VM,
     'slot.file.isGiga(block(GIGA_PAGES))) return 3;',
     'slot.file.isGiga(block(GIGA_PAGES))) return 2;',
     'Y2: a gigabyte is mapped 2 MiB at a time',
-    test('harness/src/scenarios/scenarios.test.ts'),
-  ),
-  fault(
-    'madvise-ignored',
-    FILE,
-    "(options.huge === 'madvise' && options.hugeAdvised === true)",
-    "options.huge === 'madvise'",
-    'Y17: huge pages for who did not ask',
     test('harness/src/scenarios/scenarios.test.ts'),
   ),
   fault(
@@ -394,54 +207,6 @@ export const HOST_FAULTS: readonly Mutant[] = [
     '    base >= slot.baseGfn &&\n',
     '',
     'a hole between two slots is RAM',
-    VM_TEST,
-  ),
-  fault(
-    'slot-moves-in-its-file',
-    SLOTS,
-    '        old.fileOffset !== region.fileOffset ||\n',
-    '',
-    'G2: a live slot is backed by something else, and nothing is zapped',
-    VM_TEST,
-  ),
-  fault(
-    'scatter-remembers-holes',
-    VCPU,
-    'if (!absent) this.#absent.fill(0);',
-    '',
-    'stores to RAM are dropped after a scatter that met a hole',
-    VM_TEST,
-  ),
-  fault(
-    'scatter-counts-the-last-holes',
-    VCPU,
-    'missing += this.#locate(words, at, n, true);',
-    'missing = this.#locate(words, at, n, true);',
-    'words that are not RAM are not told',
-    VM_TEST,
-  ),
-  fault(
-    'store-past-the-gate',
-    VCPU,
-    'if (this.#generation[this.#storeGate] !== this.#storeGeneration) this.#staleWord(gfn, true);',
-    '',
-    'I4: a store to the page of the last one lands in a frame that changed hands',
-    VM_TEST,
-  ),
-  fault(
-    'load-past-the-gate',
-    VCPU,
-    'if (this.#generation[this.#loadGate] !== this.#loadGeneration) this.#staleWord(gfn, false);',
-    '',
-    'I4: a load from the page of the last one reads a frame that changed hands',
-    VM_TEST,
-  ),
-  fault(
-    'scatter-past-the-gate',
-    VCPU,
-    '          generation[frames + (frame >>> 9)] === huge[slot + 3] &&\n',
-    '',
-    'I4: a scatter lands in a frame that changed hands',
     VM_TEST,
   ),
   fault(
