@@ -9,26 +9,45 @@
  */
 import { readFileSync, writeFileSync } from 'node:fs';
 import { zstdCompressSync, zstdDecompressSync, constants } from 'node:zlib';
+import { z } from 'zod';
 import { traceHash, UserError, type Trace, type TraceEvents } from './trace.ts';
 
 const MAGIC = 'EBBTRC01';
 
-interface Header {
-  readonly trace: Omit<Trace, 'events' | 'start'>;
-  readonly count: number;
-  readonly pages: number;
-  readonly pageblocks: number;
-  readonly wide?: true;
-}
-
 const WORD = 0x1_0000_0000;
+const whole = z
+  .int()
+  .min(0)
+  .max(WORD - 1);
+/** What a reader relies on. */
+const headerSchema = z.object({
+  trace: z.object({
+    name: z.string(),
+    hash: z.string(),
+    nrCpus: whole.min(1),
+    maxPfn: whole.min(1),
+    guestMemoryBytes: z.int(),
+    e820: z.array(z.object({ start: whole, end: whole })),
+    end: z
+      .object({ freeByOrder: z.array(whole), freePages: whole, pcpPages: whole, pageCachePages: whole })
+      .optional(),
+    skipped: z.record(z.string(), z.number()),
+    marks: z.array(z.object({ timeUs: z.number(), name: z.string() })),
+  }),
+  count: whole,
+  /** Entries of the start state's two tables; 0 without one. */
+  pages: whole,
+  pageblocks: whole,
+  /** There are two columns more: upper words of time differences and of page indices. */
+  wide: z.literal(true).optional(),
+});
 
 /** Serialises a trace. */
 export function encodeTrace(trace: Trace): Buffer {
   const { events, start, ...rest } = trace;
   const deltas = events.timeUs.map((t, i, all) => Math.round(t) - (i === 0 ? 0 : Math.round(all[i - 1])));
   const wide = [deltas, events.index].some((column) => column.some((v) => v !== (v | 0)));
-  const header: Header = {
+  const header = {
     trace: rest,
     count: events.count,
     pages: start?.pages.length ?? 0,
@@ -88,7 +107,7 @@ export function decodeTrace(compressed: Uint8Array, source: string): Trace {
   if (bytes.toString('latin1', 0, 8) !== MAGIC)
     throw new UserError(`${source}: not an .ebbtrace file; make one with 'ebb trace import'`);
   const headerLength = bytes.readUInt32LE(8);
-  const header = headerOf(bytes.toString('utf8', 12, 12 + headerLength), source);
+  const { trace: told, ...header } = headerOf(bytes.toString('utf8', 12, 12 + headerLength), source);
   let at = 12 + headerLength;
   const n = header.count;
   const take = (count: number, width: number): Uint8Array => {
@@ -115,7 +134,13 @@ export function decodeTrace(compressed: Uint8Array, source: string): Trace {
   const events: TraceEvents = { count: n, timeUs, op, cpu, pfn, order, migratetype, gfp, file, index };
   const start =
     header.pages > 0 ? { pages: take(header.pages, 1), pageblocks: take(header.pageblocks, 1) } : undefined;
-  const trace = { ...header.trace, events, ...(start === undefined ? {} : { start }) };
+  const { end, ...rest } = told;
+  const trace = {
+    ...rest,
+    events,
+    ...(start === undefined ? {} : { start }),
+    ...(end === undefined ? {} : { end }),
+  };
   if (traceHash(trace) !== trace.hash)
     throw new UserError(`${source}: its contents are not those of its hash ${trace.hash}; import it again`);
   return trace;
@@ -126,36 +151,17 @@ function widened(low: Float64Array, high: Int32Array): Float64Array {
   return low.map((v, i) => (v >>> 0) + high[i] * WORD);
 }
 
-/** The header, if a reader can rely on it. */
-function headerOf(json: string, source: string): Header {
-  const whole = (v: unknown, least: number): boolean =>
-    Number.isSafeInteger(v) && (v as number) >= least && (v as number) < WORD;
-  let header: Header | null = null;
+function headerOf(json: string, source: string): z.infer<typeof headerSchema> {
+  let value: unknown;
   try {
-    header = JSON.parse(json) as Header | null;
+    value = JSON.parse(json);
   } catch {
-    // Said below.
+    // Nothing is no header either.
   }
-  const trace: Partial<Header['trace']> | undefined = header?.trace;
-  const { end } = trace ?? {};
-  if (
-    header === null ||
-    trace === undefined ||
-    ![header.count, header.pages, header.pageblocks].every((v) => whole(v, 0)) ||
-    ![trace.nrCpus, trace.maxPfn].every((v) => whole(v, 1)) ||
-    !Number.isSafeInteger(trace.guestMemoryBytes) ||
-    typeof trace.name !== 'string' ||
-    typeof trace.hash !== 'string' ||
-    !Array.isArray(trace.e820) ||
-    !trace.e820.every((range) => whole(range?.start, 0) && whole(range.end, 0)) ||
-    !Array.isArray(trace.marks) ||
-    typeof trace.skipped !== 'object' ||
-    (end !== undefined &&
-      (!Array.isArray(end.freeByOrder) ||
-        ![...end.freeByOrder, end.freePages, end.pcpPages, end.pageCachePages].every((v) => whole(v, 0))))
-  )
+  const parsed = headerSchema.safeParse(value);
+  if (!parsed.success)
     throw new UserError(`${source}: its header makes no sense; make it again with 'ebb trace import'`);
-  return header;
+  return parsed.data;
 }
 
 export function writeTrace(path: string, trace: Trace): number {
