@@ -72,9 +72,7 @@ export class ChainReader {
     const from = idx | 0;
     const n = max | 0;
     let taken = 0;
-    let start = 0;
-    // Touched before the loop: docs/performance.md § Loops.
-    segments[0] = 0;
+    // Stored, lest V8 leave the reads out.
     chains[0] = touchTable(u16, i32, ring, desc, from, n, mask);
     // What was looked up: the page of the last table, where that lies, and the memory around two segments.
     let page = -1;
@@ -91,13 +89,18 @@ export class ChainReader {
     do {
       missed = -1;
       isTable = false;
+      // Few values live through the loops, each one more costs a store in every round: docs/performance.md § Loops.
+      let s = taken === 0 ? 0 : chains[(taken - 1) * CHAIN_WORDS + C_END] << 1;
       outer: for (; taken < n; taken++) {
         const head = u16[ring + ((from + taken) & mask)];
         if (head >= size) break;
+        chains[taken * CHAIN_WORDS + C_HEAD] = head;
         let d = (desc + (head << 2)) | 0;
         let word = i32[d + 3];
         let table = desc;
         let limit = size;
+        // Descriptors that may come: a loop is a chain that is too long.
+        let most = (s + (size << 1)) | 0;
         if ((word & toTable) !== 0) {
           const gpa = i32[d];
           const length = i32[d + 2];
@@ -114,22 +117,20 @@ export class ChainReader {
             break;
           }
           limit = length >> 4;
+          if (limit < size) most = (s + (limit << 1)) | 0;
           table = (pageAt + ((gpa & IN_PAGE) >> 2)) | 0;
           d = table;
           word = i32[d + 3];
         }
-        // Descriptors that may come: a loop is a chain that is too long.
-        const most = (start + ((limit < size ? limit : size) << 1)) | 0;
         const end = most < words ? most : words;
-        let s = start;
-        let readableEnd = start;
-        let readable = 0;
+        let readableEnd = s;
+        let written = 0;
         let bytes = 0;
         for (;;) {
           if (s === end) break outer;
           const gpa = i32[d];
           const length = i32[d + 2];
-          if (((word & VIRTQ_DESC_F_INDIRECT) | i32[d + 1]) !== 0 || length <= 0) break outer;
+          if ((word & VIRTQ_DESC_F_INDIRECT) !== 0 || i32[d + 1] !== 0 || length <= 0) break outer;
           if ((gpa < low || length > ((high - gpa) | 0)) && (gpa < low2 || length > ((high2 - gpa) | 0))) {
             missed = gpa;
             break outer;
@@ -138,26 +139,21 @@ export class ChainReader {
           if (bytes < 0) break outer;
           segments[s] = gpa;
           segments[s + 1] = length;
-          const after = (s + 2) | 0;
-          if ((word & VIRTQ_DESC_F_WRITE) === 0) {
-            // None that may be written comes before.
-            if (readableEnd !== s) break outer;
-            readableEnd = after;
-            readable = bytes;
-          }
-          s = after;
+          s = (s + 2) | 0;
+          if ((word & VIRTQ_DESC_F_WRITE) !== 0) written = (written + length) | 0;
+          else if (written === 0) readableEnd = s;
+          // Readable after writable.
+          else break outer;
           if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
           const next = word >>> 16;
           if (next >= limit) break outer;
           d = (table + (next << 2)) | 0;
           word = i32[d + 3];
         }
-        start = s;
         const c = taken * CHAIN_WORDS;
-        chains[c + C_HEAD] = head;
         chains[c + C_END] = s >> 1;
         chains[c + C_READABLE_END] = readableEnd >> 1;
-        chains[c + C_WRITTEN] = (bytes - readable) | 0;
+        chains[c + C_WRITTEN] = written;
       }
       // Not ended by what lies elsewhere, or by what lies above 2 GiB, which is not the common form.
       if (missed < 0) break;
