@@ -89,6 +89,8 @@ export class ChainReader {
     do {
       missed = -1;
       isTable = false;
+      // Touched before the loop: docs/performance.md § Loops.
+      void (u16[ring] | i32[desc]);
       // Few values live through the loops, each one more costs a store in every round: docs/performance.md § Loops.
       let s = taken === 0 ? 0 : chains[(taken - 1) * CHAIN_WORDS + C_END] << 1;
       outer: for (; taken < n; taken++) {
