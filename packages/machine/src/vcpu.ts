@@ -355,9 +355,9 @@ export class Vcpu implements GuestMemory {
   load32(gfn: Gfn, word: number): number {
     const left = this.#left;
     if (left > 0 && gfn === this.#loadPage) {
-      this.#left = left - 1;
+      this.#left = (left - 1) | 0;
       if (this.#generation[this.#loadGate] !== this.#loadGeneration) this.#staleWord(gfn, false);
-      return this.#dram[this.#loadBase + word];
+      return this.#dram[(this.#loadBase + word) | 0];
     }
     return this.#load32Slow(gfn, word);
   }
@@ -366,9 +366,9 @@ export class Vcpu implements GuestMemory {
   store32(gfn: Gfn, word: number, value: number): void {
     const left = this.#left;
     if (left > 0 && gfn === this.#storePage) {
-      this.#left = left - 1;
+      this.#left = (left - 1) | 0;
       if (this.#generation[this.#storeGate] !== this.#storeGeneration) this.#staleWord(gfn, true);
-      this.#dram[this.#storeBase + word] = value;
+      this.#dram[(this.#storeBase + word) | 0] = value;
       return;
     }
     this.#store32Slow(gfn, word, value);
