@@ -7,15 +7,14 @@
  */
 import { assert } from '@ebb/machine';
 
-/** Words of `chains` per buffer: head, end of its segments, end of its readable ones, bytes written. */
-export const CHAIN_WORDS = 4;
+/** Words of `chains` per buffer: head, end of its segments, bytes written. */
+export const CHAIN_WORDS = 3;
 export const C_HEAD = 0;
 export const C_END = 1;
-export const C_READABLE_END = 2;
 /** At first all that the device may write; a device that writes less lowers it before `pushChains`. */
-export const C_WRITTEN = 3;
+export const C_WRITTEN = 2;
 
-/** Words of `segments` per segment: guest-physical address, length in bytes. */
+/** Words of `segments` per segment: guest-physical address, length in bytes (negative if the device may write). */
 export const SEGMENT_WORDS = 2;
 
 export class ChainBatch {
@@ -34,6 +33,10 @@ export class ChainBatch {
     this.segments = new Int32Array(segments * SEGMENT_WORDS);
   }
 
+  /** The descriptor that buffer `i` begins with; what the driver gets back. */
+  head(i: number): number {
+    return this.chains[i * CHAIN_WORDS + C_HEAD];
+  }
   /** First segment of buffer `i`. */
   start(i: number): number {
     return i === 0 ? 0 : this.end(i - 1);
@@ -41,10 +44,6 @@ export class ChainBatch {
   /** One behind the last segment of buffer `i`. */
   end(i: number): number {
     return this.chains[i * CHAIN_WORDS + C_END];
-  }
-  /** One behind the last device-readable segment of buffer `i`. */
-  readableEnd(i: number): number {
-    return this.chains[i * CHAIN_WORDS + C_READABLE_END];
   }
   /** Bytes of buffer `i` that `pushChains` will say are written: at first all that may be. */
   written(i: number): number {
@@ -54,7 +53,7 @@ export class ChainBatch {
   gpa(j: number): number {
     return this.segments[j * SEGMENT_WORDS];
   }
-  /** Bytes of segment `j`. */
+  /** Bytes of segment `j`, negative if the device may write them; what it may read comes first. */
   length(j: number): number {
     return this.segments[j * SEGMENT_WORDS + 1];
   }

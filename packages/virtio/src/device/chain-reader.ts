@@ -25,7 +25,7 @@ const {
   VIRTQ_DESC_F_NEXT,
   VIRTQ_DESC_F_WRITE,
 } = virtio;
-const { C_END, C_HEAD, C_READABLE_END, C_WRITTEN, CHAIN_WORDS } = chainBatch;
+const { C_END, C_HEAD, C_WRITTEN, CHAIN_WORDS } = chainBatch;
 const PAGE: number = PAGE_SIZE;
 const IN_PAGE: number = PAGE_SIZE - 1;
 
@@ -125,7 +125,6 @@ export class ChainReader {
           word = i32[d + 3];
         }
         const end = most < words ? most : words;
-        let readableEnd = s;
         let written = 0;
         let bytes = 0;
         for (;;) {
@@ -140,12 +139,13 @@ export class ChainReader {
           bytes = (bytes + length) | 0;
           if (bytes < 0) break outer;
           segments[s] = gpa;
-          segments[s + 1] = length;
-          s = (s + 2) | 0;
-          if ((word & VIRTQ_DESC_F_WRITE) !== 0) written = (written + length) | 0;
-          else if (written === 0) readableEnd = s;
+          if ((word & VIRTQ_DESC_F_WRITE) !== 0) {
+            written = (written + length) | 0;
+            segments[s + 1] = -length;
+          } else if (written === 0) segments[s + 1] = length;
           // Readable after writable.
           else break outer;
+          s = (s + 2) | 0;
           if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
           const next = word >>> 16;
           if (next >= limit) break outer;
@@ -154,7 +154,6 @@ export class ChainReader {
         }
         const c = taken * CHAIN_WORDS;
         chains[c + C_END] = s >> 1;
-        chains[c + C_READABLE_END] = readableEnd >> 1;
         chains[c + C_WRITTEN] = written;
       }
       // Not ended by what lies elsewhere, or by what lies above 2 GiB, which is not the common form.

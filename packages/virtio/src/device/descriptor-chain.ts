@@ -3,7 +3,7 @@
  * device reads and writes guest memory only through a chain, only within its segments, and not after `end`.
  */
 import { PAGE_SIZE, pageOffset, type GuestMemory } from '@ebb/machine';
-import { C_HEAD, C_WRITTEN, SEGMENT_WORDS, type ChainBatch } from './chain-batch.ts';
+import { SEGMENT_WORDS, type ChainBatch } from './chain-batch.ts';
 
 export class DescriptorChain {
   head = 0;
@@ -51,19 +51,19 @@ export class DescriptorChain {
   /** Starts the lease on the first buffer of `batch`. */
   load(batch: ChainBatch): void {
     const count = batch.end(0);
-    const readable = batch.readableEnd(0);
     if (count > this.gpas.length) this.#grow(count);
     const { segments } = batch;
     const { gpas, lengths } = this;
-    this.begin(batch.chains[C_HEAD]);
+    this.begin(batch.head(0));
     this.segments = count;
-    this.readableSegments = readable;
-    this.writableBytes = batch.chains[C_WRITTEN];
+    this.writableBytes = batch.written(0);
     for (let i = 0; i < count; i++) {
       gpas[i] = segments[i * SEGMENT_WORDS];
       const length = segments[i * SEGMENT_WORDS + 1];
-      lengths[i] = length;
-      if (i < readable) this.readableBytes += length;
+      lengths[i] = Math.abs(length);
+      if (length < 0) continue;
+      this.readableSegments = i + 1;
+      this.readableBytes += length;
     }
   }
 

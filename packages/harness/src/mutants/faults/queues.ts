@@ -224,8 +224,8 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'common-order-of-segments',
     CHAIN_READER,
-    'else if (written === 0) readableEnd',
-    'else if (written >= 0) readableEnd',
+    'else if (written === 0) segments',
+    'else if (written >= 0) segments',
     'malformed: readable after writable, in the loop over words',
     CHAIN_READERS,
   ),
