@@ -131,13 +131,14 @@ export class ChainReader {
           if (s === end) break outer;
           const gpa = i32[d];
           const length = i32[d + 2];
-          if ((word & VIRTQ_DESC_F_INDIRECT) !== 0 || i32[d + 1] !== 0 || length <= 0) break outer;
+          // Not more than before: a length of 0, a negative one, or 2 GiB together.
+          const total = (bytes + length) | 0;
+          if ((word & VIRTQ_DESC_F_INDIRECT) !== 0 || i32[d + 1] !== 0 || total <= bytes) break outer;
           if ((gpa < low || length > ((high - gpa) | 0)) && (gpa < low2 || length > ((high2 - gpa) | 0))) {
             missed = gpa;
             break outer;
           }
-          bytes = (bytes + length) | 0;
-          if (bytes < 0) break outer;
+          bytes = total;
           segments[s] = gpa;
           if ((word & VIRTQ_DESC_F_WRITE) !== 0) {
             written = (written + length) | 0;
