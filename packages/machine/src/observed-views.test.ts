@@ -79,6 +79,22 @@ describe('races', () => {
     void b.view[12];
     expect(b.detector.races.map((r) => r.word)).toEqual([11]);
   });
+  test('what a method of the array reads and writes counts word by word', () => {
+    const races = (access: (view: Int32Array) => void): number[] => {
+      const { a, b } = pair();
+      for (let word = 20; word < 30; word++) a.view[word] = 1;
+      access(b.view);
+      return b.detector.races.map((r) => r.word);
+    };
+    expect(races((v) => v.set([1, 2, 3], 27))).toEqual([27, 28, 29]);
+    expect(races((v) => v.copyWithin(100, 28, 40))).toEqual([28, 29]);
+    expect(races((v) => v.copyWithin(28, 100, 104))).toEqual([28, 29]);
+    expect(races((v) => void v.slice(0, 21))).toEqual([20]);
+    expect(races((v) => void v.subarray(25, 60)[3])).toEqual([28]);
+    expect(races((v) => void v.indexOf(9))).toHaveLength(10);
+    // Read out of an observed view into one's own array.
+    expect(races((v) => new Int32Array(8).set(v.subarray(25, 33)))).toEqual([25, 26, 27, 28, 29]);
+  });
   test('an exit mailbox: what is written after the state is stored is seen by nobody in order', () => {
     const { a, b } = pair('vcpu-control');
     a.view[33] = 5;

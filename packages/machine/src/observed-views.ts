@@ -69,9 +69,29 @@ export class RaceDetector {
     // Half a word of DRAM is a unit of its own; elsewhere nothing is narrower than a word.
     const unit = region === 'dram' ? 2 : 4;
     const target = view as unknown as Record<string | symbol, unknown> & Int32Array;
-    const access = (index: number, write: boolean): void => {
-      const byte = first + index * bytes;
-      for (let b = byte; b < byte + bytes; b += unit) this.#access(region, b, write);
+    const accessed = (from: number, to: number, write: boolean): void => {
+      const end = first + to * bytes;
+      for (let b = first + from * bytes; b < end; b += unit) {
+        // Frames that nobody watches, a page at a time.
+        if (region === 'dram' && (b & 4095) === 0 && !this.#watched(region, b)) b += 4096 - unit;
+        else this.#access(region, b, write);
+      }
+    };
+    /** What a method of the array reads and writes; any that is not named here reads it all. */
+    const called = (method: string, args: readonly unknown[]): void => {
+      const at = (n: number, otherwise: number): number => (args[n] as number | undefined) ?? otherwise;
+      const { length } = target;
+      if (method === 'fill') accessed(at(1, 0), at(2, length), true);
+      else if (method === 'set') {
+        // A source that is observed is read as any array is, word by word, when the target takes it.
+        const start = at(1, 0);
+        accessed(start, start + (args[0] as ArrayLike<number>).length, true);
+      } else if (method === 'copyWithin') {
+        const [from, to] = [at(1, 0), at(2, length)];
+        accessed(from, to, false);
+        accessed(at(0, 0), at(0, 0) + to - from, true);
+      } else if (method === 'slice') accessed(at(0, 0), at(1, length), false);
+      else accessed(0, length, false);
     };
     return new Proxy(target, {
       get: (_, key) => {
@@ -79,26 +99,31 @@ export class RaceDetector {
         if (typeof key === 'symbol') return Reflect.get(target, key, target);
         const index = Number(key);
         if (index >= 0) {
-          access(index, false);
+          accessed(index, index + 1, false);
           return target[index];
         }
         const value: unknown = Reflect.get(target, key, target);
         if (typeof value !== 'function') return value;
+        // A part of an observed view is one.
+        if (key === 'subarray')
+          return (from?: number, to?: number): T =>
+            this.observe(region, target.subarray(from, to) as unknown as T);
         return (...args: unknown[]): unknown => {
-          if (key === 'fill') {
-            const [, from, to] = args as [number, number | undefined, number | undefined];
-            for (let i = from ?? 0; i < (to ?? target.length); i++) access(i, true);
-          }
+          called(key, args);
           return (value as (...a: unknown[]) => unknown).apply(target, args);
         };
       },
       set: (_, key, value) => {
         const index = Number(key);
-        access(index, true);
+        accessed(index, index + 1, true);
         target[index] = value as number;
         return true;
       },
     }) as unknown as T;
+  }
+
+  #watched(region: SharedRegion, byte: number): boolean {
+    return this.active && this.#shadow.unit(region, byte) >= 0;
   }
 
   #access(region: SharedRegion, byte: number, write: boolean): void {

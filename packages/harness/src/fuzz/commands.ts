@@ -191,7 +191,7 @@ function addReplay(program: Command): void {
             ),
           );
         if (flags.perfetto !== undefined)
-          told(flags.perfetto, perfetto(events, outcome.found, stage.threads));
+          told(flags.perfetto, perfetto(events, outcome.found, stage.threads, stage.property.shape.ramPages));
         if (flags.story !== '-') for (const f of outcome.found) say(f);
         say(
           outcome.found.length > 0

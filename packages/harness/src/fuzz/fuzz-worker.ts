@@ -20,6 +20,7 @@ import { VcpuLab } from './vcpu-lab.ts';
 import { resetLab, type LabBuffers } from './lab.ts';
 import { findProperty } from './properties.ts';
 import { describeRace, racyByDesign } from './racy.ts';
+import { wordName } from './word-names.ts';
 import { Series } from './series.ts';
 import type { FuzzProgram } from './property.ts';
 
@@ -106,7 +107,8 @@ export class FuzzWorker {
     let stuck = '';
     let host: HostLab | null = null;
     let cpu: VcpuLab | null = null;
-    const racy = racyByDesign(lab.shape.ramPages, property.hostileRings === true);
+    const { ramPages } = lab.shape;
+    const racy = racyByDesign(ramPages, property.hostileRings === true);
     races = observe ? new RaceDetector(lab.races, this.#thread, racy) : null;
     const order = new LockOrder(lab.lockOrder);
     const begin = (): void => {
@@ -122,9 +124,11 @@ export class FuzzWorker {
     const stopLooking = (): void => {
       if (schedule === null) return;
       schedule = null;
-      for (const race of races?.races ?? []) found.push(describeRace(race));
+      for (const race of races?.races ?? []) found.push(describeRace(race, ramPages));
       for (const cycle of order.cycles)
-        found.push(`lock order: arena words ${cycle.join(' → ')} are taken in a circle (I23)`);
+        found.push(
+          `lock order: ${cycle.map((word) => wordName('arena', word, ramPages)).join(' → ')} are taken in a circle (I23)`,
+        );
       observeLocks(null);
       races = null;
     };

@@ -81,8 +81,12 @@ describe('invalidation', () => {
     expect(text).toContain('vcpu0  begins a guest section');
     expect(text).toContain('exit mailbox');
     expect(text.trimEnd().endsWith('found this')).toBe(true);
-    expect(describeEvent({ thread: 0, point: 'flush-request', detail: 1 })).toBe('asks vCPU 1 to flush');
-    const trace = JSON.parse(perfetto(events, [], stage.threads)) as { traceEvents: unknown[] };
+    expect(describeEvent({ thread: 0, point: 'flush-request', detail: 1 }, 1024)).toBe(
+      'asks vCPU 1 to flush',
+    );
+    const trace = JSON.parse(perfetto(events, [], stage.threads, stage.property.shape.ramPages)) as {
+      traceEvents: unknown[];
+    };
     expect(trace.traceEvents.length).toBe(events.length + stage.threads);
   });
 });

@@ -30,6 +30,7 @@ import {
   ZONE_WORDS,
 } from '@ebb/guest-kernel';
 import type { Race, SharedRegion } from '@ebb/machine';
+import { wordName } from './word-names.ts';
 
 /** Zone words that the watermark checks read without the lock, as Linux does: a stale count only moves a decision. */
 const PEEKED: ReadonlySet<number> = new Set([
@@ -73,8 +74,9 @@ function inArena(word: number, pageblocks: number, memmap: number): boolean {
   return word === H_NR_DIRTY || word === H_NR_WRITEBACK || word === H_NR_FILE_PAGES;
 }
 
-export function describeRace(race: Race): string {
-  return `race: ${race.region} word ${race.word}: ${race.kind} by ${who(race.by)}, unordered with ${who(race.other)}`;
+export function describeRace(race: Race, maxPfn: number): string {
+  const what = wordName(race.region, race.word, maxPfn);
+  return `race: ${what} (${race.region} word ${race.word}): ${race.kind} by ${who(race.by)}, unordered with ${who(race.other)}`;
 }
 
 function who(thread: number): string {

@@ -5,56 +5,29 @@
 import * as machine from '@ebb/machine';
 import type { ScheduleEvent } from '@ebb/machine';
 import type { FuzzCase } from './case-file.ts';
+import { findProperty } from './properties.ts';
+import { wordName } from './word-names.ts';
 
-const CONTROL_WORDS: ReadonlyMap<number, string> = new Map([
-  [machine.VC_MODE, 'mode'],
-  [machine.VC_FLUSH_ACK, 'flush acknowledged'],
-  [machine.VC_FLUSH_REQ, 'flush request'],
-  [machine.VC_IRQ, 'interrupt lines'],
-  [machine.VC_EXIT_STATE, 'exit mailbox'],
-]);
-const RUN_WORDS: ReadonlyMap<number, string> = new Map([
-  [machine.RC_DOORBELL, 'doorbell'],
-  [machine.RC_HOST_ASLEEP, 'host asleep'],
-  [machine.RC_STOP, 'stop'],
-]);
-
-/** Names a word that an atomic operation touched. */
-function wordName(detail: number): string {
+/** Names a word that an atomic operation touched, in a run whose guests have `maxPfn` pages. */
+function touched(detail: number, maxPfn: number): string {
   const region = machine.SHARED_REGIONS[detail >> 24];
-  const index = detail & 0xff_ffff;
-  switch (region) {
-    case 'vcpu-control': {
-      const word = index % machine.VCPU_BLOCK_WORDS;
-      return `vCPU block ${Math.floor(index / machine.VCPU_BLOCK_WORDS)}: ${CONTROL_WORDS.get(word) ?? `word ${word}`}`;
-    }
-    case 'run-control':
-      return RUN_WORDS.get(index) ?? `run control word ${index}`;
-    case 'dram':
-      return `frame 0x${(index >> 10).toString(16)} word ${index & 1023}`;
-    case 'arena':
-    case 'ledger':
-    case 'violations':
-    case 'tlb':
-      return `${region} word ${index}`;
-    case undefined:
-      return `word ${index}`;
-  }
+  const word = detail & 0xff_ffff;
+  return region === undefined ? `word ${word}` : wordName(region, word, maxPfn);
 }
 
 /** One event in words. */
-export function describeEvent({ point, detail }: ScheduleEvent): string {
+export function describeEvent({ point, detail }: ScheduleEvent, maxPfn: number): string {
   switch (point) {
     case 'load':
-      return `loads ${wordName(detail)}`;
+      return `loads ${touched(detail, maxPfn)}`;
     case 'store':
-      return `stores ${wordName(detail)}`;
+      return `stores ${touched(detail, maxPfn)}`;
     case 'rmw':
-      return `exchanges ${wordName(detail)}`;
+      return `exchanges ${touched(detail, maxPfn)}`;
     case 'wait':
-      return `waits on ${wordName(detail)}`;
+      return `waits on ${touched(detail, maxPfn)}`;
     case 'notify':
-      return `notifies ${wordName(detail)}`;
+      return `notifies ${touched(detail, maxPfn)}`;
     case 'translated':
       return `has translated to frame 0x${detail.toString(16)}, about to use it`;
     case 'device-access':
@@ -101,6 +74,7 @@ export function story(
   found: readonly string[],
   most = 120,
 ): string {
+  const { ramPages } = findProperty(c.property).shape;
   const lines = [`property ${c.property}`, '', 'program:'];
   const ops = (list: readonly { op: string; a: number; b: number }[]): string =>
     list.map(({ op, a, b }) => `${op}(${a}, ${b})`).join(' ') || 'nothing';
@@ -113,17 +87,18 @@ export function story(
   events.slice(from).forEach((event, i) => {
     const name = event.thread === last ? '' : threadName(event.thread);
     last = event.thread;
-    lines.push(`  ${String(from + i).padStart(5)}  ${name.padEnd(6)} ${describeEvent(event)}`);
+    lines.push(`  ${String(from + i).padStart(5)}  ${name.padEnd(6)} ${describeEvent(event, ramPages)}`);
   });
   lines.push('', 'found:', ...found.map((f) => `  ${f}`));
   return `${lines.join('\n')}\n`;
 }
 
-/** The same as a trace-event file: one step is a microsecond. */
+/** The same as a trace-event file: one step is a microsecond. Guests have `maxPfn` pages. */
 export function perfetto(
   events: readonly ScheduleEvent[],
   found: readonly string[],
   threads: number,
+  maxPfn: number,
 ): string {
   const traceEvents: object[] = Array.from({ length: threads }, (_, t) => ({
     name: 'thread_name',
@@ -140,7 +115,7 @@ export function perfetto(
       tid: event.thread,
       ts: i,
       dur: 1,
-      args: { what: describeEvent(event) },
+      args: { what: describeEvent(event, maxPfn) },
     });
   });
   for (const what of found)

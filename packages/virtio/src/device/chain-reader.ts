@@ -90,7 +90,7 @@ export class ChainReader {
       missed = -1;
       isTable = false;
       // Touched before the loop: docs/performance.md § Loops.
-      void (u16[ring] | i32[desc]);
+      void i32[desc + ((u16[ring + ((from + taken) & mask)] & mask) << 2)];
       // Few values live through the loops, each one more costs a store in every round: docs/performance.md § Loops.
       let s = taken === 0 ? 0 : chains[(taken - 1) * CHAIN_WORDS + C_END] << 1;
       outer: for (; taken < n; taken++) {

@@ -238,6 +238,14 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
     CHAIN_READERS,
   ),
   fault(
+    'common-touches-ahead',
+    CHAIN_READER,
+    'void i32[desc + ((u16[ring + ((from + taken) & mask)] & mask) << 2)];',
+    'void (u16[ring] | i32[desc]);',
+    'I21: descriptors that the driver has not published are read',
+    props('queue'),
+  ),
+  fault(
     'common-no-length',
     CHAIN_READER,
     'total <= bytes',
