@@ -187,8 +187,16 @@ test('the hash covers all that a replay reads', () => {
   const text = `${line(alloc)}\n${line(cached)}`;
   const pages = new Uint8Array(8);
   const pageblocks = new Uint8Array(1);
+  const { events } = asTrace(text);
+  const hour = (h: number): Partial<Trace> => ({
+    events: { ...events, timeUs: Float64Array.from(events.timeUs, (t) => t + h * 2 ** 32) },
+  });
   const hashes = [
     hashed(text),
+    // Differences of whole multiples of 2³²: 71.6 minutes, 16 TiB of a file.
+    hashed(text, hour(1)),
+    hashed(text, hour(2)),
+    hashed(text, { events: { ...events, index: Float64Array.from(events.index, (i) => i + 2 ** 32) } }),
     hashed(text.replace('ofs=4096', 'ofs=8192')),
     hashed(text.replace('migratetype=0', 'migratetype=1')),
     hashed(text, { e820: [{ start: 1, end: 16384 }] }),

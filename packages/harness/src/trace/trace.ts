@@ -77,19 +77,25 @@ export function traceHash(trace: Pick<Trace, 'events' | 'start' | 'e820' | 'maxP
     h = Math.imul(h ^ (v & 0xffff), 0x01000193);
     h = Math.imul(h ^ (v >>> 16), 0x01000193);
   };
+  /** A whole number below 2⁵³: its upper half too, if it has one. */
+  const mixLong = (v: number): void => {
+    mix(v | 0);
+    const upper = Math.floor(v / 0x1_0000_0000);
+    if (upper !== 0) mix(upper);
+  };
   const { events, start, e820, maxPfn } = trace;
   for (let i = 0; i < events.count; i++) {
     mix(events.pfn[i]);
     mix(events.op[i] | (events.order[i] << 4) | (events.cpu[i] << 8) | (events.gfp[i] << 16));
     mix(events.migratetype[i]);
-    mix(Math.round(events.timeUs[i]) | 0);
+    mixLong(Math.round(events.timeUs[i]));
     mix(events.file[i]);
-    mix(events.index[i] | 0);
+    mixLong(events.index[i]);
   }
   mix(maxPfn);
   for (const range of e820) {
-    mix(range.start);
-    mix(range.end);
+    mixLong(range.start);
+    mixLong(range.end);
   }
   for (const state of start === undefined ? [] : [start.pages, start.pageblocks])
     for (const page of state) mix(page);
