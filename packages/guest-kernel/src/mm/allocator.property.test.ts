@@ -317,6 +317,23 @@ describe('the allocator', () => {
     },
   );
 
+  example('isolation leaves more than the min watermark, not just as much (`__isolate_free_page`)', () => {
+    const guest = testGuest(guestConfig(SMALL));
+    const { buddy, zones } = guest.kernels[0].parts;
+    guest.vcpus[0].enterGuest();
+    const { w } = guest.arena;
+    const zone = zones[1];
+    const pfn = w[zone + listAt(10, 1)];
+    const left = w[zone + Z_FREE] - 1024;
+    const isolates = (min: number): boolean => {
+      w[zone + Z_MIN] = min;
+      return buddy.isolate(zone, pfn, 10);
+    };
+    buddy.lock(zone);
+    expect([isolates(left), isolates(left - 1)]).toEqual([false, true]);
+    buddy.unlock(zone);
+  });
+
   example('another CPU’s list is drained when memory runs out', () => {
     const guest = testGuest(guestConfig(4 * SMALL));
     guest.vcpus.forEach((v) => v.enterGuest());

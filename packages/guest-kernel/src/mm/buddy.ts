@@ -373,13 +373,13 @@ export class Buddy {
   // ── Isolation for reporting ──────────────────────────────────────────────────────────────────────────────────────
 
   /**
-   * Takes a free block off its list so that nobody can allocate it (L25). Refused below the min watermark (L35). What is
+   * Takes a free block off its list so that nobody can allocate it (L25). Refused unless more than the min watermark is left (L35). What is
    * half a pageblock or more turns its pageblocks Movable, as an allocation of it would leave them. The caller holds the
    * lock and puts the block back with `putBack` after the host has acknowledged.
    */
   isolate(zone: number, pfn: number, order: number): boolean {
     const w = this.w;
-    if (w[zone + Z_FREE] - (1 << order) < w[zone + Z_MIN]) return false;
+    if (w[zone + Z_FREE] - (1 << order) <= w[zone + Z_MIN]) return false;
     assert(this.freeOrder(pfn) === order, 'only a free block is isolated');
     this.#remove(zone, pfn, order, this.pageblockType(pfn));
     w[zone + Z_FREE] -= 1 << order;

@@ -5,8 +5,9 @@ import { LINUX_HOTPLUG, type GuestConfig } from '../boot.ts';
 import { H_TOTAL_PAGES, MAX_ZONES, ZONE_BASE, ZONE_WORDS } from '../layout.ts';
 import { GuestKernel } from '../kernel.ts';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
+import { L_ACTIVE, L_INACTIVE } from './lru.ts';
 import { MemoryHotplug } from './memory-hotplug.ts';
-import { P_FLAGS, P_NEXT, P_ZONE, PG_OFFLINE, PG_UPTODATE } from './page.ts';
+import { P_FLAGS, P_NEXT, P_ZONE, PG_ACTIVE, PG_OFFLINE, PG_UPTODATE } from './page.ts';
 import { PerCpuPages } from './per-cpu-pages.ts';
 import {
   listAt,
@@ -189,6 +190,24 @@ test('a cached page moves only while nobody but the cache holds it (I22)', () =>
   expect(cache.lookup(7, 3)).toBe(to);
   expect(w.vcpus[0].load32(gfn(to), 11)).toBe(0x60_0d);
   expect(w.log.total).toBe(0);
+});
+
+test('a cached page moves to the list it was on: what is in use stays active', () => {
+  const w = world();
+  const { alloc, cache, lru } = w.kernel.parts;
+  for (const list of [L_ACTIVE, L_INACTIVE]) {
+    const [page, to] = [0, 0].map(() => alloc.alloc(0, MIGRATE_MOVABLE, 2));
+    expect(cache.add(page, 7, list, PG_UPTODATE)).toBe(true);
+    lru.lock(0);
+    lru.remove(0, page);
+    lru.add(0, list, page);
+    lru.unlock(0);
+    const before = [L_ACTIVE, L_INACTIVE].map((l) => lru.length(0, l));
+    expect(cache.migrate(page, to)).toBe(true);
+    expect([L_ACTIVE, L_INACTIVE].map((l) => lru.length(0, l))).toEqual(before);
+    const flags = w.arena.w[w.arena.memmap + (to << 4) + P_FLAGS];
+    expect((flags & PG_ACTIVE) !== 0).toBe(list === L_ACTIVE);
+  }
 });
 
 test('a page freed into an isolated pageblock is on no per-CPU list, from which it would be handed out again', () => {

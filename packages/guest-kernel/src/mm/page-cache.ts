@@ -19,7 +19,7 @@ import * as zoneWords from './zone.ts';
 
 // Local copies: docs/performance.md § Constants.
 const { H_CACHE_LOCK, H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } = layoutWords;
-const { L_INACTIVE } = lruWords;
+const { L_ACTIVE, L_INACTIVE } = lruWords;
 const {
   P_FLAGS,
   P_HASH_NEXT,
@@ -28,6 +28,7 @@ const {
   P_REF,
   P_STAMP,
   P_ZONE,
+  PG_ACTIVE,
   PG_CACHED,
   PG_DIRTY,
   PG_REFERENCED,
@@ -161,17 +162,17 @@ export class PageCache {
     w[H_NR_FILE_PAGES]++;
     if ((flags & PG_DIRTY) !== 0) w[H_NR_DIRTY]++;
     Atomics.or(w, page + P_FLAGS, flags | PG_CACHED);
-    this.#toLru(pfn);
+    this.#toLru(pfn, L_INACTIVE);
     this.#unlock();
     if (this.trace !== null) this.trace.cacheAdd(pfn, inode, index);
     return true;
   }
 
   /** Under the cache's lock: who finds the page in the hash finds it on its list as well, or isolated. */
-  #toLru(pfn: number): void {
+  #toLru(pfn: number, list: number): void {
     const node = this.nodeOf(pfn);
     this.#lru.lock(node);
-    this.#lru.add(node, L_INACTIVE, pfn);
+    this.#lru.add(node, list, pfn);
     this.#lru.unlock(node);
   }
 
@@ -270,6 +271,7 @@ export class PageCache {
     const index = w[page + P_INDEX];
     const node = this.nodeOf(from);
     this.#lru.lock(node);
+    const list = (w[page + P_FLAGS] & PG_ACTIVE) !== 0 ? L_ACTIVE : L_INACTIVE;
     this.#lru.remove(node, from);
     this.#lru.unlock(node);
     this.#vcpu.copyPage(gfn(from), gfn(to));
@@ -284,7 +286,7 @@ export class PageCache {
     w[H_NR_FILE_PAGES]++;
     if ((flags & PG_DIRTY) !== 0) w[H_NR_DIRTY]++;
     Atomics.or(w, target + P_FLAGS, flags | PG_CACHED);
-    this.#toLru(to);
+    this.#toLru(to, list);
     this.#unlock();
     // The reference that was frozen is the last one.
     w[page + P_REF] = 1;

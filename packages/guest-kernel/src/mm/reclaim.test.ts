@@ -1,10 +1,11 @@
 /** What reclaim does with pages that others let go of while it looks at them. */
 import { expect, test, vi } from 'vitest';
 import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
+import { MiB } from '@ebb/machine';
 import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
 import { eventSum } from './events.ts';
 import { P_FLAGS, P_REF, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
-import { ZF_BELOW_HIGH, ZF_RECLAIM_ACTIVE, Z_FLAGS, Z_FREE, Z_HIGH, Z_MIN, Z_TYPE } from './zone.ts';
+import { ZF_BELOW_HIGH, ZF_RECLAIM_ACTIVE, Z_FLAGS, Z_FREE, Z_HIGH, Z_MIN, Z_NODE, Z_TYPE } from './zone.ts';
 
 /** A guest with eight clean pages in its cache, and where they are. */
 function cached(): { guest: TestGuest; pfns: number[] } {
@@ -67,6 +68,40 @@ test('kswapd is done when one zone that can serve the request is above its high 
   reclaim.wakeKswapd(dma, w[dma + Z_TYPE]);
   reclaim.kswapd(0);
   expect(w[H_NR_FILE_PAGES]).toBe(0);
+});
+
+test('kswapd gives a node up after sixteen runs in vain, until someone gets a page of that node', () => {
+  const half = (256 * MiB) / 4096 / 2;
+  const nodes = [
+    { start: 0, end: half },
+    { start: half, end: 2 * half },
+  ];
+  const guest = testGuest(guestConfig(256 * MiB, { nodes, cpuNode: [0, 1] }));
+  const [kernel] = guest.kernels;
+  kernel.enter();
+  const { alloc, cache, reclaim, zones } = kernel.parts;
+  const { w } = guest.arena;
+  const zoneOf = (node: number): number =>
+    zones.find((z) => w[z + Z_NODE] === node && w[z + Z_TYPE] === 1) ?? -1;
+  /** Runs of kswapd on a node that could not be balanced. */
+  const inVain = (node: number, times: number): number => {
+    const runs = eventSum(guest.arena, 'pageoutrun');
+    for (let i = 0; i < times; i++) {
+      reclaim.wakeKswapd(zoneOf(node), 1);
+      reclaim.kswapd(node);
+    }
+    return eventSum(guest.arena, 'pageoutrun') - runs;
+  };
+  for (const z of zones) w[z + Z_HIGH] = 1 << 28;
+  expect([inVain(0, 20), inVain(1, 20)]).toEqual([16, 16]);
+  // A page of node 1, taken by a CPU that asked node 0 first.
+  const page = alloc.allocExactly(half + 4096) ? half + 4096 : -1;
+  alloc.unstamp(page);
+  cache.add(page, 1, 0, PG_UPTODATE);
+  expect(reclaim.direct(0)).toBe(1);
+  expect([inVain(0, 1), inVain(1, 20)]).toEqual([0, 16]);
+  // Nor does a run that has nothing to do forgive what came before.
+  expect(inVain(0, 1)).toBe(0);
 });
 
 test('sync waits for what another CPU is writing: what fails there is dirty again, and said to be', () => {

@@ -100,7 +100,6 @@ export class Reclaim {
       if (freed === 0 && other !== node)
         freed = this.#shrink(other, CLUSTER * 2, EV.pgscan_direct, EV.pgsteal_direct);
     }
-    if (freed > 0) Atomics.store(this.#w, T_KSWAPD + node * 16 + K_FAILURES, 0);
     return freed;
   }
 
@@ -127,9 +126,8 @@ export class Reclaim {
       idle = freed === 0 ? idle + 1 : 0;
       this.#vcpu.beginSection();
     }
-    // A run that freed nothing at all is a failure. Any CPU's direct reclaim clears the count.
+    // A run that freed nothing at all is a failure.
     if (idle >= 3 && reclaimed === 0) Atomics.add(w, at + K_FAILURES, 1);
-    else Atomics.store(w, at + K_FAILURES, 0);
     for (const z of zones) Atomics.and(w, z + Z_FLAGS, ~ZF_RECLAIM_ACTIVE);
   }
 
@@ -213,6 +211,8 @@ export class Reclaim {
       for (let i = 0; i < n; i++) if (this.#decide(node, this.#batch[i])) freed++;
     }
     w[this.#events + stealEvent] += freed;
+    // Whoever gets a page of a node, its kswapd may try again.
+    if (freed > 0) Atomics.store(w, T_KSWAPD + node * 16 + K_FAILURES, 0);
     this.#inside = false;
     return freed;
   }

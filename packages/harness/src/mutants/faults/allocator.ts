@@ -13,6 +13,14 @@ const PROCFS_TEST = test('guest-kernel/src/procfs.test.ts');
 
 export const ALLOCATOR_FAULTS: readonly Mutant[] = [
   fault(
+    'isolates-to-the-mark',
+    BUDDY,
+    'if (w[zone + Z_FREE] - (1 << order) <= w[zone + Z_MIN]) return false;',
+    'if (w[zone + Z_FREE] - (1 << order) < w[zone + Z_MIN]) return false;',
+    'L35: reporting takes the last page above the min watermark',
+    ALLOCATOR_PROPERTY_TEST,
+  ),
+  fault(
     'watermark-one-page-off',
     ALLOC,
     '<= mark + w[zone + Z_RESERVE + highestType]) return false;',

@@ -148,7 +148,7 @@ export const BALLOON_FAULTS: readonly Mutant[] = [
   fault(
     'report-below-watermark',
     BUDDY,
-    '    if (w[zone + Z_FREE] - (1 << order) < w[zone + Z_MIN]) return false;\n',
+    '    if (w[zone + Z_FREE] - (1 << order) <= w[zone + Z_MIN]) return false;\n',
     '',
     'L35: isolation below the min watermark',
     ALLOC_TEST,

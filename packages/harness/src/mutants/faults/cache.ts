@@ -4,10 +4,36 @@ import { fault, props, test, type Mutant } from '../mutant.ts';
 const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
 const CACHE_TEST = test('guest-kernel/src/mm/page-cache.test.ts');
 const RECLAIM = 'packages/guest-kernel/src/mm/reclaim.ts';
+const RECLAIM_TEST = test('guest-kernel/src/mm/reclaim.test.ts');
+const HOTPLUG_TEST = test('guest-kernel/src/mm/memory-hotplug.test.ts');
 const BLK = 'packages/guest-kernel/src/drivers/blk.ts';
 const BLK_TEST = test('guest-kernel/src/drivers/blk.test.ts');
 
 export const CACHE_FAULTS: readonly Mutant[] = [
+  fault(
+    'moved-page-is-inactive',
+    CACHE,
+    'this.#toLru(to, list);',
+    'this.#toLru(to, L_INACTIVE);',
+    'a page in use that moves is the next to be reclaimed',
+    HOTPLUG_TEST,
+  ),
+  fault(
+    'kswapd-given-up-for-good',
+    RECLAIM,
+    'if (freed > 0) Atomics.store(w, T_KSWAPD + node * 16 + K_FAILURES, 0);',
+    'if (freed > 0) Atomics.store(w, T_KSWAPD + K_FAILURES, 0);',
+    'pages of a node come free, and its kswapd sleeps on',
+    RECLAIM_TEST,
+  ),
+  fault(
+    'kswapd-never-gives-up',
+    RECLAIM,
+    'if (idle >= 3 && reclaimed === 0) Atomics.add(w, at + K_FAILURES, 1);',
+    'if (idle >= 3 && reclaimed < 0) Atomics.add(w, at + K_FAILURES, 1);',
+    'kswapd runs for ever for a node that has nothing to give',
+    RECLAIM_TEST,
+  ),
   fault(
     'disk-without-status-is-ok',
     BLK,
