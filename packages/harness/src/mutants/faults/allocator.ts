@@ -8,10 +8,99 @@ const KERNEL = 'packages/guest-kernel/src/kernel.ts';
 const PCP_TEST = test('guest-kernel/src/mm/per-cpu-pages.test.ts');
 const ALLOC = 'packages/guest-kernel/src/mm/page-alloc.ts';
 const ALLOCATOR_PROPERTY_TEST = test('guest-kernel/src/mm/allocator.property.test.ts');
+const PAGE_ALLOC_TEST = test('guest-kernel/src/mm/page-alloc.test.ts');
 const BOOT = 'packages/guest-kernel/src/boot.ts';
 const PROCFS_TEST = test('guest-kernel/src/procfs.test.ts');
 
 export const ALLOCATOR_FAULTS: readonly Mutant[] = [
+  fault(
+    'zones-from-the-lowest',
+    ALLOC,
+    'arena.w[zones[y] + Z_TYPE] - arena.w[zones[x] + Z_TYPE]',
+    'arena.w[zones[x] + Z_TYPE] - arena.w[zones[y] + Z_TYPE]',
+    'what only DMA can serve is spent on requests that any zone could',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'no-node-first',
+    ALLOC,
+    'arena.w[zones[i] + Z_NODE] === node ? 0 : 1',
+    'arena.w[zones[i] + Z_NODE] === 0 ? 0 : 1',
+    'CPUs of a node get pages of another',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'thisnode-anywhere',
+    ALLOC,
+    '(gfp & GFP_THISNODE) !== 0 && w[zone',
+    '(gfp & GFP_THISNODE) < 0 && w[zone',
+    'GFP_THISNODE falls back',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'atomic-quarter',
+    ALLOC,
+    'pages -= pages >> 1;',
+    'pages -= pages >> 2;',
+    'GFP_ATOMIC has too little of the reserve',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'memalloc-as-others',
+    ALLOC,
+    'if ((gfp & GFP_MEMALLOC) !== 0) pages = 0;',
+    '',
+    'reclaim itself finds no memory',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'kswapd-woken-by-all',
+    ALLOC,
+    'if ((gfp & GFP_NO_KSWAPD) === 0)',
+    'if (gfp >= 0)',
+    'GFP_NO_KSWAPD wakes kswapd',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'noretry-ooms',
+    ALLOC,
+    'if ((gfp & GFP_NORETRY) !== 0 || this',
+    'if (this',
+    'GFP_NORETRY shrinks the balloon',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'atomic-reclaims',
+    ALLOC,
+    '(GFP_NOWAIT | GFP_ATOMIC | GFP_MEMALLOC)',
+    '(GFP_NOWAIT | GFP_MEMALLOC)',
+    'GFP_ATOMIC waits for reclaim',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'poison-of-the-first',
+    ALLOC,
+    '#checkPoison(pfn: number, count: number): void {\n    for (let i = 0; i < count; i++) {',
+    '#checkPoison(pfn: number, count: number): void {\n    for (let i = 0; i < Math.min(1, count); i++) {',
+    'a store to the second page of a free block is not seen',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'below-high-unmarked',
+    ALLOC,
+    'Atomics.or(w, zone + Z_FLAGS, ZF_BELOW_HIGH);',
+    '',
+    'per-CPU lists grow while memory runs short',
+    PAGE_ALLOC_TEST,
+  ),
+  fault(
+    'zero-unless-asked',
+    ALLOC,
+    'if (zero || this.#options.initOnAlloc)',
+    'if (this.#options.initOnAlloc)',
+    'GFP_ZERO gives what was there',
+    PAGE_ALLOC_TEST,
+  ),
   fault(
     'isolates-to-the-mark',
     BUDDY,
