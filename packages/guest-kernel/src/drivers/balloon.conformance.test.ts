@@ -13,7 +13,7 @@ import {
 } from '@ebb/virtio/uapi';
 import { SHADOW_BALLOON, SHADOW_BUDDY, SHADOW_PCP } from '../mm/page.ts';
 import { H_BALLOON_MUTEX } from '../layout.ts';
-import { EV, eventRow } from '../mm/events.ts';
+import { EV, eventRow, eventSum } from '../mm/events.ts';
 import { Z_MANAGED, ZONE_DMA } from '../mm/zone.ts';
 import { freePages, meminfo, pcpPages } from '../procfs.ts';
 import type { TestGuest } from '../testing-guest.ts';
@@ -199,6 +199,18 @@ describe('inflate and deflate', () => {
     expect(first).toBeGreaterThan(20_000);
     expect(guest.kernels[0].nextDue() - guest.kernels[0].vcpu.clock).toBeLessThanOrEqual(0.2 * NS_PER_S);
     expect(guest.log.total).toBe(0);
+  });
+  test('out of puff, five tries a second; the balloon’s own requests call no OOM notifier (GFP_NORETRY)', () => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_DEFLATE_ON_OOM]);
+    const { alloc } = guest.kernels[0].parts;
+    let asked = 0;
+    alloc.pressure = { ...alloc.pressure, outOfMemory: () => (asked++, 0) };
+    target(device, 1_000_000);
+    run(0.1);
+    const before = eventSum(guest.arena, 'out_of_puff');
+    run(1);
+    expect(eventSum(guest.arena, 'out_of_puff') - before).toBe(5);
+    expect([device.of(1), asked]).toEqual([[], 0]);
   });
 });
 

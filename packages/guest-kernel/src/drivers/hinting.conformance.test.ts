@@ -45,6 +45,20 @@ test('what is held for a round is had by who needs memory (`shrink_free_pages`)'
   expect(guest.log.total).toBe(0);
 });
 
+test('what is held for a round is freed when the driver is unbound (`virtballoon_remove`)', () => {
+  const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
+  const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
+  device.config[2] = 0x80000000 | 0;
+  device.host?.configChanged();
+  run(1);
+  expect(freePages(guest.arena)).toBeLessThan(free / 2);
+  const [kernel] = guest.kernels;
+  kernel.enter();
+  kernel.parts.balloon.remove();
+  kernel.leave();
+  expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
+});
+
 test('another command id ends the round; the pages it hinted stay the driver’s until the new one is done', () => {
   const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
   const free = freePages(guest.arena) + pcpPages(guest.arena, 2);

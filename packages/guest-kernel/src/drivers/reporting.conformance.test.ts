@@ -1,8 +1,9 @@
 /** The driver’s free page reporting against a scripted device (virtio 1.4 § 5.5.6.7). */
 import { expect, test, vi } from 'vitest';
-import { gfn, NS_PER_S } from '@ebb/machine';
+import { gfn, MiB, NS_PER_S } from '@ebb/machine';
 import { VIRTIO_BALLOON_F_PAGE_POISON, VIRTIO_BALLOON_F_REPORTING } from '@ebb/virtio/uapi';
 import { SHADOW_BUDDY, SHADOW_ISOLATED } from '../mm/page.ts';
+import { Z_FREE, Z_LOW } from '../mm/zone.ts';
 import { bring } from './testing-balloon.ts';
 
 test('a guest that poisons does not report to a device that does not know of the poison (`virtballoon_validate`)', () => {
@@ -26,6 +27,35 @@ test('The driver MUST NOT use the reported pages until the device has acknowledg
   }
   expect(reports.flatMap((r) => r.ranges).every(([pfn]) => device.state(pfn) === SHADOW_BUDDY)).toBe(true);
   expect(guest.log.total).toBe(0);
+});
+
+test('a zone is left alone unless a full report leaves it above its low watermark', () => {
+  const reports = (above: number): number => {
+    const { device, guest, run } = bring([VIRTIO_BALLOON_F_REPORTING]);
+    const { w } = guest.arena;
+    for (const z of guest.kernels[0].parts.zones) w[z + Z_LOW] = w[z + Z_FREE] - (32 << 9) - above;
+    run(3);
+    return device.of(2).length;
+  };
+  expect(reports(0)).toBe(0);
+  expect(reports(1)).toBeGreaterThan(0);
+});
+
+test('two requests per list and pass, a pass every 2 s, while there is more', () => {
+  const { device, run } = bring([VIRTIO_BALLOON_F_REPORTING], false, 512 * MiB);
+  // Blocks of the requests of each half second: nearly all are in one list.
+  const byTime = Array.from({ length: 16 }, () => {
+    const before = device.of(2).length;
+    run(0.5);
+    return device
+      .of(2)
+      .slice(before)
+      .map((r) => r.ranges.length);
+  });
+  const passes = byTime.flatMap((requests, i) => (requests.length > 0 ? [{ i, requests }] : []));
+  expect(passes[0].requests).toEqual([32, 32]);
+  expect(passes.length).toBeGreaterThan(1);
+  for (let i = 1; i < passes.length; i++) expect(passes[i].i - passes[i - 1].i).toBe(4);
 });
 
 test('reported memory is not reported again; memory used and freed is', () => {

@@ -131,13 +131,13 @@ export interface Brought {
   readonly run: (seconds: number) => void;
 }
 
-export function bring(bits: readonly number[], poison = false): Brought {
-  return bringDevice(new Script(bits), poison);
+export function bring(bits: readonly number[], poison = false, bytes: number = 128 * MiB): Brought {
+  return bringDevice(new Script(bits), poison, bytes);
 }
 
-export function bringDevice(device: Script, poison = false): Brought {
+export function bringDevice(device: Script, poison = false, bytes: number = 128 * MiB): Brought {
   let transport: MmioTransport | null = null;
-  const guest = testGuest(guestConfig(128 * MiB, { balloon: true, pagePoison: poison }), {
+  const guest = testGuest(guestConfig(bytes, { balloon: true, pagePoison: poison }), {
     read: (gpa, width) => transport?.read(gpa - MMIO_BASE, width) ?? 0,
     write: (gpa, width, value) => transport?.write(gpa - MMIO_BASE, width, value),
     pump: () => device.pump(),

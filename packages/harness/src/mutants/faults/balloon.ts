@@ -16,7 +16,73 @@ const ALLOC_TEST = test('guest-kernel/src/mm/allocator.property.test.ts');
 const BALLOON_STATS = 'packages/guest-kernel/src/drivers/balloon-stats.ts';
 const KERNEL = 'packages/guest-kernel/src/kernel.ts';
 
+const BALLOON_STATS_TEST = test('guest-kernel/src/drivers/balloon-stats.test.ts');
+const REPORTING = 'packages/guest-kernel/src/drivers/reporting.ts';
 export const BALLOON_FAULTS: readonly Mutant[] = [
+  fault(
+    'stats-lose-their-upper-half',
+    BALLOON_STATS,
+    'Math.floor(value / 0x1_0000_0000)',
+    '0',
+    'a guest with 9 GiB free says it has one',
+    BALLOON_STATS_TEST,
+  ),
+  fault(
+    'stats-total-is-free',
+    BALLOON_STATS,
+    '    total * 4096,',
+    '    free * 4096,',
+    'the policy takes a guest for a smaller one',
+    BALLOON_STATS_TEST,
+  ),
+  fault(
+    'stats-available-is-free',
+    BALLOON_STATS,
+    'availablePages(w, zones) * 4096',
+    'free * 4096',
+    'page cache counts as used',
+    BALLOON_STATS_TEST,
+  ),
+  fault(
+    'unbind-keeps-hints',
+    BALLOON,
+    '    this.hints.release();\n    this.#guest',
+    '    this.#guest',
+    'an unbound driver holds what it hinted, for ever',
+    HINTING_TEST,
+  ),
+  fault(
+    'balloon-ooms-itself',
+    BALLOON,
+    'const BALLOON_GFP: number = 3 | GFP_NORETRY;',
+    'const BALLOON_GFP: number = 3;',
+    'a balloon that grows shrinks itself',
+    DRIVER_TEST,
+  ),
+  fault(
+    'puff-a-second',
+    BALLOON,
+    'const RETRY_NS: number = 200 * NS_PER_MS;',
+    'const RETRY_NS: number = 1000 * NS_PER_MS;',
+    'a balloon out of pages waits too long',
+    DRIVER_TEST,
+  ),
+  fault(
+    'report-at-the-mark',
+    REPORTING,
+    'watermarkOk(w, zone, 0, w[zone + Z_LOW] + (PAGE_REPORTING_CAPACITY << this.#order), 0)',
+    'watermarkOk(w, zone, 0, w[zone + Z_LOW], 0)',
+    'reporting holds what a zone is short of',
+    REPORTING_TEST,
+  ),
+  fault(
+    'report-all-at-once',
+    REPORTING,
+    'budget--;',
+    'budget -= 0;',
+    'a pass over much memory lasts as long as the memory is large',
+    REPORTING_TEST,
+  ),
   fault(
     'report-putback-early',
     GUEST_QUEUE,
