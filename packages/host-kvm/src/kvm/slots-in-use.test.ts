@@ -17,6 +17,7 @@ import {
   VCPU_BLOCK_WORDS,
   VmKilled,
 } from '@ebb/machine';
+import type { TaskYield } from '../host-tasks.ts';
 import { testHost, type TestHost } from './testing-host.ts';
 
 const small = (): TestHost => testHost({ ramBytes: 16 * MiB, huge: 'never' });
@@ -218,4 +219,86 @@ test('a scattered store to a word that is not RAM leaves it out and returns', ()
   const out = Int32Array.of(-1, -1, -1);
   expect(vcpu.gather32(words, out, 0, 3)).toBe(1);
   expect([...out]).toEqual([1, -1, 3]);
+});
+
+/** Two VMs show one file; the second one's vCPU is in guest mode, so that an invalidation of block 9 waits for it. */
+function twoMappers(): { host: TestHost; letGo: () => void } {
+  const host = small();
+  const other = host.addVm();
+  const shown = { slot: 5, flags: 0, guestPhysAddr: 64 * MiB, memorySize: 2 * MiB, fileOffset: 0 };
+  expect(host.finish(other.vm.setUserMemoryRegion({ ...shown, file: host.file })).ok).toBe(true);
+  const [own] = host.vcpus;
+  own.enterGuest();
+  own.store32(gfn(9), 0, 1);
+  own.leaveGuest();
+  const [theirs] = other.vcpus;
+  theirs.enterGuest();
+  expect(theirs.load32(gfn((64 * MiB) / PAGE_SIZE + 9), 0)).toBe(1);
+  return { host, letGo: () => theirs.leaveGuest() };
+}
+const spawn = (host: TestHost, body: Generator<TaskYield, unknown, void>): void => {
+  host.tasks.spawn(
+    'task',
+    (function* () {
+      yield* body;
+    })(),
+  );
+  for (let i = 0; i < 10; i++) host.poll();
+};
+
+test('a slot that shows blocks which are being taken away waits until they are gone (`mn_active_invalidate_count`)', () => {
+  const { host, letGo } = twoMappers();
+  const before = host.file.bmap(9);
+  spawn(host, host.vm.discard(Int32Array.of(9, 1), 1));
+  // The first VM’s mappings are gone, the second one’s are not, nor is the block.
+  expect(host.file.bmap(9)).toBe(before);
+  const at = (128 * MiB) / PAGE_SIZE;
+  const alias = { slot: 1, flags: 0, guestPhysAddr: at * PAGE_SIZE, memorySize: 2 * MiB, fileOffset: 0 };
+  spawn(host, host.vm.setUserMemoryRegion({ ...alias, file: host.file }));
+  const [own] = host.vcpus;
+  own.enterGuest();
+  own.store32(gfn(at + 9), 0, 7);
+  letGo();
+  settle(host);
+  expect(host.file.bmap(9)).toBe(-1);
+  // Both names of the block are one page again, and nobody else’s.
+  own.store32(gfn(at + 9), 0, 42);
+  expect([own.load32(gfn(9), 0), host.log.total]).toEqual([42, 0]);
+});
+
+test('slots change one request after the other: one that is deleted while it moves is gone, or has moved', () => {
+  for (const first of ['move', 'delete']) {
+    const { host, letGo } = twoMappers();
+    const own = host.vcpus[1];
+    own.enterGuest();
+    own.store32(gfn(8), 0, 1);
+    const move = { ...ram(host, 16 * MiB), guestPhysAddr: 32 * MiB };
+    const requests = [move, { ...move, memorySize: 0 }];
+    const results: boolean[] = [];
+    for (const region of first === 'move' ? requests : requests.toReversed())
+      spawn(
+        host,
+        (function* () {
+          results.push((yield* host.vm.setUserMemoryRegion(region)).ok);
+        })(),
+      );
+    // The first waits for the vCPU.
+    expect([results, host.vm.slots.all.map((s) => s.invalid)]).toEqual([[], [true]]);
+    own.leaveGuest();
+    letGo();
+    const moved = (32 * MiB) / PAGE_SIZE;
+    const there = (): boolean => host.vm.slots.find(moved)?.invalid === false;
+    while (!there() && host.poll());
+    // Whoever finds the slot in its new place uses it, at once.
+    own.enterGuest();
+    own.store32(gfn(moved + 8), 0, 2);
+    own.leaveGuest();
+    settle(host);
+    expect(results).toEqual([true, true]);
+    own.enterGuest();
+    expect(own.load32(gfn(moved + 8), 0) === 2).toBe(first === 'delete');
+    expect(host.vm.slots.all.map((s) => [s.baseGfn, s.invalid])).toEqual(
+      first === 'move' ? [] : [[(32 * MiB) / PAGE_SIZE, false]],
+    );
+  }
 });

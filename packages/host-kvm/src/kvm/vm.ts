@@ -114,6 +114,8 @@ export class Vm implements InvalidationListener {
   #zeroFrame = -1;
   /** Guards the EPT and the four fields below. Order: taken inside no other lock. */
   readonly #mmuLock = new TaskLock('mmu');
+  /** Slots change one request at a time (`slots_lock`). Taken before the MMU lock. */
+  readonly #slotsLock = new TaskLock('slots');
   #inProgress = 0;
   #sequence = 0;
   #rangeFrom = 0;
@@ -461,6 +463,22 @@ export class Vm implements InvalidationListener {
 
   /** `KVM_SET_USER_MEMORY_REGION`. A delete or move marks the slot invalid, zaps and flushes, and only then removes it. */
   *setUserMemoryRegion(region: UserMemoryRegion): Generator<TaskYield, Result<void, SlotError>, void> {
+    return yield* this.#oneAtATime(this.#setRegion(region));
+  }
+
+  *#oneAtATime<T>(change: Generator<TaskYield, T, void>): Generator<TaskYield, T, void> {
+    while (!this.#slotsLock.tryAcquire()) yield () => !this.#slotsLock.held;
+    const done = yield* change;
+    this.#slotsLock.release();
+    return done;
+  }
+
+  /** Waits while blocks are being taken away that a slot which shows more would map (`mn_active_invalidate_count`). */
+  *#invalidated(): Generator<TaskYield, void, void> {
+    while (this.#inProgress > 0) yield () => this.#inProgress === 0;
+  }
+
+  *#setRegion(region: UserMemoryRegion): Generator<TaskYield, Result<void, SlotError>, void> {
     const judged = this.slots.judge(region);
     if (!judged.ok) return err(judged.error);
     const { kind, slot, old } = judged.value;
@@ -472,6 +490,7 @@ export class Vm implements InvalidationListener {
       this.slots.remove(slot.id);
       if (!this.slots.all.some((s) => s.file === slot.file)) slot.file.removeListener(this);
     } else {
+      yield* this.#invalidated();
       if (kind === 'create') slot.file.addListener(this);
       this.slots.install(slot);
     }
@@ -489,7 +508,7 @@ export class Vm implements InvalidationListener {
   ): Generator<TaskYield, Result<void, SlotError>, void> {
     const old = this.slots.all.find((slot) => slot.id === region.slot);
     if (old === undefined || region.memorySize === 0) return err('EINVAL');
-    if (how === 'extension') return yield* this.#resizeAtOnce(region, old);
+    if (how === 'extension') return yield* this.#oneAtATime(this.#resizeAtOnce(region, old));
     // What cannot be created afterwards is not deleted first.
     const judged = this.slots.judge(region, true);
     if (!judged.ok) return err(judged.error);
@@ -515,7 +534,10 @@ export class Vm implements InvalidationListener {
     const resize = (): void => this.slots.install({ ...old, nrPages });
     // The pages go before the slot that tells which they are: an invalidation in between must still find them.
     if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages, resize);
-    else resize();
+    else {
+      yield* this.#invalidated();
+      resize();
+    }
     return ok(undefined);
   }
 

@@ -21,6 +21,22 @@ const HOTPLUG = test('guest-kernel/src/mm/memory-hotplug.test.ts');
 
 export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
+    'slot-shown-while-blocks-go',
+    VM,
+    'while (this.#inProgress > 0) yield () => this.#inProgress === 0;',
+    'while (this.#inProgress < 0) yield () => this.#inProgress === 0;',
+    'I1: a slot created while another VM is asked to flush maps a block that is freed',
+    SLOTS,
+  ),
+  fault(
+    'slots-change-at-once',
+    VM,
+    'while (!this.#slotsLock.tryAcquire()) yield () => !this.#slotsLock.held;\n    const done = yield* change;\n    this.#slotsLock.release();',
+    'const done = yield* change;',
+    'a slot that is deleted while it moves leaves its pages mapped',
+    SLOTS,
+  ),
+  fault(
     'device-never-yields',
     BALLOON_DEVICE,
     '        // Others have their turn after each buffer: a guest may add them as fast as we take them.\n        yield undefined;\n',
