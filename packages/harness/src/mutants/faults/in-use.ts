@@ -143,8 +143,8 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
   fault(
     'shrink-before-zap',
     VM,
-    '    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages, resize);\n    else resize();\n',
-    '    resize();\n    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages);\n',
+    '    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages, resize);\n    else {',
+    '    resize();\n    if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages);\n    else {',
     'I4: an invalidation does not find what still maps its pages',
     SLOTS,
   ),
