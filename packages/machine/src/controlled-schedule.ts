@@ -434,6 +434,7 @@ export class ControlledSchedule implements Schedule {
 
   /** This thread cannot go on: somebody else must. */
   #yield(): void {
+    if (this.#w[STEPS] > this.#w[LIMIT]) this.#fail('livelock');
     const next = this.#pick();
     if (next < 0) this.#fail('deadlock');
     if (next !== this.thread) this.#switchTo(next);

@@ -7,7 +7,42 @@ const PCP = 'packages/guest-kernel/src/mm/per-cpu-pages.ts';
 const CACHE = 'packages/guest-kernel/src/mm/page-cache.ts';
 const LOCK_ORDER_TEST = test('machine/src/lock-order.test.ts');
 
+const SCHEDULE = 'packages/machine/src/controlled-schedule.ts';
+const SCHEDULE_TEST = test('harness/src/fuzz/controlled-schedule.test.ts');
+
 export const LOCKS_FAULTS: readonly Mutant[] = [
+  fault(
+    'wakes-every-sleeper',
+    SCHEDULE,
+    'if (w[at + STATE] !== ASLEEP || w[at + SLEEPS_ON] !== id) continue;',
+    'if (w[at + STATE] !== ASLEEP) continue;',
+    'a wake-up of another word hides a lost one',
+    SCHEDULE_TEST,
+  ),
+  fault(
+    'hash-without-words',
+    SCHEDULE,
+    '    w[HASH] = Math.imul(w[HASH] ^ detail, 0x01000193);\n',
+    '',
+    'two interleavings count as one',
+    SCHEDULE_TEST,
+  ),
+  fault(
+    'no-change-points',
+    SCHEDULE,
+    'w[CHANGES] = Math.min(start.depth, MAX_CHANGES);',
+    'w[CHANGES] = 0;',
+    'PCT never preempts',
+    SCHEDULE_TEST,
+  ),
+  fault(
+    'spin-is-progress',
+    SCHEDULE,
+    "  'spin',\n  'wait',\n",
+    "  'wait',\n",
+    'two that spin for each other are no deadlock',
+    SCHEDULE_TEST,
+  ),
   fault(
     'lock-not-taken',
     LOCK,
