@@ -265,3 +265,225 @@ describe('every rule can be broken', () => {
     expect(judgeRules(...events.slice(0, -1))).toEqual([]);
   });
 });
+
+/** What is said of each breach: `line who section: what`. */
+const tell = (...events: DeviceEvent[]): string[] =>
+  breachesOf(events).map((b) => `${b.line} ${b.who} ${b.section}: ${b.what}`);
+const reset: DeviceEvent = { event: 'status', value: 0 };
+
+describe('what is just allowed', () => {
+  test('queues of 1 and of 32768; not of 0, 65536, or 6', () => {
+    const size = (n: number): DeviceEvent => ({ event: 'queue', queue: 0, size: n });
+    expect([1, 32768, 0, 65536, 6].map((n) => judge(size(n)).length)).toEqual([0, 0, 1, 1, 1]);
+  });
+  test('a chain as long as its queue, readable and writable descriptors together; 2^32 bytes in all', () => {
+    const four: [number, number][] = [
+      [0, 1],
+      [0, 1],
+    ];
+    expect(judge(...up, avail(0, four, four))).toEqual([]);
+    expect(judge(...up, avail(0, four, [...four, [0, 1]]))).toEqual(['7 driver 2.7.5.3.1']);
+    expect(judge(...up, avail(0, [[0, 2 ** 31]], [[0, 2 ** 31]]))).toEqual([]);
+  });
+  test('an indirect descriptor where it was negotiated, or where the trace does not say', () => {
+    const indirect = { ...(avail(0, [[0, 16]]) as object), indirect: true } as DeviceEvent;
+    expect(judge({ event: 'features', offered: [28], accepted: [28] }, indirect)).toEqual([]);
+    expect(judge(indirect)).toEqual([]);
+  });
+  test('kicks, interrupts and used buffers in a trace that begins when the device is up already', () => {
+    expect(
+      judge({ event: 'kick', queue: 0 }, { event: 'interrupt', queue: 0 }, avail(0, [[0, 1]]), {
+        event: 'used',
+        queue: 0,
+        head: 0,
+        length: 0,
+      }),
+    ).toEqual([]);
+  });
+  test('an interrupt for the configuration before DRIVER_OK', () => {
+    expect(judge(...up.slice(0, 5), { event: 'interrupt' })).toEqual([]);
+  });
+  test('a configuration write before the trace shows a memory device', () => {
+    expect(judge({ event: 'config-write', offset: 4, value: 1 })).toEqual([]);
+  });
+});
+
+describe('a reset', () => {
+  test('takes buffers back, forgets sizes and features', () => {
+    expect(judge(...up, avail(0, [[0, 1]]), reset, ...up, avail(0, [[0, 1]]))).toEqual([]);
+    // A queue of eight now, not of four.
+    const eight = up.map((e): DeviceEvent => (e.event === 'queue' ? { ...e, queue: 1, size: 8 } : e));
+    const five: [number, number][] = [0, 1, 2, 3, 4].map((gpa) => [gpa, 1]);
+    expect(judge(...up, reset, ...eight, avail(0, five))).toEqual([]);
+    const accepted: DeviceEvent = { event: 'features', offered: [1], accepted: [1] };
+    const behind: DeviceEvent[] = [
+      { event: 'inflate', pfns: [1] },
+      { event: 'target', pages: 4 },
+    ];
+    expect(judge(accepted, ...behind)).toEqual([]);
+    const must: DeviceEvent = { event: 'features', offered: [0], accepted: [0] };
+    expect(judge(must, ...behind)).toEqual(['3 driver 5.5.6.1']);
+    expect(judge(must, reset, ...behind)).toEqual([]);
+  });
+  test('empties the balloon, and a page that comes out later is not known to have been in', () => {
+    const known: DeviceEvent[] = [
+      { event: 'inflate', pfns: [1] },
+      { event: 'actual', pages: 1 },
+    ];
+    const out: DeviceEvent = { event: 'deflate', pfns: [7] };
+    expect(judge(...known, out)).toEqual(['3 driver 5.5.6.1']);
+    expect(judge(...known, reset, out)).toEqual([]);
+    // Nor is `actual` what it was, nor anything left to be told.
+    expect(judge(...known, reset, { event: 'actual', pages: 0, before: 0 })).toEqual([]);
+    expect(judge({ event: 'inflate', pfns: [1] }, reset, { event: 'actual', pages: 0 })).toEqual([]);
+  });
+});
+
+describe('actual', () => {
+  const must: DeviceEvent = { event: 'features', offered: [0], accepted: [0] };
+  const inflate: DeviceEvent = { event: 'inflate', pfns: [1, 2] };
+  const target: DeviceEvent = { event: 'target', pages: 9 };
+  test('is due before the next target, once for each change', () => {
+    expect(tell(must, inflate, target)).toEqual([
+      '3 driver 5.5.6.1: the balloon holds 2 pages, actual still says -1',
+    ]);
+    expect(tell(must, inflate, { event: 'actual', pages: 2 }, target)).toEqual([]);
+    expect(
+      tell(must, inflate, { event: 'actual', pages: 2 }, { event: 'deflate', pfns: [1, 2] }, target),
+    ).toEqual(['5 driver 5.5.6.1: the balloon holds 0 pages, actual still says 2']);
+  });
+  test('may be written without a change; what is read back is what was written, 0 too', () => {
+    expect(tell(inflate, { event: 'actual', pages: 2 }, { event: 'actual', pages: 2, before: 2 })).toEqual(
+      [],
+    );
+    expect(tell({ event: 'actual', pages: 0 }, { event: 'actual', pages: 0, before: 3 })).toEqual([
+      '2 device 2.5.2: actual was 3, the driver had written 0',
+    ]);
+  });
+  test('an empty balloon is told as any other', () => {
+    expect(
+      tell(
+        inflate,
+        { event: 'actual', pages: 2 },
+        { event: 'deflate', pfns: [1, 2] },
+        { event: 'actual', pages: 1 },
+      ),
+    ).toEqual(['4 driver 5.5.6.1: wrote 1; the balloon holds 0 pages']);
+  });
+});
+
+describe('a memory device', () => {
+  const M = 2 ** 20;
+  const addr = 0x1_4000_0000;
+  const config = (over: object = {}): DeviceEvent => ({
+    event: 'mem-config',
+    addr,
+    block_size: 2 * M,
+    region_size: 1024 * M,
+    usable_region_size: 256 * M,
+    ...over,
+  });
+  const plug = (block: number, n: number): DeviceEvent => ({
+    event: 'plug',
+    addr: addr + block * 2 * M,
+    nb_blocks: n,
+  });
+  const unplug = (block: number, n: number): DeviceEvent => ({
+    event: 'unplug',
+    addr: addr + block * 2 * M,
+    nb_blocks: n,
+  });
+  const answer = (type: number): DeviceEvent => ({ event: 'response', type });
+  const usable = (before: number, after: number): DeviceEvent => ({
+    event: 'usable',
+    before: before * M,
+    after: after * M,
+  });
+  const ack = answer(0);
+
+  test('blocks are told apart, and named', () => {
+    expect(tell(config(), plug(3, 2), ack, unplug(4, 1), ack, plug(3, 2), ack)).toEqual([
+      '7 device 5.15.6.2: acknowledged plug of 0x140600000, which is plugged',
+    ]);
+    expect(tell(config(), plug(3, 2), ack, unplug(2, 2), ack)).toEqual([
+      '5 device 5.15.6.4: acknowledged unplug of 0x140400000, which is not plugged',
+    ]);
+  });
+  test('a request that was refused changed nothing; one for the state neither', () => {
+    expect(tell(config(), plug(0, 1), answer(1), plug(0, 1), ack)).toEqual([]);
+    expect(tell(config(), { event: 'state', addr, nb_blocks: 1 }, ack, plug(0, 1), ack)).toEqual([]);
+  });
+  test('all unplugged, by request or by the device itself: each block may be plugged again', () => {
+    expect(tell(config(), plug(0, 1), ack, { event: 'unplug-all' }, ack, plug(0, 1), ack)).toEqual([]);
+    expect(tell(config(), plug(0, 1), ack, { event: 'unplugged-all' }, plug(0, 1), ack)).toEqual([]);
+  });
+  test('the last block of the usable region, not the one behind; no block at all; half a block', () => {
+    expect(tell(config(), plug(127, 1), ack)).toEqual([]);
+    expect(tell(config(), plug(127, 2), ack)).toEqual([
+      '3 device 5.15.6.2: acknowledged plug of 2 blocks at 0x14fe00000',
+    ]);
+    expect(tell(config(), plug(-1, 1), ack)).toHaveLength(1);
+    expect(tell(config(), plug(0, 0), ack)).toEqual([
+      '3 device 5.15.6.2: acknowledged plug of 0 blocks at 0x140000000',
+    ]);
+    expect(tell(config(), plug(0.5, 1), ack)).toEqual([
+      '3 device 5.15.6.2: acknowledged plug of 1 blocks at 0x140100000',
+    ]);
+  });
+  test('the usable region grows at any time, and shrinks only on a reset or when all is unplugged', () => {
+    expect(tell(config(), plug(0, 1), ack, usable(256, 512), plug(200, 1), ack)).toEqual([]);
+    expect(tell(config(), plug(0, 1), ack, usable(256, 256))).toEqual([]);
+    expect(tell(config(), plug(0, 1), ack, usable(256, 128))).toEqual([
+      '4 device 5.15.4.2: from 0x10000000 to 0x8000000',
+    ]);
+    expect(tell(config(), usable(256, 128))).toEqual([]);
+    expect(tell(config(), plug(0, 1), ack, { event: 'unplug-all' }, usable(256, 128), ack)).toEqual([]);
+    expect(tell(config(), plug(0, 1), ack, { event: 'unplugged-all' }, usable(256, 128))).toEqual([]);
+    // What it shrank to is what counts from then on.
+    expect(tell(config(), usable(256, 128), plug(64, 1), ack)).toHaveLength(1);
+  });
+  test('one request at a time', () => {
+    expect(tell(config(), plug(0, 1), unplug(1, 1))).toEqual([
+      '3 driver 5.15.6: unplug while plug was not answered',
+    ]);
+  });
+  test.each([
+    { block_size: 3 * M },
+    { block_size: 0 },
+    { block_size: 1.5 },
+    { addr: addr + M },
+    { region_size: 1023 * M },
+    { usable_region_size: M },
+  ])('%o is no configuration', (over) => {
+    const odd = { ...(config(over) as { block_size: number; addr: number }) };
+    expect(tell(config(over))).toEqual([
+      `1 device 5.15.4.2: block_size ${odd.block_size}, addr 0x${odd.addr.toString(16)}`,
+    ]);
+  });
+  test('a block of one byte, or of 1 GiB, is one', () => {
+    const G = 1024 * M;
+    expect(tell(config({ block_size: 1 }))).toEqual([]);
+    expect(tell(config({ block_size: G, usable_region_size: G }))).toEqual([]);
+  });
+  test('without a configuration the largest request of the trace is 128 MiB', () => {
+    const bare = (request: 'plug' | 'unplug', block: number, n: number): DeviceEvent => ({
+      event: request,
+      addr: addr + block * 4 * M,
+      nb_blocks: n,
+    });
+    // 32 blocks: 4 MiB each.
+    expect(tell(bare('plug', 0, 32), ack, bare('unplug', 31, 1), ack, bare('plug', 31, 1), ack)).toEqual([]);
+    expect(tell(bare('plug', 0, 1), ack, bare('unplug', 0, 1), ack, bare('plug', 0, 32), ack)).toEqual([]);
+    expect(tell(bare('plug', 0, 32), ack, bare('plug', 31, 1), ack)).toHaveLength(1);
+  });
+});
+
+test('what is said of status and queues', () => {
+  expect(tell(...up, { event: 'status', value: 11 })).toEqual(['7 driver 2.1.1: cleared 0x4 by writing 0xb']);
+  expect(tell({ event: 'status', value: 31 }, { event: 'status', value: 3 })).toEqual([
+    '2 driver 2.1.1: cleared 0x1c by writing 0x3',
+  ]);
+  expect(
+    tell(...up.slice(0, 5), avail(0, [[0, 1]]), { event: 'used', queue: 0, head: 0, length: 0 }),
+  ).toEqual(['7 device 2.1.2: returned a buffer of queue 0 before DRIVER_OK']);
+});
