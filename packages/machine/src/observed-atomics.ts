@@ -13,8 +13,8 @@ const real = Atomics;
 const CONTROL = SHARED_REGIONS.indexOf('vcpu-control');
 const LOG = SHARED_REGIONS.indexOf('violations');
 
-/** Names a word in events: region code in the high byte, index below. */
-export type WordNames = (words: ArrayBufferView, index: number) => number;
+/** Names the 32-bit word of an element in events: region code in the high byte, the word's number in the region below. */
+export type WordNames = (view: Words, index: number) => number;
 
 /** What else is to know of an operation: the race detector. Words are plain views here. */
 export interface AtomicListener {
@@ -33,15 +33,15 @@ export function observedAtomics(
   listener: AtomicListener,
 ): typeof Atomics {
   /** After a store that a protocol waits for: what follows must not be taken for part of it. */
-  const settled = (words: ArrayBufferView, index: number): void => {
+  const settled = (words: Words, index: number): void => {
     const s = schedule();
     if (s !== null && regionOf(words.buffer) === CONTROL) s.point('stored', name(words, index));
   };
-  const note = (words: ArrayBufferView, index: number, reads: boolean, writes: boolean): void => {
+  const note = (words: Words, index: number, reads: boolean, writes: boolean): void => {
     if (schedule() !== null && words.buffer instanceof SharedArrayBuffer)
       listener.atomic(words, index, name(words, index), reads, writes);
   };
-  const announce = (point: Point, words: ArrayBufferView, index: number): void => {
+  const announce = (point: Point, words: Words, index: number): void => {
     const s = schedule();
     // What a checker writes down is no step of the protocol.
     if (s !== null && words.buffer instanceof SharedArrayBuffer && regionOf(words.buffer) !== LOG)
@@ -85,7 +85,12 @@ export function observedAtomics(
     or: rmw('or'),
     xor: rmw('xor'),
     exchange: rmw('exchange'),
-    wait(view: Int32Array, index: number, value: number, timeout?: number): 'ok' | 'not-equal' | 'timed-out' {
+    wait(
+      view: Int32Array<SharedArrayBuffer>,
+      index: number,
+      value: number,
+      timeout?: number,
+    ): 'ok' | 'not-equal' | 'timed-out' {
       const words = plain(view);
       const s = schedule();
       if (s === null) return real.wait(words, index, value, timeout);
@@ -95,7 +100,7 @@ export function observedAtomics(
       s.sleep(name(words, index));
       return 'ok';
     },
-    notify(view: Int32Array, index: number, count?: number): number {
+    notify(view: Int32Array<SharedArrayBuffer>, index: number, count?: number): number {
       const words = plain(view);
       const s = schedule();
       return s === null ? real.notify(words, index, count) : s.wake(name(words, index));

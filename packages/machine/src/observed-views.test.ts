@@ -92,6 +92,10 @@ describe('races', () => {
     expect(races((v) => void v.slice(0, 21))).toEqual([20]);
     expect(races((v) => void v.subarray(25, 60)[3])).toEqual([28]);
     expect(races((v) => void v.indexOf(9))).toHaveLength(10);
+    expect(races((v) => v.fill(0, -4))).toEqual([]);
+    expect(races((v) => v.fill(0, 28 - v.length, 40 - v.length))).toEqual([28, 29]);
+    expect(races((v) => v.copyWithin(40, 26, -2020))).toEqual([26, 27]);
+    expect(races((v) => void v.at(21))).toEqual([21]);
     // Read out of an observed view into one's own array.
     expect(races((v) => new Int32Array(8).set(v.subarray(25, 33)))).toEqual([25, 26, 27, 28, 29]);
   });
@@ -156,4 +160,23 @@ test('an observed view is a typed array to those who ask, and knows the one bene
   const { view } = pair().a;
   expect([view.length, view.byteOffset, plainView(view) instanceof Int32Array]).toEqual([2048, 0, true]);
   expect(plainView(plainView(view))).toBe(plainView(view));
+});
+
+test('what observing does not change: overlapping copies, copies of parts, spreading', () => {
+  const { view } = pair().a;
+  for (let i = 0; i < 6; i++) view[i] = i;
+  view.set(view.subarray(0, 5), 1);
+  expect([...view.subarray(0, 6)]).toEqual([0, 0, 1, 2, 3, 4]);
+  expect([...new Int32Array(view.subarray(1, 4))]).toEqual([0, 1, 2]);
+  const own = new Int32Array(3);
+  own.set(view.subarray(3, 6));
+  expect([...own]).toEqual([2, 3, 4]);
+});
+
+test('bytes of a word count as the word, wherever the range begins', () => {
+  const { a, b } = pair();
+  a.view[1] = 1;
+  const bytes = b.detector.observe('arena', new Uint8Array(plainView(b.view).buffer));
+  bytes.fill(0, 7, 9);
+  expect(b.detector.races.map((r) => r.word)).toEqual([1]);
 });

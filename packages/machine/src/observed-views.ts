@@ -27,6 +27,8 @@ export interface Race {
 }
 
 const TARGET = Symbol('target');
+/** Of an observed view: tells that all of it is read. */
+const READ_ALL = Symbol('read all');
 
 /** The view beneath an observed one, or the view itself. */
 export function plainView<T extends ArrayBufferView>(view: T): T {
@@ -69,33 +71,58 @@ export class RaceDetector {
     // Half a word of DRAM is a unit of its own; elsewhere nothing is narrower than a word.
     const unit = region === 'dram' ? 2 : 4;
     const target = view as unknown as Record<string | symbol, unknown> & Int32Array;
+    const { length } = target;
     const accessed = (from: number, to: number, write: boolean): void => {
       const end = first + to * bytes;
-      for (let b = first + from * bytes; b < end; b += unit) {
+      const begin = first + from * bytes;
+      for (let b = begin - (begin % unit); b < end; b += unit) {
         // Frames that nobody watches, a page at a time.
         if (region === 'dram' && (b & 4095) === 0 && !this.#watched(region, b)) b += 4096 - unit;
         else this.#access(region, b, write);
       }
     };
-    /** What a method of the array reads and writes; any that is not named here reads it all. */
+    /** What a method of the array reads and writes; one that is not named here reads it all. */
     const called = (method: string, args: readonly unknown[]): void => {
-      const at = (n: number, otherwise: number): number => (args[n] as number | undefined) ?? otherwise;
-      const { length } = target;
-      if (method === 'fill') accessed(at(1, 0), at(2, length), true);
-      else if (method === 'set') {
-        // A source that is observed is read as any array is, word by word, when the target takes it.
-        const start = at(1, 0);
-        accessed(start, start + (args[0] as ArrayLike<number>).length, true);
-      } else if (method === 'copyWithin') {
-        const [from, to] = [at(1, 0), at(2, length)];
-        accessed(from, to, false);
-        accessed(at(0, 0), at(0, 0) + to - from, true);
-      } else if (method === 'slice') accessed(at(0, 0), at(1, length), false);
-      else accessed(0, length, false);
+      /** Argument `n` as a position in the array: from the end if it is negative, as the language has it. */
+      const at = (n: number, otherwise: number): number => {
+        const given = (args[n] as number | undefined) ?? otherwise;
+        return given < 0 ? Math.max(length + given, 0) : Math.min(given, length);
+      };
+      switch (method) {
+        case 'fill':
+          accessed(at(1, 0), at(2, length), true);
+          break;
+        case 'set': {
+          const start = (args[1] as number | undefined) ?? 0;
+          accessed(start, start + (args[0] as ArrayLike<number>).length, true);
+          break;
+        }
+        case 'copyWithin': {
+          const [to, from] = [at(0, 0), at(1, 0)];
+          const count = Math.max(0, Math.min(at(2, length) - from, length - to));
+          accessed(from, from + count, false);
+          accessed(to, to + count, true);
+          break;
+        }
+        case 'slice':
+          accessed(at(0, 0), at(1, length), false);
+          break;
+        case 'at':
+          accessed(at(0, 0), at(0, 0) + 1, false);
+          break;
+        default:
+          accessed(0, length, false);
+      }
     };
     return new Proxy(target, {
       get: (_, key) => {
         if (key === TARGET) return target;
+        if (key === READ_ALL) return () => accessed(0, length, false);
+        if (key === Symbol.iterator)
+          return () => {
+            accessed(0, length, false);
+            return target[Symbol.iterator]();
+          };
         if (typeof key === 'symbol') return Reflect.get(target, key, target);
         const index = Number(key);
         if (index >= 0) {
@@ -110,6 +137,10 @@ export class RaceDetector {
             this.observe(region, target.subarray(from, to) as unknown as T);
         return (...args: unknown[]): unknown => {
           called(key, args);
+          // From another view into this one: as bytes, which may overlap.
+          const source = key === 'set' ? (args[0] as ArrayBufferView & { [READ_ALL]?: () => void }) : null;
+          source?.[READ_ALL]?.();
+          if (source !== null) args[0] = plainView(source);
           return (value as (...a: unknown[]) => unknown).apply(target, args);
         };
       },

@@ -44,6 +44,8 @@ export class MemFile {
   assigned = 0;
   readonly #frames: FrameSource;
   readonly #listeners = new Set<InvalidationListener>();
+  /** Punches under way: mappers have been told that blocks go, which are still there. */
+  #punches = 0;
   readonly #owner: number;
 
   constructor(options: MemFileOptions) {
@@ -74,6 +76,11 @@ export class MemFile {
   /** Forgets a mapper that maps no block any more. */
   removeListener(listener: InvalidationListener): void {
     this.#listeners.delete(listener);
+  }
+
+  /** Whether blocks are being taken away. Who maps any now, and was not told, would keep what is about to be freed. */
+  get punching(): boolean {
+    return this.#punches > 0;
   }
 
   /** Frame of block `index`, −1 for a hole. No effect. */
@@ -160,12 +167,14 @@ export class MemFile {
       assert(r === 0 || first >= runs[2 * r - 2] + runs[2 * r - 1], 'runs ascend');
     }
     // Whoever was told of the beginning is told of the end, even if it leaves meanwhile.
+    this.#punches++;
     const told = [...this.#listeners];
     for (const listener of told) yield* listener.begin(runs, nrRuns);
     // Detach first, free last: between the two the frames belong to nobody who could resolve them.
     const freed: number[] = [];
     for (let r = 0; r < nrRuns; r++) this.#detach(runs[2 * r], runs[2 * r + 1], freed);
     for (const listener of told) listener.end(runs, nrRuns);
+    this.#punches--;
     let total = 0;
     for (let i = 0; i < freed.length; i += 2) {
       this.#frames.free(hfn(freed[i]), freed[i + 1]);

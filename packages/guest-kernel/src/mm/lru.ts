@@ -14,7 +14,7 @@ const { LRU_BASE, LRU_WORDS } = layout;
 const { P_FLAGS, P_NEXT, P_PREV, PG_ACTIVE, PG_LRU } = pageWords;
 
 /** Words of a node's LRU. The lock guards both lists and the LRU bits of pages on them. */
-const L_LOCK = 0;
+export const L_LOCK = 0;
 export const L_INACTIVE = 16;
 export const L_ACTIVE = 20;
 /** Each list: head, tail, length. */

@@ -260,6 +260,8 @@ export class PageCache {
     const target = this.#memmap + (to << 4);
     this.#lock();
     const inode = w[page + P_INODE];
+    // Before the count is frozen: a scan that takes the page off its list from then on lets it go again.
+    const list = (w[page + P_FLAGS] & PG_ACTIVE) !== 0 ? L_ACTIVE : L_INACTIVE;
     if (
       inode < 0 ||
       (w[page + P_FLAGS] & PG_WRITEBACK) !== 0 ||
@@ -271,7 +273,6 @@ export class PageCache {
     const index = w[page + P_INDEX];
     const node = this.nodeOf(from);
     this.#lru.lock(node);
-    const list = (w[page + P_FLAGS] & PG_ACTIVE) !== 0 ? L_ACTIVE : L_INACTIVE;
     this.#lru.remove(node, from);
     this.#lru.unlock(node);
     this.#vcpu.copyPage(gfn(from), gfn(to));

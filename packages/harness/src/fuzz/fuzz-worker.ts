@@ -51,7 +51,8 @@ let schedule: ControlledSchedule | null = null;
 let races: RaceDetector | null = null;
 globalThis.Atomics = observedAtomics(
   () => schedule,
-  (words, index) => (regionOf(words.buffer) << 24) | ((words.byteOffset / 4 + index) & 0xff_ffff),
+  (view, index) =>
+    (regionOf(view.buffer) << 24) | (((view.byteOffset + index * view.BYTES_PER_ELEMENT) >>> 2) & 0xff_ffff),
   plainView,
   { atomic: (view, index, id, reads, writes) => races?.atomic(view, index, id, reads, writes) },
 );

@@ -61,10 +61,12 @@ function arenaRecords(maxPfn: number): readonly Records[] {
     [kernel.LRU_BASE, kernel.LRU_WORDS, kernel.MAX_NODES, (n, w) => `LRU of node ${n}, ${field(LRU, w)}`],
     [
       kernel.T_BALLOON,
-      kernel.PROCESS_BASE - kernel.T_BALLOON,
+      kernel.GROUP_BASE - kernel.T_BALLOON,
       1,
       (_, w) => field(THREADS, kernel.T_BALLOON + w),
     ],
+    [kernel.GROUP_BASE, kernel.GROUP_WORDS, kernel.NR_GROUPS, (n, w) => `memory group ${n}, word ${w}`],
+    [kernel.T_ACPI, kernel.PROCESS_BASE - kernel.T_ACPI, 1, (_, w) => field(THREADS, kernel.T_ACPI + w)],
     [kernel.PROCESS_BASE, kernel.PROCESS_WORDS, kernel.MAX_PROCESSES, (n, w) => `process ${n}, word ${w}`],
     [
       kernel.SHOOTDOWN_BASE,

@@ -243,9 +243,9 @@ function atMost(limit: number, pool: FramePool, files: readonly MemFile[]): Fram
 }
 
 /** Slots for DIMMs: each that is plugged is a file of its own in a memory slot of its own. */
-function dimmSlots(
+export function dimmSlots(
   slots: number,
-  vm: Vm,
+  vm: Pick<Vm, 'id' | 'vcpus' | 'setUserMemoryRegion' | 'discard'>,
   options: Pick<PowerOn, 'tasks' | 'watch'>,
   newFile: (name: string, nrBlocks: number) => MemFile,
   files: MemFile[],
@@ -267,11 +267,12 @@ function dimmSlots(
       const file = newFile(dimm.id, dimm.bytes / PAGE_SIZE);
       let slot = DIMM_SLOT;
       while ([...known.values()].some((k) => k.slot === slot)) slot++;
-      const done = yield* vm.setUserMemoryRegion(region(dimm, slot, file, dimm.bytes));
-      if (!done.ok) return false;
+      // Taken before the wait: another DIMM may come meanwhile.
       known.set(dimm.id, { file, slot });
-      files.push(file);
-      return true;
+      const done = yield* vm.setUserMemoryRegion(region(dimm, slot, file, dimm.bytes));
+      if (done.ok) files.push(file);
+      else known.delete(dimm.id);
+      return done.ok;
     },
     *detach(dimm) {
       const found = known.get(dimm.id);

@@ -204,6 +204,10 @@ test('the hash covers all that a replay reads', () => {
     hashed(text, { start: { pages: new Uint8Array(8).fill(1, 7), pageblocks } }),
   ];
   expect(new Set(hashes).size).toBe(hashes.length);
+  // Nor do upper halves pass for fields behind them.
+  const ranges = (...e820: [number, number][]): string =>
+    hashed(text, { e820: e820.map(([start, end]) => ({ start, end })) });
+  expect(ranges([1 + 2 * 2 ** 32, 3])).not.toBe(ranges([1, 2 + 3 * 2 ** 32]));
   expect(hashed(text)).toBe(hashes[0]);
 });
 

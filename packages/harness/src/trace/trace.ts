@@ -77,11 +77,14 @@ export function traceHash(trace: Pick<Trace, 'events' | 'start' | 'e820' | 'maxP
     h = Math.imul(h ^ (v & 0xffff), 0x01000193);
     h = Math.imul(h ^ (v >>> 16), 0x01000193);
   };
-  /** A whole number below 2⁵³: its upper half too, if it has one. */
+  /** Upper halves of times, page indices and addresses, each with the number of its field: few have one. */
+  const upper: number[] = [];
+  let fields = 0;
   const mixLong = (v: number): void => {
     mix(v | 0);
-    const upper = Math.floor(v / 0x1_0000_0000);
-    if (upper !== 0) mix(upper);
+    const high = Math.floor(v / 0x1_0000_0000);
+    if (high !== 0) upper.push(fields, high);
+    fields++;
   };
   const { events, start, e820, maxPfn } = trace;
   for (let i = 0; i < events.count; i++) {
@@ -99,6 +102,7 @@ export function traceHash(trace: Pick<Trace, 'events' | 'start' | 'e820' | 'maxP
   }
   for (const state of start === undefined ? [] : [start.pages, start.pageblocks])
     for (const page of state) mix(page);
+  for (const v of upper) mix(v);
   return (h >>> 0).toString(16).padStart(8, '0');
 }
 

@@ -266,6 +266,56 @@ test('a slot that shows blocks which are being taken away waits until they are g
   expect([own.load32(gfn(9), 0), host.log.total]).toEqual([42, 0]);
 });
 
+test('a slot in another VM, which shows nothing of the file yet, waits as well', () => {
+  const host = small();
+  const other = host.addVm();
+  const [own, busy] = host.vcpus;
+  own.enterGuest();
+  own.store32(gfn(9), 0, 1);
+  own.leaveGuest();
+  busy.enterGuest();
+  busy.store32(gfn(100), 0, 1);
+  spawn(host, host.vm.discard(Int32Array.of(9, 1), 1));
+  const at = (64 * MiB) / PAGE_SIZE;
+  const shown = { slot: 5, flags: 0, guestPhysAddr: at * PAGE_SIZE, memorySize: 2 * MiB, fileOffset: 0 };
+  spawn(host, other.vm.setUserMemoryRegion({ ...shown, file: host.file }));
+  const [theirs] = other.vcpus;
+  theirs.enterGuest();
+  theirs.store32(gfn(at + 9), 0, 7);
+  busy.leaveGuest();
+  settle(host);
+  expect(host.file.bmap(9)).toBe(-1);
+  theirs.store32(gfn(at + 9), 0, 42);
+  own.enterGuest();
+  expect([own.load32(gfn(9), 0), host.log.total]).toEqual([42, 0]);
+});
+
+test.each(['qemu', 'naive', 'extension'] as const)(
+  'a resize (%s) that comes while its slot is deleted finds none',
+  (how) => {
+    for (const bytes of [8, 24]) {
+      const host = testHost({ ramBytes: 16 * MiB, huge: 'never' });
+      const [, busy] = host.vcpus;
+      busy.enterGuest();
+      busy.store32(gfn(8), 0, 1);
+      const results: boolean[] = [];
+      const ask = (change: Generator<TaskYield, { ok: boolean }, void>): void =>
+        spawn(
+          host,
+          (function* () {
+            results.push((yield* change).ok);
+          })(),
+        );
+      ask(host.vm.setUserMemoryRegion(ram(host, 0)));
+      ask(host.vm.resizeSlot(ram(host, bytes * MiB), how));
+      expect(results).toEqual([]);
+      busy.leaveGuest();
+      settle(host);
+      expect([results, host.vm.slots.all, host.vm.slots.replaced]).toEqual([[true, false], [], null]);
+    }
+  },
+);
+
 test('slots change one request after the other: one that is deleted while it moves is gone, or has moved', () => {
   for (const first of ['move', 'delete']) {
     const { host, letGo } = twoMappers();

@@ -466,16 +466,34 @@ export class Vm implements InvalidationListener {
     return yield* this.#oneAtATime(this.#setRegion(region));
   }
 
-  *#oneAtATime<T>(change: Generator<TaskYield, T, void>): Generator<TaskYield, T, void> {
-    while (!this.#slotsLock.tryAcquire()) yield () => !this.#slotsLock.held;
-    const done = yield* change;
-    this.#slotsLock.release();
-    return done;
+  /**
+   * Gives a slot another size, which KVM has no call for: a live slot keeps its own. `qemu`: delete and create while no
+   * vCPU may fault in between. `naive`: the same without holding anybody back, so that an access in between is MMIO
+   * (the RFC's random crashes, H52). `extension`: one step, as a call that KVM does not have would do it (I11).
+   */
+  *resizeSlot(
+    region: UserMemoryRegion,
+    how: 'qemu' | 'naive' | 'extension',
+  ): Generator<TaskYield, Result<void, SlotError>, void> {
+    return yield* this.#oneAtATime(this.#resize(region, how));
   }
 
-  /** Waits while blocks are being taken away that a slot which shows more would map (`mn_active_invalidate_count`). */
-  *#invalidated(): Generator<TaskYield, void, void> {
-    while (this.#inProgress > 0) yield () => this.#inProgress === 0;
+  /** Carries a change of slots out when the one before is: nothing is judged before that. */
+  *#oneAtATime<T>(change: Generator<TaskYield, T, void>): Generator<TaskYield, T, void> {
+    while (!this.#slotsLock.tryAcquire()) yield () => !this.#slotsLock.held;
+    try {
+      return yield* change;
+    } finally {
+      this.#slotsLock.release();
+    }
+  }
+
+  /**
+   * Waits while blocks of the file are being taken away: a slot that shows them now would map what is about to be freed.
+   * KVM waits for invalidations of its own VM (`mn_active_invalidate_count`); other mappers are the kernel's to find.
+   */
+  *#punched(file: MemFile): Generator<TaskYield, void, void> {
+    while (file.punching) yield () => !file.punching;
   }
 
   *#setRegion(region: UserMemoryRegion): Generator<TaskYield, Result<void, SlotError>, void> {
@@ -489,34 +507,29 @@ export class Vm implements InvalidationListener {
     if (kind === 'delete') {
       this.slots.remove(slot.id);
       if (!this.slots.all.some((s) => s.file === slot.file)) slot.file.removeListener(this);
-    } else {
-      yield* this.#invalidated();
-      if (kind === 'create') slot.file.addListener(this);
-      this.slots.install(slot);
+      return ok(undefined);
     }
+    if (kind !== 'flags') yield* this.#punched(slot.file);
+    if (kind === 'create') slot.file.addListener(this);
+    this.slots.install(slot);
     return ok(undefined);
   }
 
-  /**
-   * Gives a slot another size, which KVM has no call for: a live slot keeps its own. `qemu`: delete and create while no
-   * vCPU may fault in between. `naive`: the same without holding anybody back, so that an access in between is MMIO
-   * (the RFC's random crashes, H52). `extension`: one step, as a call that KVM does not have would do it (I11).
-   */
-  *resizeSlot(
+  *#resize(
     region: UserMemoryRegion,
     how: 'qemu' | 'naive' | 'extension',
   ): Generator<TaskYield, Result<void, SlotError>, void> {
     const old = this.slots.all.find((slot) => slot.id === region.slot);
     if (old === undefined || region.memorySize === 0) return err('EINVAL');
-    if (how === 'extension') return yield* this.#oneAtATime(this.#resizeAtOnce(region, old));
+    if (how === 'extension') return yield* this.#resizeAtOnce(region, old);
     // What cannot be created afterwards is not deleted first.
     const judged = this.slots.judge(region, true);
     if (!judged.ok) return err(judged.error);
     // The VMM’s own map, which devices go by, changes in one step.
     this.slots.replaced = how === 'qemu' ? old : null;
-    let done = yield* this.setUserMemoryRegion({ ...region, memorySize: 0 });
+    let done = yield* this.#setRegion({ ...region, memorySize: 0 });
     yield undefined;
-    if (done.ok) done = yield* this.setUserMemoryRegion(region);
+    if (done.ok) done = yield* this.#setRegion(region);
     this.slots.replaced = null;
     return done;
   }
@@ -535,7 +548,7 @@ export class Vm implements InvalidationListener {
     // The pages go before the slot that tells which they are: an invalidation in between must still find them.
     if (nrPages < old.nrPages) yield* this.unmap(old.baseGfn + nrPages, old.nrPages - nrPages, resize);
     else {
-      yield* this.#invalidated();
+      yield* this.#punched(file);
       resize();
     }
     return ok(undefined);

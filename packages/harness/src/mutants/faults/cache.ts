@@ -27,6 +27,14 @@ export const CACHE_FAULTS: readonly Mutant[] = [
     RECLAIM_TEST,
   ),
   fault(
+    'balanced-run-forgives',
+    RECLAIM,
+    'if (idle >= 3 && reclaimed === 0) Atomics.add(w, at + K_FAILURES, 1);',
+    'if (idle >= 3 && reclaimed === 0) Atomics.add(w, at + K_FAILURES, 1);\n    else Atomics.store(w, at + K_FAILURES, 0);',
+    'a run of kswapd that had nothing to do counts as progress',
+    RECLAIM_TEST,
+  ),
+  fault(
     'kswapd-never-gives-up',
     RECLAIM,
     'if (idle >= 3 && reclaimed === 0) Atomics.add(w, at + K_FAILURES, 1);',
