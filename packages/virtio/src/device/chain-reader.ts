@@ -96,7 +96,7 @@ export class ChainReader {
       outer: for (; taken < n; taken++) {
         const head = u16[ring + ((from + taken) & mask)];
         if (head >= size) break;
-        chains[taken * CHAIN_WORDS + C_HEAD] = head;
+        chains[(taken * CHAIN_WORDS + C_HEAD) | 0] = head;
         let d = (desc + (head << 2)) | 0;
         let word = i32[d + 3];
         let table = desc;
@@ -127,8 +127,8 @@ export class ChainReader {
         const end = most < words ? most : words;
         let written = 0;
         let bytes = 0;
+        if (s === end) break;
         for (;;) {
-          if (s === end) break outer;
           const gpa = i32[d];
           const length = i32[d + 2];
           // Not more than before: a length of 0, a negative one, or 2 GiB together.
@@ -142,20 +142,20 @@ export class ChainReader {
           segments[s] = gpa;
           if ((word & VIRTQ_DESC_F_WRITE) !== 0) {
             written = (written + length) | 0;
-            segments[s + 1] = -length;
-          } else if (written === 0) segments[s + 1] = length;
+            segments[(s + 1) | 0] = -length;
+          } else if (written === 0) segments[(s + 1) | 0] = length;
           // Readable after writable.
           else break outer;
           s = (s + 2) | 0;
           if ((word & VIRTQ_DESC_F_NEXT) === 0) break;
           const next = word >>> 16;
-          if (next >= limit) break outer;
+          if (next >= limit || s === end) break outer;
           d = (table + (next << 2)) | 0;
           word = i32[d + 3];
         }
-        const c = taken * CHAIN_WORDS;
-        chains[c + C_END] = s >> 1;
-        chains[c + C_WRITTEN] = written;
+        const c = (taken * CHAIN_WORDS) | 0;
+        chains[(c + C_END) | 0] = s >> 1;
+        chains[(c + C_WRITTEN) | 0] = written;
       }
       // Not ended by what lies elsewhere, or by what lies above 2 GiB, which is not the common form.
       if (missed < 0) break;

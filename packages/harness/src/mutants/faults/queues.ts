@@ -216,8 +216,8 @@ export const QUEUES_FAULTS: readonly Mutant[] = [
   fault(
     'common-next-unchecked',
     CHAIN_READER,
-    '          if (next >= limit) break outer;\n',
-    '',
+    'if (next >= limit || s === end) break outer;',
+    'if (s === end) break outer;',
     'malformed: next beyond the table, in the loop over words',
     CHAIN_READERS,
   ),
