@@ -74,6 +74,15 @@ export function guestConfig(bytes: number, over: Partial<GuestConfig> = {}): Gue
   };
 }
 
+/** Two nodes, half of the memory each. */
+export function twoNodes(bytes: number): GuestConfig['nodes'] {
+  const half = bytes / PAGE_SIZE / 2;
+  return [
+    { start: 0, end: half },
+    { start: half, end: 2 * half },
+  ];
+}
+
 /** Boots a guest; guest frame n is host frame n, mapped by 2 MiB leaves with A and D set. */
 export function testGuest(config: GuestConfig, registers?: Partial<Registers>): TestGuest {
   const ramPages = Math.ceil(config.maxPfn / 512) * 512;

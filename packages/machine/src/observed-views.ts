@@ -93,8 +93,10 @@ export class RaceDetector {
           accessed(at(1, 0), at(2, length), true);
           break;
         case 'set': {
+          const source = args[0] as ArrayLike<number> & { [READ_ALL]?: () => void };
           const start = (args[1] as number | undefined) ?? 0;
-          accessed(start, start + (args[0] as ArrayLike<number>).length, true);
+          source[READ_ALL]?.();
+          accessed(start, start + source.length, true);
           break;
         }
         case 'copyWithin': {
@@ -138,9 +140,7 @@ export class RaceDetector {
         return (...args: unknown[]): unknown => {
           called(key, args);
           // From another view into this one: as bytes, which may overlap.
-          const source = key === 'set' ? (args[0] as ArrayBufferView & { [READ_ALL]?: () => void }) : null;
-          source?.[READ_ALL]?.();
-          if (source !== null) args[0] = plainView(source);
+          if (key === 'set') args[0] = plainView(args[0] as ArrayBufferView);
           return (value as (...a: unknown[]) => unknown).apply(target, args);
         };
       },

@@ -166,8 +166,8 @@ export class MemFile {
       if (first % this.granularity !== 0 || count % this.granularity !== 0) return err('EINVAL');
       assert(r === 0 || first >= runs[2 * r - 2] + runs[2 * r - 1], 'runs ascend');
     }
-    // Whoever was told of the beginning is told of the end, even if it leaves meanwhile.
     this.#punches++;
+    // Whoever was told of the beginning is told of the end, even if it leaves meanwhile.
     const told = [...this.#listeners];
     for (const listener of told) yield* listener.begin(runs, nrRuns);
     // Detach first, free last: between the two the frames belong to nobody who could resolve them.

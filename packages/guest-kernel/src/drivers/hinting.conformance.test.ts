@@ -3,13 +3,18 @@ import { expect, test } from 'vitest';
 import { VIRTIO_BALLOON_F_FREE_PAGE_HINT } from '@ebb/virtio/uapi';
 import { SHADOW_ALLOCATED } from '../mm/page.ts';
 import { freePages, pcpPages } from '../procfs.ts';
-import { bring } from './testing-balloon.ts';
+import { bring, type Script } from './testing-balloon.ts';
+
+/** The host's command id changes. */
+function command(device: Script, id: number): void {
+  device.config[2] = id;
+  device.host?.configChanged();
+}
 
 test('starts with the command id, pages as input buffers, ends with STOP; all output buffers have 4 bytes; pages are released at DONE', () => {
   const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
   const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
-  device.config[2] = 0x80000000 | 0;
-  device.host?.configChanged();
+  command(device, 0x80000000 | 0);
   run(1);
   const round = device.of(2);
   const ids = round.filter((s) => s.readable.length > 0);
@@ -24,8 +29,7 @@ test('starts with the command id, pages as input buffers, ends with STOP; all ou
   expect(hinted.every(([, pages]) => pages === 1024)).toBe(true);
   // While the round lasts they are the driver's.
   expect(hinted.every(([pfn]) => device.state(pfn) === SHADOW_ALLOCATED)).toBe(true);
-  device.config[2] = 1;
-  device.host?.configChanged();
+  command(device, 1);
   run(1);
   expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
 });
@@ -33,8 +37,7 @@ test('starts with the command id, pages as input buffers, ends with STOP; all ou
 test('what is held for a round is had by who needs memory (`shrink_free_pages`)', () => {
   const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
   const pages = freePages(guest.arena) + pcpPages(guest.arena, 2);
-  device.config[2] = 0x80000000 | 0;
-  device.host?.configChanged();
+  command(device, 0x80000000 | 0);
   run(1);
   const [kernel] = guest.kernels;
   kernel.enter();
@@ -48,8 +51,7 @@ test('what is held for a round is had by who needs memory (`shrink_free_pages`)'
 test('what is held for a round is freed when the driver is unbound (`virtballoon_remove`)', () => {
   const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
   const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
-  device.config[2] = 0x80000000 | 0;
-  device.host?.configChanged();
+  command(device, 0x80000000 | 0);
   run(1);
   expect(freePages(guest.arena)).toBeLessThan(free / 2);
   const [kernel] = guest.kernels;
@@ -62,19 +64,16 @@ test('what is held for a round is freed when the driver is unbound (`virtballoon
 test('another command id ends the round; the pages it hinted stay the driver’s until the new one is done', () => {
   const { device, guest, run } = bring([VIRTIO_BALLOON_F_FREE_PAGE_HINT]);
   const free = freePages(guest.arena) + pcpPages(guest.arena, 2);
-  device.config[2] = 0x80000000 | 0;
-  device.host?.configChanged();
+  command(device, 0x80000000 | 0);
   // While the first command is answered the host wants another round.
   device.meanwhile = () => {
-    device.config[2] = 0x80000001 | 0;
-    device.host?.configChanged();
+    command(device, 0x80000001 | 0);
   };
   run(1);
   const ids = device.of(2).filter((s) => s.readable.length > 0);
   expect(ids.map((s) => new Uint32Array(s.readable.buffer)[0])).toEqual([0x80000000, 0, 0x80000001, 0]);
   expect(device.of(2).findIndex((s) => s.ranges.length > 0)).toBeGreaterThan(2);
-  device.config[2] = 1;
-  device.host?.configChanged();
+  command(device, 1);
   run(1);
   expect(freePages(guest.arena) + pcpPages(guest.arena, 2)).toBe(free);
 });

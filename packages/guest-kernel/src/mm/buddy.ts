@@ -373,9 +373,9 @@ export class Buddy {
   // ── Isolation for reporting ──────────────────────────────────────────────────────────────────────────────────────
 
   /**
-   * Takes a free block off its list so that nobody can allocate it (L25). Refused unless more than the min watermark is left (L35). What is
-   * half a pageblock or more turns its pageblocks Movable, as an allocation of it would leave them. The caller holds the
-   * lock and puts the block back with `putBack` after the host has acknowledged.
+   * Takes a free block off its list so that nobody can allocate it (L25). Refused unless more than the min watermark is
+   * left (L35). What is half a pageblock or more turns its pageblocks Movable, as an allocation of it would leave them. The
+   * caller holds the lock and puts the block back with `putBack` after the host has acknowledged.
    */
   isolate(zone: number, pfn: number, order: number): boolean {
     const w = this.w;

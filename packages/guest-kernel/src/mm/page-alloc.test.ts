@@ -1,7 +1,7 @@
 /** The allocator's front: which zones a request may use, in which order, and what it does when they are empty. */
 import { gfn, MiB } from '@ebb/machine';
 import { describe, expect, test } from 'vitest';
-import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
+import { guestConfig, SMALL, testGuest, twoNodes, type TestGuest } from '../testing-guest.ts';
 import { eventSum } from './events.ts';
 import {
   GFP_ATOMIC,
@@ -30,14 +30,7 @@ import {
 
 const DMA = 0;
 const DMA32 = 1;
-const HALF = (256 * MiB) / 4096 / 2;
-const TWO_NODES = {
-  nodes: [
-    { start: 0, end: HALF },
-    { start: HALF, end: 2 * HALF },
-  ],
-  cpuNode: [0, 1],
-};
+const TWO_NODES = { nodes: twoNodes(256 * MiB), cpuNode: [0, 1] };
 
 /** A guest, its zones as `node/type`, and what its first CPU's allocator asks of reclaim. */
 function world(over: Parameters<typeof guestConfig>[1] = {}): {

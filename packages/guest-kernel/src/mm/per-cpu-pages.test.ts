@@ -2,7 +2,7 @@
 import { expect, test } from 'vitest';
 import { MiB, NS_PER_S } from '@ebb/machine';
 import { pcpPages } from '../procfs.ts';
-import { guestConfig, testGuest } from '../testing-guest.ts';
+import { guestConfig, testGuest, twoNodes } from '../testing-guest.ts';
 import { PerCpuPages } from './per-cpu-pages.ts';
 import { Z_LOW, Z_PCP_BATCH, Z_PCP_HIGH_MAX, Z_PCP_HIGH_MIN } from './zone.ts';
 
@@ -62,11 +62,7 @@ test('the lists of a CPU that has nothing to do shrink by an eighth a second (`d
 });
 
 test('the lists of a zone share its low watermark among its own node’s CPUs (`zone_highsize`)', () => {
-  const half = (512 * MiB) / 4096 / 2;
-  const nodes = [
-    { start: 0, end: half },
-    { start: half, end: 2 * half },
-  ];
+  const nodes = twoNodes(512 * MiB);
   const limits = (cpuNode: readonly number[]): number[] => {
     const { arena, kernels } = testGuest(guestConfig(512 * MiB, { nodes, cpuNode }));
     const zone = kernels[0].parts.zones[DMA32];

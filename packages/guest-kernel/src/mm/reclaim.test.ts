@@ -2,7 +2,7 @@
 import { expect, test, vi } from 'vitest';
 import { H_NR_DIRTY, H_NR_FILE_PAGES, H_NR_WRITEBACK } from '../layout.ts';
 import { MiB } from '@ebb/machine';
-import { guestConfig, SMALL, testGuest, type TestGuest } from '../testing-guest.ts';
+import { guestConfig, SMALL, testGuest, twoNodes, type TestGuest } from '../testing-guest.ts';
 import { eventSum } from './events.ts';
 import { P_FLAGS, P_REF, PG_DIRTY, PG_UPTODATE, SHADOW_ALLOCATED } from './page.ts';
 import { ZF_BELOW_HIGH, ZF_RECLAIM_ACTIVE, Z_FLAGS, Z_FREE, Z_HIGH, Z_MIN, Z_NODE, Z_TYPE } from './zone.ts';
@@ -71,11 +71,7 @@ test('kswapd is done when one zone that can serve the request is above its high 
 });
 
 test('kswapd gives a node up after sixteen runs in vain, until someone gets a page of that node', () => {
-  const half = (256 * MiB) / 4096 / 2;
-  const nodes = [
-    { start: 0, end: half },
-    { start: half, end: 2 * half },
-  ];
+  const nodes = twoNodes(256 * MiB);
   const guest = testGuest(guestConfig(256 * MiB, { nodes, cpuNode: [0, 1] }));
   const [kernel] = guest.kernels;
   kernel.enter();
@@ -95,7 +91,8 @@ test('kswapd gives a node up after sixteen runs in vain, until someone gets a pa
   for (const z of zones) w[z + Z_HIGH] = 1 << 28;
   expect([inVain(0, 20), inVain(1, 20)]).toEqual([16, 16]);
   // A page of node 1, taken by a CPU that asked node 0 first.
-  const page = alloc.allocExactly(half + 4096) ? half + 4096 : -1;
+  const pfn = nodes[1].start + 4096;
+  const page = alloc.allocExactly(pfn) ? pfn : -1;
   alloc.unstamp(page);
   cache.add(page, 1, 0, PG_UPTODATE);
   expect(reclaim.direct(0)).toBe(1);

@@ -1,7 +1,7 @@
 /** A vCPU that only exits, or only faults, in its own thread. */
 import { FrameLedger, gfn, HostMemory, ThreadExitPort, Vcpu, ViolationLog } from '@ebb/machine';
 import { exposeToParent } from '../run/worker-port.ts';
-import { median } from './timed.ts';
+import { median, timed } from './timed.ts';
 
 export interface ExitSpec {
   readonly dram: SharedArrayBuffer;
@@ -32,14 +32,15 @@ export class ExitWorker {
     });
     vcpu.enterGuest();
     const slices: number[] = [];
-    for (let from = 0; from < count; from += SLICE) {
-      const began = performance.now();
-      for (let i = from; i < from + SLICE; i++) {
-        if (faults) vcpu.store32(gfn(i), 0, i);
-        else vcpu.mmioRead(0xfe_0000_0000, 4);
-      }
-      slices.push(((performance.now() - began) * 1e6) / SLICE);
-    }
+    for (let from = 0; from < count; from += SLICE)
+      slices.push(
+        timed(SLICE, () => {
+          for (let i = from; i < from + SLICE; i++) {
+            if (faults) vcpu.store32(gfn(i), 0, i);
+            else vcpu.mmioRead(0xfe_0000_0000, 4);
+          }
+        }),
+      );
     vcpu.leaveGuest();
     return median(slices);
   }

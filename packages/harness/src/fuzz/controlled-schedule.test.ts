@@ -131,6 +131,23 @@ describe('waits', () => {
     ]);
     expect([run.failure, run.order.at(-1), run.order.length]).toEqual(['', '0:1', 4]);
   });
+  // A point comes before its operation: control may pass between the two. This was once called a deadlock.
+  test('a spinner that looked before another thread’s store took effect looks again', async () => {
+    const programs: Op[][] = [
+      [
+        ['set', 0],
+        ['until', 1],
+      ],
+      [
+        ['until', 0],
+        ['set', 1],
+      ],
+    ];
+    // Go on at the start; hand over at the store. The spinner has looked then, and from here on all only spin.
+    const run = await execute(programs, { choices: [0, 1] });
+    expect([run.failure, run.ends]).toEqual(['', [[], []]]);
+    expect(run.positions).toEqual([expect.stringContaining('ended'), expect.stringContaining('ended')]);
+  });
   test('who goes on for ever while others make progress is a livelock, after as many steps as allowed', async () => {
     const run = await execute(
       [

@@ -44,13 +44,21 @@ type Records = readonly [
   name: (record: number, word: number) => string,
 ];
 
-const hex = (page: number): string => `page 0x${page.toString(16)}`;
+/** One run of words, told by the fields that begin in it. */
+const run = (names: ReturnType<typeof fields>, from: number, to: number): Records => [
+  from,
+  to - from,
+  1,
+  (_, w) => field(names, from + w),
+];
+
+const page = (pfn: number): string => `page 0x${pfn.toString(16)}`;
 
 function arenaRecords(maxPfn: number): readonly Records[] {
   const at = kernel.arenaLayout(maxPfn);
   const blocks = (at.plugged - at.sections) / kernel.SECTION_WORDS;
   return [
-    [0, kernel.ZONE_BASE, 1, (_, w) => field(HEADER, w)],
+    run(HEADER, 0, kernel.ZONE_BASE),
     [kernel.ZONE_BASE, kernel.ZONE_WORDS, kernel.MAX_ZONES, (z, w) => `zone ${z}, ${field(ZONE, w)}`],
     [
       kernel.PCP_BASE,
@@ -59,14 +67,9 @@ function arenaRecords(maxPfn: number): readonly Records[] {
       (n, w) => `lists of vCPU ${n % kernel.MAX_CPUS} for zone ${Math.floor(n / kernel.MAX_CPUS)}, word ${w}`,
     ],
     [kernel.LRU_BASE, kernel.LRU_WORDS, kernel.MAX_NODES, (n, w) => `LRU of node ${n}, ${field(LRU, w)}`],
-    [
-      kernel.T_BALLOON,
-      kernel.GROUP_BASE - kernel.T_BALLOON,
-      1,
-      (_, w) => field(THREADS, kernel.T_BALLOON + w),
-    ],
+    run(THREADS, kernel.T_BALLOON, kernel.GROUP_BASE),
     [kernel.GROUP_BASE, kernel.GROUP_WORDS, kernel.NR_GROUPS, (n, w) => `memory group ${n}, word ${w}`],
-    [kernel.T_ACPI, kernel.PROCESS_BASE - kernel.T_ACPI, 1, (_, w) => field(THREADS, kernel.T_ACPI + w)],
+    run(THREADS, kernel.T_ACPI, kernel.PROCESS_BASE),
     [kernel.PROCESS_BASE, kernel.PROCESS_WORDS, kernel.MAX_PROCESSES, (n, w) => `process ${n}, word ${w}`],
     [
       kernel.SHOOTDOWN_BASE,
@@ -78,10 +81,10 @@ function arenaRecords(maxPfn: number): readonly Records[] {
     [kernel.CPU_BASE, kernel.CPU_WORDS, kernel.MAX_CPUS, (n, w) => `own words of vCPU ${n}, word ${w}`],
     [at.queues, kernel.QUEUE_WORDS, kernel.NR_QUEUES, (n, w) => `driver of queue ${n}, word ${w}`],
     [at.pageblocks, 1, at.memmap - at.pageblocks, (n) => `type of pageblock ${n}`],
-    [at.memmap, kernel.PAGE_STRUCT_WORDS, maxPfn, (n, w) => `${hex(n)}, ${field(PAGE, w)}`],
+    [at.memmap, kernel.PAGE_STRUCT_WORDS, maxPfn, (n, w) => `${page(n)}, ${field(PAGE, w)}`],
     [at.hash, 1, at.hashBuckets, (n) => `bucket ${n} of the page cache`],
-    [at.shadow, 1, maxPfn, (n) => `${hex(n)}, shadow`],
-    [at.free, 1, maxPfn, (n) => `${hex(n)}, free block`],
+    [at.shadow, 1, maxPfn, (n) => `${page(n)}, shadow`],
+    [at.free, 1, maxPfn, (n) => `${page(n)}, free block`],
     [at.sections, kernel.SECTION_WORDS, blocks, (n, w) => `memory block ${n}, word ${w}`],
     [at.plugged, 1, at.words - at.plugged, (n) => `plugged bits, word ${n}`],
   ];

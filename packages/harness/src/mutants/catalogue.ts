@@ -5,6 +5,7 @@
 import { ALLOCATOR_FAULTS } from './faults/allocator.ts';
 import { BALLOON_FAULTS } from './faults/balloon.ts';
 import { CACHE_FAULTS } from './faults/cache.ts';
+import { DESCRIPTOR_FAULTS } from './faults/descriptors.ts';
 import { FIGURES_FAULTS } from './faults/figures.ts';
 import { HOST_FAULTS } from './faults/host.ts';
 import { HOST_MEMORY_FAULTS } from './faults/host-memory.ts';
@@ -26,6 +27,7 @@ export const MUTANTS: readonly Mutant[] = [
   ...BALLOON_FAULTS,
   ...CACHE_FAULTS,
   ...QUEUES_FAULTS,
+  ...DESCRIPTOR_FAULTS,
   ...MEMORY_DEVICE_FAULTS,
   ...MEMORY_DRIVER_FAULTS,
   ...PROCESSES_FAULTS,

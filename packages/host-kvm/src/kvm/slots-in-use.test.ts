@@ -245,6 +245,18 @@ const spawn = (host: TestHost, body: Generator<TaskYield, unknown, void>): void 
   );
   for (let i = 0; i < 10; i++) host.poll();
 };
+/** Asks for changes of slots, one task each; what came of them, in the order in which they ended. */
+function ask(host: TestHost, ...changes: Generator<TaskYield, { ok: boolean }, void>[]): boolean[] {
+  const results: boolean[] = [];
+  for (const change of changes)
+    spawn(
+      host,
+      (function* () {
+        results.push((yield* change).ok);
+      })(),
+    );
+  return results;
+}
 
 test('a slot that shows blocks which are being taken away waits until they are gone (`mn_active_invalidate_count`)', () => {
   const { host, letGo } = twoMappers();
@@ -294,20 +306,15 @@ test.each(['qemu', 'naive', 'extension'] as const)(
   'a resize (%s) that comes while its slot is deleted finds none',
   (how) => {
     for (const bytes of [8, 24]) {
-      const host = testHost({ ramBytes: 16 * MiB, huge: 'never' });
+      const host = small();
       const [, busy] = host.vcpus;
       busy.enterGuest();
       busy.store32(gfn(8), 0, 1);
-      const results: boolean[] = [];
-      const ask = (change: Generator<TaskYield, { ok: boolean }, void>): void =>
-        spawn(
-          host,
-          (function* () {
-            results.push((yield* change).ok);
-          })(),
-        );
-      ask(host.vm.setUserMemoryRegion(ram(host, 0)));
-      ask(host.vm.resizeSlot(ram(host, bytes * MiB), how));
+      const results = ask(
+        host,
+        host.vm.setUserMemoryRegion(ram(host, 0)),
+        host.vm.resizeSlot(ram(host, bytes * MiB), how),
+      );
       expect(results).toEqual([]);
       busy.leaveGuest();
       settle(host);
@@ -324,14 +331,8 @@ test('slots change one request after the other: one that is deleted while it mov
     own.store32(gfn(8), 0, 1);
     const move = { ...ram(host, 16 * MiB), guestPhysAddr: 32 * MiB };
     const requests = [move, { ...move, memorySize: 0 }];
-    const results: boolean[] = [];
-    for (const region of first === 'move' ? requests : requests.toReversed())
-      spawn(
-        host,
-        (function* () {
-          results.push((yield* host.vm.setUserMemoryRegion(region)).ok);
-        })(),
-      );
+    const inTurn = first === 'move' ? requests : requests.toReversed();
+    const results = ask(host, ...inTurn.map((region) => host.vm.setUserMemoryRegion(region)));
     // The first waits for the vCPU.
     expect([results, host.vm.slots.all.map((s) => s.invalid)]).toEqual([[], [true]]);
     own.leaveGuest();

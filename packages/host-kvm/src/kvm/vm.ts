@@ -112,10 +112,10 @@ export class Vm implements InvalidationListener {
   readonly #gates: RegionGate[] = [];
   /** Frame of zeros that reads of unplugged memory map; −1 until the first. */
   #zeroFrame = -1;
-  /** Guards the EPT and the four fields below. Order: taken inside no other lock. */
-  readonly #mmuLock = new TaskLock('mmu');
-  /** Slots change one request at a time (`slots_lock`). Taken before the MMU lock. */
+  /** Slots change one request at a time (`slots_lock`). Order: taken inside no other lock. */
   readonly #slotsLock = new TaskLock('slots');
+  /** Guards the EPT and the four fields below. Order: after the slots lock, inside no other. */
+  readonly #mmuLock = new TaskLock('mmu');
   #inProgress = 0;
   #sequence = 0;
   #rangeFrom = 0;

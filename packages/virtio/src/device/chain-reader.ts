@@ -72,7 +72,6 @@ export class ChainReader {
     const from = idx | 0;
     const n = max | 0;
     let taken = 0;
-    // Stored, lest V8 leave the reads out.
     chains[0] = touchTable(u16, i32, ring, desc, from, n, mask);
     // What was looked up: the page of the last table, where that lies, and the memory around two segments.
     let page = -1;

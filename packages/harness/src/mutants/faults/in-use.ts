@@ -202,7 +202,7 @@ export const IN_USE_FAULTS: readonly Mutant[] = [
     '    if (this.#changed) w[PROGRESS]++;\n    this.#changed = PROGRESSES[code];\n',
     '    this.#changed = PROGRESSES[code];\n',
     'the controlled schedule calls a spinner deadlocked that looked before a store took effect',
-    test('harness/src/fuzz/spinner.test.ts'),
+    test('harness/src/fuzz/controlled-schedule.test.ts'),
   ),
   fault(
     'old-page-told-first',
