@@ -287,7 +287,8 @@ function mayTouch({ ring }: Rings, page: number): boolean {
   if (Object.values(RINGS).includes(page * PAGE_SIZE)) return true;
   return ring.some(
     (d) =>
-      d.flags === VIRTQ_DESC_F_INDIRECT &&
+      // The device MUST ignore the write-only flag of a descriptor that refers to a table (§ 2.7.5.3.2).
+      (d.flags & (VIRTQ_DESC_F_INDIRECT | VIRTQ_DESC_F_NEXT)) === VIRTQ_DESC_F_INDIRECT &&
       d.high === 0 &&
       d.length > 0 &&
       d.length % 16 === 0 &&
