@@ -44,23 +44,29 @@ export class ThreadExitPort implements ExitPort {
     nudgeSleepingHost(this.#runControl);
     for (let i = 0; i < this.#spins; i++) {
       if (Atomics.load(control, state) === EXIT_DONE) return;
+      // Also keeps the looks apart: each takes the line from the host, which writes the answer and then DONE.
+      this.#unlessStopped();
     }
     // Announces the sleep; the host notifies only if its exchange to DONE finds this value.
     if (Atomics.compareExchange(control, state, EXIT_REQUEST, EXIT_REQUEST_SLEEPING) !== EXIT_REQUEST) return;
     while (Atomics.load(control, state) !== EXIT_DONE) {
       Atomics.wait(control, state, EXIT_REQUEST_SLEEPING, WAIT_MS);
-      if (Atomics.load(this.#runControl, RC_STOP) !== 0) throw new RunStopped();
+      this.#unlessStopped();
     }
   }
 
   relax(): void {
-    if (Atomics.load(this.#runControl, RC_STOP) !== 0) throw new RunStopped();
+    this.#unlessStopped();
     Atomics.pause();
   }
 
   halt(control: Int32Array, word: number, seen: number): void {
     for (let i = 0; i < this.#spins; i++) if (Atomics.load(control, word) !== seen) return;
     Atomics.wait(control, word, seen, WAIT_MS);
+    this.#unlessStopped();
+  }
+
+  #unlessStopped(): void {
     if (Atomics.load(this.#runControl, RC_STOP) !== 0) throw new RunStopped();
   }
 }

@@ -1,8 +1,8 @@
 /** Benchmarks between two threads: a split ring, the bare loops beside it, and exits. */
 import { MiB } from '@ebb/machine';
+import { HostWindows } from '../run/host-windows.ts';
 import { smallMachine } from '../run/small-machine.ts';
 import { spawnWorker } from '../run/worker-endpoint.ts';
-import { turn } from '../run/worker-port.ts';
 import { bootAllocator, type Load } from './allocator.ts';
 import type { AllocatorWorker } from './allocator-worker.ts';
 import type { BareWorker } from './bare-worker.ts';
@@ -58,18 +58,15 @@ export async function exitThreads(count: number, faults: boolean): Promise<numbe
   const worker = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
   const round = async (n: number): Promise<number> => {
     const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'never' });
-    let result = -1;
-    const call = Promise.race([worker.api.run(machine.buffers, n, faults), worker.died]).then((ns) => {
-      result = ns;
-    });
-    await turn();
-    while (result < 0) {
-      // About a millisecond, as the host worker does between two turns of the event loop.
-      for (let i = 0; i < 80_000; i++) machine.poll();
-      await turn();
-    }
-    await call;
-    return result;
+    const { poll, tasks, buffers } = machine;
+    const host = { poll, tasks, windowEnd: Number.POSITIVE_INFINITY, anyKilled: false };
+    const windows = new HostWindows(host, 1, buffers.runControl, false);
+    worker.died.catch(() => windows.end());
+    const [ns] = await Promise.race([
+      Promise.all([worker.api.run(buffers, n, faults), windows.run()]),
+      worker.died,
+    ]);
+    return ns;
   };
   try {
     // Both sides are warm after a short round.

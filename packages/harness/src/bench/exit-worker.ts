@@ -1,5 +1,16 @@
 /** A vCPU that only exits, or only faults, in its own thread. */
-import { FrameLedger, gfn, HostMemory, ThreadExitPort, Vcpu, ViolationLog } from '@ebb/machine';
+import {
+  FrameLedger,
+  gfn,
+  HostMemory,
+  RC_WINDOW,
+  RC_WORKER,
+  RC_WORKER_DONE,
+  ringDoorbell,
+  ThreadExitPort,
+  Vcpu,
+  ViolationLog,
+} from '@ebb/machine';
 import { exposeToParent } from '../run/worker-port.ts';
 import { median, timed } from './timed.ts';
 
@@ -30,6 +41,7 @@ export class ExitWorker {
       runControl,
       port: new ThreadExitPort(runControl, 20_000),
     });
+    Atomics.wait(runControl, RC_WINDOW, 0);
     vcpu.enterGuest();
     const slices: number[] = [];
     for (let from = 0; from < count; from += SLICE)
@@ -42,6 +54,9 @@ export class ExitWorker {
         }),
       );
     vcpu.leaveGuest();
+    // The end of the host's window.
+    Atomics.store(runControl, RC_WORKER + RC_WORKER_DONE, Atomics.load(runControl, RC_WINDOW));
+    ringDoorbell(runControl);
     return median(slices);
   }
 }

@@ -1,7 +1,7 @@
 /**
  * The host's side of a window in threads: serves exits and runs host tasks until every worker has reached its end.
  *
- * Waiting (DESIGN § 2): serve; spin 15,000 polls; then read the doorbell, set `asleep`, scan once more, and await the
+ * Waiting (DESIGN § 2): serve; pause; spin 15,000 polls; then read the doorbell, set `asleep`, scan once more, and await the
  * bell with a bound. With more threads than cores it spins only briefly while guests are at work: they need the core.
  */
 import {
@@ -17,8 +17,8 @@ import {
   sharedF64,
   sharedI32,
 } from '@ebb/machine';
+import type { HostTasks } from '@ebb/host-kvm';
 import type { HostSide } from './host-side.ts';
-import type { RunBuffers } from './spec.ts';
 import { turn } from './worker-port.ts';
 
 const WAIT_MS = 50;
@@ -26,11 +26,16 @@ const TURN_EVERY_MS = 1;
 const SPINS_SPARE_CORES = 15_000;
 const SPINS_CROWDED = 300;
 
+/** The host as its loop sees it. */
+export type WindowHost = Pick<HostSide, 'anyKilled' | 'poll' | 'windowEnd'> & {
+  readonly tasks: Pick<HostTasks, 'idle'>;
+};
+
 export class HostWindows {
   /** The earliest thing any vCPU still has to do, and the same without the worker that has it. */
   nextDue = Number.POSITIVE_INFINITY;
   othersDue = Number.POSITIVE_INFINITY;
-  readonly #host: HostSide;
+  readonly #host: WindowHost;
   readonly #workers: number;
   readonly #spins: number;
   readonly #runControl: Int32Array;
@@ -39,12 +44,12 @@ export class HostWindows {
   #lastTurn: number = performance.now();
 
   /** `crowded`: more threads than cores. */
-  constructor(host: HostSide, workers: number, buffers: RunBuffers, crowded: boolean) {
+  constructor(host: WindowHost, workers: number, runControl: SharedArrayBuffer, crowded: boolean) {
     this.#host = host;
     this.#workers = workers;
     this.#spins = crowded ? SPINS_CROWDED : SPINS_SPARE_CORES;
-    this.#runControl = sharedI32('run-control', buffers.runControl);
-    this.#runF64 = sharedF64('run-control', buffers.runControl);
+    this.#runControl = sharedI32('run-control', runControl);
+    this.#runF64 = sharedF64('run-control', runControl);
   }
 
   #allDone(): boolean {
@@ -65,13 +70,18 @@ export class HostWindows {
     Atomics.store(runControl, RC_WINDOW, this.#window);
     Atomics.notify(runControl, RC_WINDOW);
     for (let idle = 0; ; ) {
-      if (host.poll()) idle = 0;
-      else if (this.#allDone() && host.tasks.idle) break;
-      // A dead VM's locks are held for ever: its siblings are stopped, not waited for.
-      else if (host.anyKilled) break;
-      else idle++;
+      const found = host.poll();
+      // Nobody who was just answered asks again within 50 ns; a look meanwhile takes the line away (docs/performance.md § Lines).
+      if (found) Atomics.pause();
+      const done = this.#allDone();
       if (Atomics.load(runControl, RC_STOP) !== 0) return false;
-      if (idle < this.#spins) continue;
+      if (found) {
+        idle = 0;
+        continue;
+      }
+      // A dead VM's locks are held for ever: its siblings are stopped, not waited for.
+      if ((done && host.tasks.idle) || host.anyKilled) break;
+      if (++idle < this.#spins) continue;
       const bell = Atomics.load(runControl, RC_DOORBELL);
       Atomics.store(runControl, RC_HOST_ASLEEP, 1);
       if (!host.poll() && !(this.#allDone() && host.tasks.idle)) await sleep(runControl, bell);

@@ -25,7 +25,7 @@ export class HostWorker {
       return disk;
     });
     this.#host = host;
-    const windows = new HostWindows(host, spec.workers, buffers, crowded);
+    const windows = new HostWindows(host, spec.workers, buffers.runControl, crowded);
     while (host.advance(windows.nextDue, windows.othersDue)) {
       if (await windows.run()) continue;
       host.why = 'the run was stopped';

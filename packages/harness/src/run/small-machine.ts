@@ -37,7 +37,7 @@ export interface SmallMachine {
   };
   readonly tasks: HostTasks;
   readonly vms: readonly SmallVm[];
-  poll(): boolean;
+  readonly poll: () => boolean;
   /** Runs host work to its end. */
   finish<T>(work: Generator<TaskYield, T, void>): T;
 }

@@ -35,7 +35,7 @@ export class SessionWorker {
       dimm: (news) => this.#loop?.dimmNews(news),
     });
     this.#orders = new Int32Array(buffers.handles[0]);
-    const windows = new HostWindows(host, spec.workers, buffers, crowded);
+    const windows = new HostWindows(host, spec.workers, buffers.runControl, crowded);
     this.#loop = new SessionLoop(description, host, windows);
     this.#open(this.#loop);
     const why = await this.#loop.run();

@@ -146,6 +146,14 @@ export const VCPU_FAULTS: readonly Mutant[] = [
     props('invalidation'),
   ),
   fault(
+    'spin-through-stop',
+    PORT,
+    '      this.#unlessStopped();\n    }\n    // Announces',
+    '    }\n    // Announces',
+    'a vCPU that spins for its answer does not see the end of the run',
+    test('machine/src/exit-port.test.ts'),
+  ),
+  fault(
     'interrupt-without-notify',
     VCPU_BLOCKS,
     '      Atomics.notify(this.#control, irq);\n',
