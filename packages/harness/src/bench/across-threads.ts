@@ -1,11 +1,11 @@
 /** Benchmarks between two threads: a split ring, the bare loops beside it, and exits. */
 import { MiB } from '@ebb/machine';
-import { HostWindows } from '../run/host-windows.ts';
 import { smallMachine } from '../run/small-machine.ts';
 import { spawnWorker } from '../run/worker-endpoint.ts';
 import { bootAllocator, type Load } from './allocator.ts';
 import type { AllocatorWorker } from './allocator-worker.ts';
 import type { BareWorker } from './bare-worker.ts';
+import type { ExitHostWorker } from './exit-host-worker.ts';
 import type { ExitWorker } from './exit-worker.ts';
 import type { RingMode, RingWorker } from './ring-worker.ts';
 
@@ -53,27 +53,21 @@ export async function bare(what: 'ring' | 'words'): Promise<number> {
   }
 }
 
-/** Nanoseconds per exit round trip, or per demand fault, between two threads. */
+/** Nanoseconds per exit round trip, or per demand fault, between two threads; each time in new ones, since V8 compiles by chance. */
 export async function exitThreads(count: number, faults: boolean): Promise<number> {
-  const worker = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
-  const round = async (n: number): Promise<number> => {
-    const machine = smallMachine({ ramBytes: 256 * MiB, huge: 'never' });
-    const { poll, tasks, buffers } = machine;
-    const host = { poll, tasks, windowEnd: Number.POSITIVE_INFINITY, anyKilled: false };
-    const windows = new HostWindows(host, 1, buffers.runControl, false);
-    worker.died.catch(() => windows.end());
-    const [ns] = await Promise.race([
-      Promise.all([worker.api.run(buffers, n, faults), windows.run()]),
-      worker.died,
-    ]);
-    return ns;
-  };
+  const host = spawnWorker<ExitHostWorker>('../bench/exit-host-worker', 'exit-host');
+  const cpu = spawnWorker<ExitWorker>('../bench/exit-worker', 'exits');
   try {
+    let ns = 0;
     // Both sides are warm after a short round.
-    await round(count / 4);
-    return await round(count);
+    for (const n of [count / 4, count]) {
+      const buffers = await Promise.race([host.api.make(faults ? 256 * MiB : MiB), host.died]);
+      const sides = Promise.all([cpu.api.run(buffers, n, faults), host.api.serve()]);
+      [ns] = await Promise.race([sides, host.died, cpu.died]);
+    }
+    return ns;
   } finally {
-    await worker.close();
+    await Promise.all([host.close(), cpu.close()]);
   }
 }
 

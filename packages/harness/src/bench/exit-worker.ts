@@ -12,7 +12,7 @@ import {
   ViolationLog,
 } from '@ebb/machine';
 import { exposeToParent } from '../run/worker-port.ts';
-import { median, timed } from './timed.ts';
+import { timedInSlices } from './timed.ts';
 
 export interface ExitSpec {
   readonly dram: SharedArrayBuffer;
@@ -21,9 +21,6 @@ export interface ExitSpec {
   readonly control: SharedArrayBuffer;
   readonly runControl: SharedArrayBuffer;
 }
-
-/** Exits of a slice. The median slice counts: V8 compiles in the first, and a neighbour on the machine slows a few, on each side. */
-const SLICE = 5_000;
 
 export class ExitWorker {
   /** Nanoseconds per exit (a register read nobody answers) or, with `faults`, per first touch of a page; `count` in slices. */
@@ -43,21 +40,17 @@ export class ExitWorker {
     });
     Atomics.wait(runControl, RC_WINDOW, 0);
     vcpu.enterGuest();
-    const slices: number[] = [];
-    for (let from = 0; from < count; from += SLICE)
-      slices.push(
-        timed(SLICE, () => {
-          for (let i = from; i < from + SLICE; i++) {
-            if (faults) vcpu.store32(gfn(i), 0, i);
-            else vcpu.mmioRead(0xfe_0000_0000, 4);
-          }
-        }),
-      );
+    const ns = timedInSlices(count, (from, to) => {
+      for (let i = from; i < to; i++) {
+        if (faults) vcpu.store32(gfn(i), 0, i);
+        else vcpu.mmioRead(0xfe_0000_0000, 4);
+      }
+    });
     vcpu.leaveGuest();
     // The end of the host's window.
     Atomics.store(runControl, RC_WORKER + RC_WORKER_DONE, Atomics.load(runControl, RC_WINDOW));
     ringDoorbell(runControl);
-    return median(slices);
+    return ns;
   }
 }
 

@@ -214,7 +214,7 @@ if (wants('machine')) {
 
 if (wants('machine', 'host-kvm')) {
   const exit = (): Promise<number> => cases.exitThreads(200_000, false);
-  // A round is 50 ms, less than what disturbs it lasts.
+  // A round is short, less than what disturbs it lasts, and V8 compiles differently from one to the next.
   const name = 'exit round trip, threads (times slower than C spin)';
   await pair(name, 'ns', 'slower', exit, c('pingpong'), 2, 5 * ROUNDS);
   figure('exit, inline', 'ns', cases.exitInline(300_000));

@@ -69,24 +69,12 @@ export class HostWindows {
     this.#runF64[RC_WINDOW_UNTIL_F64] = host.windowEnd;
     Atomics.store(runControl, RC_WINDOW, this.#window);
     Atomics.notify(runControl, RC_WINDOW);
-    for (let idle = 0; ; ) {
-      const found = host.poll();
-      // Nobody who was just answered asks again within 50 ns; a look meanwhile takes the line away (docs/performance.md § Lines).
-      if (found) Atomics.pause();
-      const done = this.#allDone();
-      if (Atomics.load(runControl, RC_STOP) !== 0) return false;
-      if (found) {
-        idle = 0;
-        continue;
-      }
-      // A dead VM's locks are held for ever: its siblings are stopped, not waited for.
-      if ((done && host.tasks.idle) || host.anyKilled) break;
-      if (++idle < this.#spins) continue;
+    for (let end = this.#serve(); end !== 'over'; end = this.#serve()) {
+      if (end === 'stopped') return false;
       const bell = Atomics.load(runControl, RC_DOORBELL);
       Atomics.store(runControl, RC_HOST_ASLEEP, 1);
       if (!host.poll() && !(this.#allDone() && host.tasks.idle)) await sleep(runControl, bell);
       Atomics.store(runControl, RC_HOST_ASLEEP, 0);
-      idle = 0;
       this.#lastTurn = performance.now();
     }
     this.#gatherDue();
@@ -95,6 +83,23 @@ export class HostWindows {
       this.#lastTurn = performance.now();
     }
     return true;
+  }
+
+  /** Serves until the window is over, main stops the run, or nothing came for so many looks that the host may sleep. */
+  #serve(): 'over' | 'stopped' | 'idle' {
+    const host = this.#host;
+    for (let idle = 0; idle < this.#spins; ) {
+      const found = host.poll();
+      // Nobody who was just answered asks again within 50 ns; a look meanwhile takes the line away (docs/performance.md § Lines).
+      if (found) Atomics.pause();
+      const done = this.#allDone();
+      if (Atomics.load(this.#runControl, RC_STOP) !== 0) return 'stopped';
+      if (found) idle = 0;
+      // A dead VM's locks are held for ever: its siblings are stopped, not waited for.
+      else if ((done && host.tasks.idle) || host.anyKilled) return 'over';
+      else idle++;
+    }
+    return 'idle';
   }
 
   #gatherDue(): void {

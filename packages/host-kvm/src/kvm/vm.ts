@@ -176,11 +176,15 @@ export class Vm implements InvalidationListener {
    */
   scanExits(): boolean {
     let found = false;
+    let alone = !this.#schedule.controlled && !this.#tasks.anyReady;
     for (let v = 0; v < this.vcpus.count; v++) {
-      if (!this.vcpus.asks(v) || this.#exitTasks[v].state !== 'parked') continue;
+      if (this.#exitTasks[v].state !== 'parked' || !this.vcpus.asks(v)) continue;
       found = true;
-      if (this.#schedule.controlled || this.#tasks.anyReady || !this.#serveNow(v))
+      if (alone && this.#serveNow(v)) alone = !this.#tasks.anyReady;
+      else {
         this.#tasks.wake(this.#exitTasks[v]);
+        alone = false;
+      }
     }
     return found;
   }
@@ -194,56 +198,61 @@ export class Vm implements InvalidationListener {
       else if (this.vcpus.exitReason(vcpu) === EXIT_EPT_VIOLATION)
         yield* this.#violation(vcpu, Math.floor(address / PAGE_SIZE), this.vcpus.exitSize(vcpu) !== 0);
       else {
-        if (this.#registerWaits(vcpu, address)) yield () => !this.#registerWaits(vcpu, address);
-        this.#register(vcpu, address);
+        const region = this.#region(address);
+        if (this.#mustWait(vcpu, region, address)) yield () => !this.#mustWait(vcpu, region, address);
+        this.#register(vcpu, region, address);
       }
     }
   }
 
   /** Serves an exit without a task; false if it has to wait for something. */
   #serveNow(vcpu: number): boolean {
+    if (this.killed) {
+      this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);
+      return true;
+    }
+    if (this.vcpus.exitReason(vcpu) === EXIT_EPT_VIOLATION) return this.#violationNow(vcpu);
     const address = this.vcpus.exitAddress(vcpu);
-    if (this.killed) this.vcpus.answer(vcpu, RESULT_KILLED, 0, 0);
-    else if (this.vcpus.exitReason(vcpu) === EXIT_EPT_VIOLATION) {
-      if (this.#mmuLock.held || this.#inProgress > 0 || this.#resizing) return false;
-      const gfn = Math.floor(address / PAGE_SIZE);
-      const write = this.vcpus.exitSize(vcpu) !== 0;
-      const slot = this.#resolve(vcpu, gfn, write);
-      if (slot === null) return true;
-      if (slot.invalid) return false;
-      this.counters.eptViolations++;
-      const frame = this.#populate(vcpu, slot, gfn, write);
-      if (frame >= 0) this.#install(vcpu, slot, gfn, frame, write);
-    } else if (this.#registerWaits(vcpu, address)) return false;
-    else this.#register(vcpu, address);
+    const region = this.#region(address);
+    if (this.#mustWait(vcpu, region, address)) return false;
+    this.#register(vcpu, region, address);
+    return true;
+  }
+
+  /** The same for an EPT violation. */
+  #violationNow(vcpu: number): boolean {
+    if (this.#mmuLock.held || this.#inProgress > 0 || this.#resizing) return false;
+    const gfn = Math.floor(this.vcpus.exitAddress(vcpu) / PAGE_SIZE);
+    const write = this.vcpus.exitSize(vcpu) !== 0;
+    const slot = this.#resolve(vcpu, gfn, write);
+    if (slot === null) return true;
+    if (slot.invalid) return false;
+    this.counters.eptViolations++;
+    const frame = this.#populate(vcpu, slot, gfn, write);
+    if (frame >= 0) this.#install(vcpu, slot, gfn, frame, write);
     return true;
   }
 
   /** Whether a register write has to wait: a device that is to be reset carries out what it has taken. */
-  #registerWaits(vcpu: number, address: number): boolean {
-    if (this.vcpus.exitReason(vcpu) !== EXIT_MMIO_WRITE) return false;
-    const region = this.#region(address);
-    return (
-      region?.mustWait?.(address - region.base, this.vcpus.exitSize(vcpu), this.vcpus.exitData(vcpu)) === true
-    );
+  #mustWait(vcpu: number, region: MmioRegion | undefined, address: number): boolean {
+    if (region?.mustWait === undefined || this.vcpus.exitReason(vcpu) !== EXIT_MMIO_WRITE) return false;
+    return region.mustWait(address - region.base, this.vcpus.exitSize(vcpu), this.vcpus.exitData(vcpu));
   }
 
   /** A register access: to a device, or to nothing (all ones). */
-  #register(vcpu: number, address: number): void {
+  #register(vcpu: number, region: MmioRegion | undefined, address: number): void {
     const reason = this.vcpus.exitReason(vcpu);
-    const size = this.vcpus.exitSize(vcpu);
-    this.counters.mmioExits++;
-    const region = this.#region(address);
     let value = 0;
     if (reason === EXIT_MMIO_READ) {
-      value = region === undefined ? this.#unclaimed() : region.read(address - region.base, size);
+      value = region === undefined ? -1 : region.read(address - region.base, this.vcpus.exitSize(vcpu));
     } else {
       assert(reason === EXIT_MMIO_WRITE, `exit reason ${reason}`);
       this.kickTime = this.vcpus.clock(vcpu);
-      if (region === undefined) this.#unclaimed();
-      else region.write(address - region.base, size, this.vcpus.exitData(vcpu));
+      region?.write(address - region.base, this.vcpus.exitSize(vcpu), this.vcpus.exitData(vcpu));
     }
     this.vcpus.answer(vcpu, RESULT_EMULATED, value, this.costs.exitNs);
+    this.counters.mmioExits++;
+    if (region === undefined) this.counters.unclaimedMmio++;
   }
 
   #region(address: number): MmioRegion | undefined {
@@ -252,11 +261,6 @@ export class Vm implements InvalidationListener {
       if (address >= region.base && address < region.base + region.bytes) return region;
     }
     return undefined;
-  }
-
-  #unclaimed(): number {
-    this.counters.unclaimedMmio++;
-    return -1;
   }
 
   // ── Faults ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -295,7 +299,7 @@ export class Vm implements InvalidationListener {
   #resolve(vcpu: number, gfn: number, write: boolean): Memslot | null {
     const slot = this.slots.find(gfn);
     if (slot !== null && (!write || (slot.flags & KVM_MEM_READONLY) === 0)) return slot;
-    this.#unclaimed();
+    this.counters.unclaimedMmio++;
     this.vcpus.answer(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
     return null;
   }
@@ -309,7 +313,7 @@ export class Vm implements InvalidationListener {
     this.#pool.lastZeroed = 0;
     const verdict = gateOf(this.#gates, gfn)?.verdict(gfn, write, true) ?? 'memory';
     if (verdict === 'nothing') {
-      this.#unclaimed();
+      this.counters.unclaimedMmio++;
       this.vcpus.answer(vcpu, RESULT_EMULATED, -1, this.costs.exitNs);
       return -1;
     }
