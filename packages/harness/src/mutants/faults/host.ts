@@ -10,6 +10,14 @@ const SLOTS_IN_USE_TEST = test('host-kvm/src/kvm/slots-in-use.test.ts');
 
 export const HOST_FAULTS: readonly Mutant[] = [
   fault(
+    'exit-jumps-the-queue',
+    VM,
+    'if (alone && this.#serveNow(v)) alone = !this.#tasks.anyReady;',
+    'if (alone && this.#serveNow(v)) continue;',
+    'an exit is answered before the task that the last answer made ready',
+    test('host-kvm/src/kvm/exit-order.test.ts'),
+  ),
+  fault(
     'skip-flush',
     VM,
     'if (zapped > 0 || this.mmu.detachedTables.length > 0) yield* this.#flushAll();',
