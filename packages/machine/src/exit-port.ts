@@ -66,6 +66,7 @@ export class ThreadExitPort implements ExitPort {
     this.#unlessStopped();
   }
 
+  /** Throws `RunStopped` once main has set `stop`, which nobody takes back. */
   #unlessStopped(): void {
     if (Atomics.load(this.#runControl, RC_STOP) !== 0) throw new RunStopped();
   }

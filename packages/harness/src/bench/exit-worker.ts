@@ -38,6 +38,7 @@ export class ExitWorker {
       runControl,
       port: new ThreadExitPort(runControl, 20_000),
     });
+    // The host stores and notifies when it opens its window, the first.
     Atomics.wait(runControl, RC_WINDOW, 0);
     vcpu.enterGuest();
     const ns = timedInSlices(count, (from, to) => {
@@ -47,7 +48,7 @@ export class ExitWorker {
       }
     });
     vcpu.leaveGuest();
-    // The end of the host's window.
+    // Ends the host's window. Pairs with its load of `done`.
     Atomics.store(runControl, RC_WORKER + RC_WORKER_DONE, Atomics.load(runControl, RC_WINDOW));
     ringDoorbell(runControl);
     return ns;

@@ -1,21 +1,12 @@
 /** Which exits the host answers in the scan that finds them, and which become the work of a task. */
 import { expect, test } from 'vitest';
-import {
-  EXIT_DONE,
-  EXIT_MMIO_READ,
-  EXIT_REQUEST,
-  VC_EXIT_ADDR_F64,
-  VC_EXIT_REASON,
-  VC_EXIT_SIZE,
-  VC_EXIT_STATE,
-  VCPU_BLOCK_WORDS,
-} from '@ebb/machine';
-import { testHost } from './testing-host.ts';
+import { EXIT_DONE, EXIT_MMIO_READ, EXIT_REQUEST, VC_EXIT_STATE, VCPU_BLOCK_WORDS } from '@ebb/machine';
+import { postExit, testHost, type TestHost } from './testing-host.ts';
 
 const REGISTERS = 0xfe_0000_0000;
 
 /** The first vCPU writes a register while the second one reads where nobody is: their mailboxes after one scan, and after all. */
-function bothAsk(write: (host: ReturnType<typeof testHost>) => void): readonly (readonly number[])[] {
+function bothAsk(write: (host: TestHost) => void): readonly (readonly number[])[] {
   const host = testHost({ vcpus: 2 });
   host.vm.addMmio({ base: REGISTERS, bytes: 4096, read: () => 0, write: () => write(host) });
   const [vcpu] = host.vcpus;
@@ -24,10 +15,7 @@ function bothAsk(write: (host: ReturnType<typeof testHost>) => void): readonly (
   const call = port.call.bind(port);
   port.call = (control, base) => {
     const other = base + VCPU_BLOCK_WORDS;
-    control[other + VC_EXIT_REASON] = EXIT_MMIO_READ;
-    control[other + VC_EXIT_SIZE] = 4;
-    new Float64Array(control.buffer)[other / 2 + VC_EXIT_ADDR_F64] = REGISTERS + 8192;
-    control[other + VC_EXIT_STATE] = EXIT_REQUEST;
+    postExit(control, other, EXIT_MMIO_READ, REGISTERS + 8192, 4);
     const now = (): number[] => [control[base + VC_EXIT_STATE], control[other + VC_EXIT_STATE]];
     host.vm.scanExits();
     states.push(now());
@@ -49,7 +37,7 @@ test('two vCPUs that ask at once are answered in the scan that finds them', () =
 
 test('an answer that gives a device’s task work to do makes the next exit one of the tasks that take turns', () => {
   const wrote: string[] = [];
-  const device = (host: ReturnType<typeof testHost>): void => {
+  const device = (host: TestHost): void => {
     host.tasks.spawn(
       'queue',
       (function* () {

@@ -4,21 +4,17 @@ import {
   COST_TABLE,
   EXIT_DONE,
   EXIT_EPT_VIOLATION,
-  EXIT_REQUEST,
   gfn,
   hfn,
   MiB,
   PAGE_SIZE,
-  VC_EXIT_ADDR_F64,
   VC_EXIT_COST_F64,
-  VC_EXIT_REASON,
-  VC_EXIT_SIZE,
   VC_EXIT_STATE,
   VCPU_BLOCK_WORDS,
   VmKilled,
 } from '@ebb/machine';
 import type { TaskYield } from '../host-tasks.ts';
-import { testHost, type TestHost } from './testing-host.ts';
+import { postExit, testHost, type TestHost } from './testing-host.ts';
 
 const small = (): TestHost => testHost({ ramBytes: 16 * MiB, huge: 'never' });
 const settle = (host: TestHost): void => {
@@ -175,10 +171,7 @@ test('two faults at once are each charged for what they had zeroed', () => {
     // The second vCPU faults on a page that has its frame, while the first one's 2 MiB are zeroed.
     const f64 = new Float64Array(control.buffer);
     const other = base + VCPU_BLOCK_WORDS;
-    control[other + VC_EXIT_REASON] = EXIT_EPT_VIOLATION;
-    control[other + VC_EXIT_SIZE] = 1;
-    f64[other / 2 + VC_EXIT_ADDR_F64] = 512 * PAGE_SIZE;
-    control[other + VC_EXIT_STATE] = EXIT_REQUEST;
+    postExit(control, other, EXIT_EPT_VIOLATION, 512 * PAGE_SIZE, 1);
     host.tasks.spawn(
       'busy',
       (function* () {

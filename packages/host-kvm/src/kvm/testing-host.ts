@@ -1,5 +1,6 @@
 /** A small host with one VM and vCPUs on the same thread, for tests of this package. Not exported. */
 import {
+  EXIT_REQUEST,
   FrameLedger,
   HostMemory,
   InlineExitPort,
@@ -8,6 +9,10 @@ import {
   MiB,
   PAGE_SIZE,
   RUN_CONTROL_BYTES,
+  VC_EXIT_ADDR_F64,
+  VC_EXIT_REASON,
+  VC_EXIT_SIZE,
+  VC_EXIT_STATE,
   Vcpu,
   VCPU_BLOCK_BYTES,
   ViolationLog,
@@ -16,6 +21,20 @@ import { MemFile, type HugePolicy } from '@ebb/memfs';
 import { HostTasks, type TaskBody } from '../host-tasks.ts';
 import { FramePool } from '../mm/frame-pool.ts';
 import { Vm } from './vm.ts';
+
+/** Has the vCPU whose control block is at `control[base…]` ask, as `Vcpu.exit` does: for tests that hold both mailboxes. */
+export function postExit(
+  control: Int32Array,
+  base: number,
+  reason: number,
+  address: number,
+  size: number,
+): void {
+  control[base + VC_EXIT_REASON] = reason;
+  control[base + VC_EXIT_SIZE] = size;
+  new Float64Array(control.buffer)[base / 2 + VC_EXIT_ADDR_F64] = address;
+  control[base + VC_EXIT_STATE] = EXIT_REQUEST;
+}
 
 export interface TestHost {
   readonly pool: FramePool;
